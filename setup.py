@@ -1,0 +1,44 @@
+"""Packaging of lorapre_dist; the versions that the project is tested with are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="lorapre-dist",
+    version="0.1.0",
+    description="LoRA-Pre (low-rank Adam momentum) as a ZeRO-aware distributed optimizer for DeepSpeed",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["lorapre_dist", "lorapre_dist.*"]),
+    package_data={"lorapre_dist": ["py.typed"]},
+    python_requires=">=3.10",
+    # Lower bounds are the major versions whose interfaces are used; older ones have not been tried.
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19,<0.20",
+        "transformers>=5.0,<6",
+        "datasets>=4.0,<6",
+        "tokenizers>=0.22",
+        "numpy>=1.26",
+        "filelock>=3.12",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+        # DeepSpeed compiles a small CPU collective on first use.
+        "ninja>=1.11",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "psutil>=5.9", "ruff>=0.9", "mypy>=1.14"],
+        "bench": ["galore-torch>=1.0"],
+        "wandb": ["wandb>=0.17"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
