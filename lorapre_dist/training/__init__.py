@@ -1,0 +1,1 @@
+"""The pre-training program: settings, models, data, the loop, metrics and checkpoints."""

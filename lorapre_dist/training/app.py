@@ -1,0 +1,165 @@
+"""The pre-training program from command line to clean exit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training import ranks
+from lorapre_dist.training.files import write_atomically
+from lorapre_dist.training.settings import Settings, describe, load_settings
+
+if TYPE_CHECKING:
+    from lorapre_dist.training.loop import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; exit code 0, or 2 after one line on stderr about bad input."""
+    try:
+        ranks.fill_launch_environment()
+        settings = load_settings(argv, ranks.world_size())
+        _quiet()
+        _check_optimizer(settings)
+        tag = _find_checkpoint(settings)
+        return _train(settings, tag)
+    except ConfigError as error:
+        return ranks.report(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _quiet() -> None:
+    """Leave the terminal to the table and the progress bar."""
+    # DeepSpeed calls torch.distributed by names that newer torch deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _check_optimizer(settings: Settings) -> None:
+    if settings.ds_config["optimizer"]["type"] == "LoRAPre":
+        from lorapre_dist.deepspeed import check_config
+
+        check_config(settings.ds_config)
+
+
+def _find_checkpoint(settings: Settings) -> str | None:
+    from lorapre_dist.training.checkpoints import find_checkpoint, read_manifest
+
+    tag = find_checkpoint(settings)
+    if tag is not None:
+        read_manifest(settings, tag)
+    return tag
+
+
+def _train(settings: Settings, tag: str | None) -> int:
+    import deepspeed
+    import torch.distributed as dist
+
+    _check_deepspeed_config(settings)
+    deepspeed.init_distributed(verbose=False)
+    try:
+        trainer = _set_up(settings, tag)
+        trainer.run()
+        _finish(trainer)
+        trainer.engine.destroy()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _check_deepspeed_config(settings: Settings) -> None:
+    """Let DeepSpeed's own config class read the JSON before anything is built."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    class World:
+        """The sizes that DeepSpeedConfig asks a model-parallel unit for."""
+
+        get_data_parallel_world_size = get_world_size = staticmethod(ranks.world_size)
+        get_model_parallel_rank = staticmethod(lambda: 0)
+
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(settings.ds_config)), mpu=World())
+    except Exception as error:  # assertions, pydantic errors and its own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: {'; '.join(lines[:3])}") from error
+
+
+def _set_up(settings: Settings, tag: str | None) -> Trainer:
+    from lorapre_dist.training import checkpoints, engines, models
+    from lorapre_dist.training.batches import BatchPlan
+    from lorapre_dist.training.data import prepare_data
+    from lorapre_dist.training.loop import Trainer
+    from lorapre_dist.training.metrics import MetricsWriter
+
+    plan = BatchPlan(settings.batch.global_batch, settings.batch.micro_batch, ranks.world_size(), ranks.rank())
+    ranks.agree_on("the checkpoint to resume from", tag)
+    with ranks.together():
+        config = models.model_config(settings)
+        data = prepare_data(settings, plan, config.vocab_size)
+        models.fit_vocabulary(config, settings, data.vocab_size)
+        if tag is not None:
+            checkpoints.check_checkpoint(settings, data, tag, checkpoints.read_manifest(settings, tag))
+        _make_output_folder(settings)
+    ranks.agree_on("the text or the tokenizer", data.fingerprint)
+    engine = engines.build_engine(config, settings)
+    _seed(settings.seed)
+    step = tokens = 0
+    if tag is not None:
+        step, tokens = checkpoints.load(engine, settings, data, tag)
+    elif ranks.rank() == 0:
+        checkpoints.forget_latest(settings)
+    writer = None
+    if ranks.rank() == 0:
+        print(engines.start_table(engine, settings, plan, data), flush=True)
+        if tag is not None:
+            print(f"resuming from {tag} at step {step}", flush=True)
+        writer = MetricsWriter(settings, step)
+        write_atomically(Path(settings.output_dir) / "settings.json", json.dumps(describe(settings), indent=1))
+    return Trainer(engine, settings, data, plan, writer, step, tokens)
+
+
+def _make_output_folder(settings: Settings) -> None:
+    folder = Path(settings.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{ranks.rank()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
+
+
+def _seed(seed: int) -> None:
+    """Each rank draws its own dropout masks; weights and data have seeds of their own."""
+    import numpy as np
+    import torch
+
+    own = seed * 1_000_003 + ranks.rank()
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+
+
+def _finish(trainer: Trainer) -> None:
+    """Close the logs and say what came out, on rank 0."""
+    from lorapre_dist.training.engines import summary
+
+    if trainer.writer is None:
+        return
+    trainer.writer.close()
+    result: dict[str, Any] = summary(trainer)
+    write_atomically(Path(trainer.settings.output_dir) / "summary.json", json.dumps(result, indent=1))
+    print(
+        f"eval loss {result['eval_loss_before']:.4f} before, {result['eval_loss_after']:.4f} after "
+        f"{result['steps']} steps ({result['tokens']:,} tokens); plot: {result['plot']}",
+        flush=True,
+    )

@@ -1,0 +1,159 @@
+"""From settings to training sequences and held-out sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training.batches import BatchPlan
+from lorapre_dist.training.documents import Source, open_source
+from lorapre_dist.training.settings import Settings
+from lorapre_dist.training.splits import Split, finite_split, streaming_split
+from lorapre_dist.training.streaming import LaneStream
+from lorapre_dist.training.tokenizer import Encoder, load_tokenizer, trained_tokenizer
+from lorapre_dist.training.tokens import TokenStream, token_file
+
+
+class Stream(Protocol):
+    """Training sequences, batch after batch, with a position that can be saved."""
+
+    def next_batch(self) -> torch.Tensor:
+        """This rank's sequences of the next global batch, ``(per_rank, seq_len)``, int64."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at ``state``."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What training reads.
+
+    Attributes:
+        train: sequences to train on.
+        held_out: sequences to evaluate on, ``(n, seq_len)``, the same on every rank.
+        vocab_size: number of token ids.
+        fingerprint: of the text, the split and the tokenizer; a resumed run must have the same.
+    """
+
+    train: Stream
+    held_out: np.ndarray
+    vocab_size: int
+    fingerprint: str
+
+
+def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
+    """Open the corpus, hold out a part, train or load the tokenizer and tokenise. Issues no collective.
+
+    Raises:
+        ConfigError: anything wrong with the corpus or the tokenizer, or too little text for one batch.
+    """
+    cache = Path(settings.data_cache)
+    source = _open(settings, settings.dataset, settings.dataset_split)
+    evaluation = _evaluation_source(settings, source)
+    split = _split(settings, source, evaluation, cache)
+    encoder = Encoder(_tokenizer(settings, source, split, cache, vocab_size))
+    key = f"{source.fingerprint}-{split.threshold:x}-{encoder.fingerprint}"
+    train: Stream
+    if source.finite:
+        tokens = token_file(cache / "tokens" / key, lambda: _training_texts(source, split), encoder)
+        tail = int(split.tail * len(tokens))
+        train = TokenStream(tokens[: len(tokens) - tail], settings.seq_len, plan, settings.seed)
+        held_out = tokens[len(tokens) - tail :] if tail else None
+    else:
+        train = LaneStream(source, encoder, settings.seq_len, plan, lambda text: not split.held_out(text))
+        held_out = None
+    if held_out is None:
+        held_out = _held_out_tokens(settings, source, evaluation, split, encoder, key, cache)
+    count = len(encoder.tokenizer)
+    return Data(train, _sequences(settings, held_out), count, f"{key}-{split.tail}")
+
+
+def _open(settings: Settings, name: str, split: str) -> Source:
+    return open_source(
+        name,
+        config=settings.dataset_config if name == settings.dataset else None,
+        split=split,
+        column=settings.text_column,
+        streaming=settings.streaming,
+    )
+
+
+def _evaluation_source(settings: Settings, source: Source) -> Source | None:
+    """Held-out text of its own: ``--eval_dataset``, or a hub dataset's evaluation split if it has one."""
+    if settings.eval_dataset is not None:
+        return _open(settings, settings.eval_dataset, settings.eval_split)
+    if not source.hub or settings.eval_split == settings.dataset_split:
+        return None
+    try:
+        return _open(settings, settings.dataset, settings.eval_split)
+    except ConfigError as error:
+        if "split" in str(error).lower():
+            return None
+        raise
+
+
+def _split(settings: Settings, source: Source, evaluation: Source | None, cache: Path) -> Split:
+    if evaluation is not None:
+        return Split()
+    if source.finite:
+        return finite_split(source, settings.eval_fraction, cache)
+    return streaming_split(settings.eval_fraction)
+
+
+def _training_texts(source: Source, split: Split) -> Any:
+    return (text for text in source.documents() if not split.held_out(text))
+
+
+def _tokenizer(
+    settings: Settings, source: Source, split: Split, cache: Path, vocab_size: int
+) -> PreTrainedTokenizerBase:
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    key = f"{source.fingerprint}-{split.threshold:x}"
+    return trained_tokenizer(lambda: _training_texts(source, split), key, settings.vocab_size or vocab_size, cache)
+
+
+def _held_out_tokens(
+    settings: Settings,
+    source: Source,
+    evaluation: Source | None,
+    split: Split,
+    encoder: Encoder,
+    key: str,
+    cache: Path,
+) -> np.ndarray:
+    wanted = settings.eval_batches * settings.batch.global_batch * settings.seq_len
+    if evaluation is None:
+        chosen, name = source, f"{key}-held_out"
+        # Reading a stream to its end for a rare document would not end.
+        limit = None if source.finite else wanted or 100 * settings.seq_len * settings.batch.global_batch
+    else:
+        chosen, name = evaluation, f"{evaluation.fingerprint}-{encoder.fingerprint}"
+        limit = None if evaluation.finite else wanted or None
+    name += "" if limit is None else f"-{limit}"
+
+    def texts() -> Any:
+        return (t for t in chosen.documents() if evaluation is not None or split.held_out(t))
+
+    return token_file(cache / "tokens" / name, texts, encoder, limit)
+
+
+def _sequences(settings: Settings, tokens: np.ndarray) -> np.ndarray:
+    count = len(tokens) // settings.seq_len
+    if count == 0:
+        raise ConfigError(
+            f"the held-out text is too small: {len(tokens)} tokens, one sequence needs {settings.seq_len}; "
+            "raise --eval_fraction or give --eval_dataset"
+        )
+    if settings.eval_batches:
+        count = min(count, settings.eval_batches * settings.batch.global_batch)
+    return tokens[: count * settings.seq_len].reshape(count, settings.seq_len)

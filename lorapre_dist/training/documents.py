@@ -1,0 +1,168 @@
+"""Sources of text: built in, local files, or the Hugging Face hub; all as streams of documents."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training import builtin_text
+from lorapre_dist.training.settings import BUILTIN, COMPRESSIONS, LOCAL_SUFFIXES
+
+# Short names of hub datasets: (repository, configuration).
+HUB_ALIASES = {"c4": ("allenai/c4", "en")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus that can be read again and again in one order.
+
+    Attributes:
+        name: what the user called it.
+        fingerprint: changes when the documents change; part of cache keys and checked on resume.
+        documents: starts a new pass over the texts.
+        stream: the ``datasets.IterableDataset`` behind it, ``None`` for built-in text.
+        column: the stream's text column.
+        finite: small enough to be tokenised as a whole; otherwise it is tokenised while training.
+        hub: a hub dataset, which may have splits.
+    """
+
+    name: str
+    fingerprint: str
+    documents: Callable[[], Iterator[str]]
+    stream: Any = None
+    column: str = "text"
+    finite: bool = True
+    hub: bool = False
+
+
+def open_source(name: str, *, config: str | None, split: str, column: str | None, streaming: bool) -> Source:
+    """The corpus called ``name``: ``"builtin"``, a local file, folder or glob, or a hub dataset.
+
+    Raises:
+        ConfigError: nothing there, an unknown kind of file, no such configuration, split or column.
+    """
+    if name == BUILTIN:
+        return Source(name, builtin_text.fingerprint(), builtin_text.documents)
+    if Path(name).exists() or any(c in name for c in "*?["):
+        files = local_files(name)
+        if files:
+            return _local_source(name, files, column, streaming)
+    return _hub_source(name, config, split, column)
+
+
+def local_files(name: str) -> list[Path]:
+    """The data files that ``name`` (file, folder or glob) means, sorted; all of one kind.
+
+    A folder with a dataset card (``README.md`` and no other text) is read as the hub would; then the list is empty.
+
+    Raises:
+        ConfigError: no data file, or several kinds.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if (path / "README.md").is_file() and (path / "README.md").read_text(encoding="utf-8").startswith("---"):
+            return []
+        found = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
+    else:
+        found = sorted(Path(p) for p in (glob.glob(name, recursive=True) if not path.is_file() else [name]))
+        found = [p for p in found if p.is_file() and kind_of(p)]
+    if not found:
+        raise ConfigError(f"--dataset {name}: holds no {', '.join(LOCAL_SUFFIXES)} file")
+    kinds = sorted({kind_of(p) or "" for p in found})
+    if len(kinds) > 1:
+        raise ConfigError(f"--dataset {name}: mixes {' and '.join(kinds)} files; name one kind with a glob")
+    return found
+
+
+def kind_of(path: Path) -> str | None:
+    """Which ``datasets`` builder reads the file, ``None`` for an unknown kind."""
+    suffix = path.suffix if path.suffix not in COMPRESSIONS else path.with_suffix("").suffix
+    return LOCAL_SUFFIXES.get(suffix)
+
+
+def _local_source(name: str, files: list[Path], column: str | None, streaming: bool) -> Source:
+    kind = kind_of(files[0]) or ""
+    # Paragraphs: one document per blank-line separated block of a text file.
+    options = {"sample_by": "paragraph"} if kind == "text" else {}
+    stream = _load(name, kind, data_files=[str(f) for f in files], split="train", **options)
+    facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return _stream_source(name, json.dumps([kind, facts]), stream, column, finite=not streaming, hub=False)
+
+
+def _hub_source(name: str, config: str | None, split: str, column: str | None) -> Source:
+    repository, default = HUB_ALIASES.get(name, (name, None))
+    stream = _load(name, repository, config or default, split=split)
+    return _stream_source(
+        name, json.dumps([repository, config or default, split]), stream, column, finite=False, hub=True
+    )
+
+
+def _load(name: str, *args: Any, **options: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*args, streaming=True, **options)
+    except Exception as error:  # datasets raises many kinds, from network errors to bare Exception
+        raise ConfigError(f"--dataset {name}: cannot be opened: {first_line(error)}") from error
+
+
+def _stream_source(name: str, facts: str, stream: Any, column: str | None, *, finite: bool, hub: bool) -> Source:
+    column = _text_column(name, stream, column)
+    digest = hashlib.blake2b(f"{facts}:{column}".encode(), digest_size=8).hexdigest()
+
+    def documents() -> Iterator[str]:
+        yield from guarded(name, stream, column)
+
+    return Source(name, digest, documents, stream, column, finite, hub)
+
+
+def guarded(name: str, stream: Any, column: str) -> Iterator[str]:
+    """The texts of one pass over ``stream``; whatever goes wrong in reading becomes a :class:`ConfigError`."""
+    rows = iter(stream)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ConfigError(f"--dataset {name}: cannot be read: {first_line(error)}") from error
+        text = row[column]
+        if isinstance(text, str):
+            if text:
+                yield text
+        elif text is not None:
+            raise ConfigError(f"--dataset {name}: column {column!r} holds {type(text).__name__}, not text")
+
+
+def _text_column(name: str, stream: Any, column: str | None) -> str:
+    try:
+        first = next(iter(stream))
+    except StopIteration:
+        raise ConfigError(f"--dataset {name}: is empty") from None
+    except Exception as error:
+        raise ConfigError(f"--dataset {name}: cannot be read: {first_line(error)}") from error
+    texts = [key for key, value in first.items() if isinstance(value, str)]
+    if column is not None:
+        if column not in first:
+            raise ConfigError(f"--text_column {column}: {name} has the columns {', '.join(first)}")
+        return column
+    if "text" in first:
+        return "text"
+    if len(texts) == 1:
+        return texts[0]
+    raise ConfigError(f"--dataset {name}: name one of its columns with --text_column: {', '.join(first)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The innermost cause of ``error`` in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

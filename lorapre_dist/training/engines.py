@@ -1,0 +1,73 @@
+"""The DeepSpeed engine, and what to say about it at the start and the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+import lorapre_dist
+from lorapre_dist.training import models
+from lorapre_dist.training.batches import BatchPlan
+from lorapre_dist.training.data import Data
+from lorapre_dist.training.ds_json import precision, zero_stage
+from lorapre_dist.training.plots import PLOT_FILE
+from lorapre_dist.training.schedule import scheduler_factory
+from lorapre_dist.training.settings import Settings
+
+
+def build_engine(config: PretrainedConfig, settings: Settings) -> Any:
+    """Model, optimizer and schedule under DeepSpeed; a collective.
+
+    Raises:
+        ConfigError: the optimizer rejects its options or matches nothing.
+    """
+    model = models.build_model(config, settings)
+    buffers = models.BufferKeeper(model)
+    engine, _, _, _ = lorapre_dist.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=settings.ds_config,
+        lr_scheduler=scheduler_factory(settings.warmup_steps, settings.max_steps),
+    )
+    buffers.restore(engine.module)
+    return engine
+
+
+def start_table(engine: Any, settings: Settings, plan: BatchPlan, data: Data) -> str:
+    """Model, batch, data and optimizer state, one line each."""
+    name = settings.model or settings.model_config
+    accumulation = plan.per_rank // plan.micro_batch
+    lines = [
+        f"model      {name}, {models.count_parameters(engine.module):,} parameters, vocabulary {data.vocab_size:,}",
+        f"layout     ZeRO-{zero_stage(settings.ds_config)}, {plan.world_size} ranks, {precision(settings.ds_config)}",
+        f"batch      {plan.global_batch} x {settings.seq_len} tokens = {plan.world_size} ranks x "
+        f"{plan.micro_batch} sequences x {accumulation} accumulation",
+        f"data       {settings.dataset}, {len(data.held_out):,} held-out sequences",
+        f"optimizer  {settings.ds_config['optimizer']['type']}",
+    ]
+    report = memory_report(engine)
+    return "\n".join(lines) + (f"\n{report}" if report is not None else "")
+
+
+def memory_report(engine: Any) -> Any:
+    """The optimizer's own account of its state on this rank, ``None`` for an optimizer that keeps none."""
+    optimizer = lorapre_dist.deepspeed.base_optimizer(engine)
+    return optimizer.memory_report() if hasattr(optimizer, "memory_report") else None
+
+
+def summary(trainer: Any) -> dict[str, Any]:
+    """What ``summary.json`` holds: losses before and after, optimizer state per rank, where the plot is."""
+    rows = [row for row in trainer.writer.rows if row.get("eval_loss") is not None]
+    report = memory_report(trainer.engine)
+    return {
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "eval_loss_before": rows[0]["eval_loss"],
+        "eval_loss_after": rows[-1]["eval_loss"],
+        "eval_ppl_after": rows[-1]["eval_ppl"],
+        "optimizer_state_bytes": getattr(report, "state_bytes", None),
+        "adamw_state_bytes": getattr(report, "adamw_state_bytes", None),
+        "plot": str(Path(trainer.settings.output_dir) / PLOT_FILE),
+    }

@@ -1,0 +1,149 @@
+"""The training loop: batches in, metrics and checkpoints out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from lorapre_dist.training import checkpoints, ranks
+from lorapre_dist.training.batches import BatchPlan
+from lorapre_dist.training.data import Data
+from lorapre_dist.training.ds_json import zero_stage
+from lorapre_dist.training.evaluation import Evaluation, evaluate
+from lorapre_dist.training.metrics import MetricsWriter
+from lorapre_dist.training.plots import PLOT_FILE, plot_loss
+from lorapre_dist.training.settings import Settings
+
+
+@dataclass
+class Trainer:
+    """One run. ``step`` counts finished optimizer steps, ``tokens`` what all ranks have trained on.
+
+    Attributes:
+        writer: on rank 0 only.
+    """
+
+    engine: Any
+    settings: Settings
+    data: Data
+    plan: BatchPlan
+    writer: MetricsWriter | None
+    step: int = 0
+    tokens: int = 0
+    _clock: float = field(default=0.0, init=False)
+    _clock_tokens: int = field(default=0, init=False)
+
+    def run(self) -> None:
+        """Train to ``max_steps``, evaluating before, after and in between."""
+        settings = self.settings
+        self.engine.train()
+        if self.step == 0:
+            first = evaluate(self.engine, self.data.held_out, self.plan)
+            self._write({"step": 0, "loss": None, "tokens": 0} | _eval_columns(first))
+        bar = tqdm(
+            total=settings.max_steps,
+            initial=self.step,
+            unit="step",
+            disable=ranks.rank() != 0 or not settings.progress,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+        self._restart_clock()
+        with bar:
+            while self.step < settings.max_steps:
+                self._one_step(bar)
+        self._plot()
+
+    def _one_step(self, bar: Any) -> None:
+        settings = self.settings
+        lr = self.engine.get_lr()[0]
+        loss, grad_norm = self._train_step(self.data.train.next_batch())
+        self.step += 1
+        self.tokens += self.plan.global_batch * settings.seq_len
+        last = self.step == settings.max_steps
+        evaluated = last or (settings.eval_every > 0 and self.step % settings.eval_every == 0)
+        if evaluated or last or self.step % settings.log_every == 0:
+            row = self._row(loss, lr, grad_norm)
+            if evaluated:
+                row |= _eval_columns(evaluate(self.engine, self.data.held_out, self.plan))
+                self._restart_clock()
+            self._write(row)
+            bar.set_postfix_str(_summary(row), refresh=False)
+        bar.update()
+        if settings.save_every and (last or self.step % settings.save_every == 0):
+            checkpoints.save(self.engine, settings, self.data, self.step, self.tokens)
+            if not last:
+                self._plot()
+            self._restart_clock()
+
+    def _train_step(self, batch: torch.Tensor) -> tuple[torch.Tensor, float | None]:
+        """One optimizer step on this rank's sequences; the mean loss over its micro-batches, and the gradient norm."""
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.engine.device)
+        norm: float | None = None
+        micro_batches = batch.split(self.plan.micro_batch)
+        for tokens in micro_batches:
+            tokens = tokens.to(self.engine.device, non_blocking=True)
+            loss = self.engine(input_ids=tokens, labels=tokens).loss
+            loss_sum += loss.detach().float()
+            self.engine.backward(loss)
+            if self.engine.is_gradient_accumulation_boundary():
+                norm = self._local_grad_norm()
+            self.engine.step()
+        reported = self.engine.get_global_grad_norm()
+        if reported is not None:
+            norm = float(reported)
+        return loss_sum / len(micro_batches), norm
+
+    def _local_grad_norm(self) -> float | None:
+        """Under ZeRO-0 in fp32 DeepSpeed reports no norm, but every rank holds the averaged gradients."""
+        if zero_stage(self.settings.ds_config) != 0:
+            return None
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+
+    def _row(self, loss: torch.Tensor, lr: float, grad_norm: float | None) -> dict[str, Any]:
+        if dist.get_world_size() > 1:
+            dist.all_reduce(loss)
+            loss = loss / dist.get_world_size()
+        value = loss.item()
+        now = time.perf_counter()
+        speed = (self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9)
+        self._restart_clock()
+        return {
+            "step": self.step,
+            "loss": value,
+            "lr": lr,
+            "tokens": self.tokens,
+            "tokens_per_s": round(speed, 1),
+            "grad_norm": grad_norm,
+        }
+
+    def _restart_clock(self) -> None:
+        self._clock, self._clock_tokens = time.perf_counter(), self.tokens
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(row)
+
+    def _plot(self) -> None:
+        if self.writer is not None:
+            name = self.settings.model or Path(self.settings.model_config or "").stem
+            title = f"{name}, {self.settings.ds_config['optimizer']['type']}, {self.settings.dataset}"
+            plot_loss(self.writer.rows, Path(self.settings.output_dir) / PLOT_FILE, title)
+
+
+def _eval_columns(result: Evaluation) -> dict[str, Any]:
+    return {"eval_loss": result.loss, "eval_ppl": result.perplexity}
+
+
+def _summary(row: dict[str, Any]) -> str:
+    parts = [f"loss {row['loss']:.3f}", f"lr {row['lr']:.2e}", f"{row['tokens_per_s']:,.0f} tok/s"]
+    if "eval_loss" in row:
+        parts.append(f"eval {row['eval_loss']:.3f}")
+    return ", ".join(parts)

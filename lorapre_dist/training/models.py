@@ -1,0 +1,185 @@
+"""Causal language models from a preset or a config file, with the same initial weights under every ZeRO stage."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training.ds_json import precision, zero_stage
+from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.settings import Settings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def preset_config(name: str, seq_len: int = 256, vocab_size: int | None = None) -> LlamaConfig:
+    """A Hugging Face config with GaLore's shapes for the preset ``name``."""
+    preset = PRESETS[name]
+    return LlamaConfig(
+        hidden_size=preset.hidden_size,
+        intermediate_size=preset.intermediate_size,
+        num_attention_heads=preset.num_attention_heads,
+        num_hidden_layers=preset.num_hidden_layers,
+        max_position_embeddings=max(preset.max_position_embeddings, seq_len),
+        vocab_size=vocab_size or preset.vocab_size,
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
+
+def file_config(path: str, seq_len: int) -> PretrainedConfig:
+    """The model config in the JSON file ``path``.
+
+    Raises:
+        ConfigError: not readable as a config of a known model type, or shorter than ``seq_len``.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        model_type = values.pop("model_type")
+        config = AutoConfig.for_model(model_type, **values)
+    except KeyError as error:
+        raise ConfigError(f"--model_config {path}: needs 'model_type', a model type that transformers knows") from error
+    except Exception as error:
+        raise ConfigError(f"--model_config {path}: not a usable model config: {error}") from error
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise ConfigError(f"--seq_len {seq_len}: more than the model's max_position_embeddings {limit}")
+    config.use_cache = False
+    return config
+
+
+def model_config(settings: Settings) -> PretrainedConfig:
+    """The config that ``--model`` or ``--model_config`` asks for, with its own vocabulary size."""
+    if settings.model_config:
+        return file_config(settings.model_config, settings.seq_len)
+    assert settings.model is not None
+    return preset_config(settings.model, settings.seq_len)
+
+
+def fit_vocabulary(config: PretrainedConfig, settings: Settings, tokens: int) -> None:
+    """Set a preset's vocabulary to the tokenizer's ``tokens``; a config file's must hold them already.
+
+    Raises:
+        ConfigError: the config file's vocabulary is smaller than the tokenizer's.
+    """
+    if settings.model_config is None:
+        config.vocab_size = tokens
+    elif config.vocab_size < tokens:
+        raise ConfigError(
+            f"--model_config: vocab_size {config.vocab_size} is less than the tokenizer's {tokens} tokens"
+        )
+
+
+def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
+    """Construct the model in the JSON's precision, partitioned from birth under ZeRO-3, and initialise it.
+
+    Initial weights depend on the seed and each module's name only: not on the stage, the number of ranks, or
+    (up to rounding) the precision.
+
+    Raises:
+        ConfigError: transformers cannot build a causal LM from this config.
+    """
+    stage = zero_stage(settings.ds_config)
+    sharded = deepspeed.zero.Init(config_dict_or_path=settings.ds_config) if stage == 3 else contextlib.nullcontext()
+    dtype = DTYPES[precision(settings.ds_config)]
+    with no_init_weights(), sharded:
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, ImportError, AttributeError) as error:
+            raise ConfigError(f"cannot build a causal LM from {type(config).__name__}: {error}") from error
+    initialise(model, settings.seed)
+    model.tie_weights()
+    if settings.gradient_checkpointing:
+        # ZeRO-3 frees a recomputed parameter's storage between forward and backward, which the non-reentrant form
+        # takes for changed metadata.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": stage == 3})
+    return model
+
+
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """Give every module its model's own initial values from an RNG seeded by (``seed``, module name)."""
+    state = torch.random.get_rng_state()
+    done: set[int] = set()
+    for name, module, owner in _modules(model, "", model):
+        parameters = [p for p in module.parameters(recurse=False) if id(p) not in done]
+        done.update(id(p) for p in parameters)
+        if parameters:
+            torch.manual_seed(_module_seed(seed, name))
+            _initialise_module(owner, module, parameters, name)
+        elif not list(module.parameters(recurse=False)):
+            # Buffers such as rotary frequencies; zero.Init made them in half precision.
+            for key in module._non_persistent_buffers_set:
+                buffer = module._buffers[key]
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[key] = buffer.float()
+            owner._init_weights(module)
+    torch.random.set_rng_state(state)
+
+
+def _modules(module: nn.Module, prefix: str, owner: PreTrainedModel) -> list[tuple[str, nn.Module, PreTrainedModel]]:
+    """Every module with its name and the nearest pre-trained model above it, whose rules apply to it."""
+    if isinstance(module, PreTrainedModel):
+        owner = module
+    found = [(prefix, module, owner)]
+    for name, child in module.named_children():
+        found += _modules(child, f"{prefix}.{name}" if prefix else name, owner)
+    return found
+
+
+def _module_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big")
+
+
+@torch.no_grad()
+def _initialise_module(owner: PreTrainedModel, module: nn.Module, parameters: list[nn.Parameter], name: str) -> None:
+    """Draw in fp32 on the CPU whatever the precision and device, and round once."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
+        if partitioned and torch.distributed.get_rank() != 0:
+            return
+        targets = [p.data for p in parameters]
+        for parameter, target in zip(parameters, targets, strict=True):
+            parameter.data = torch.full(target.shape, float("nan"), dtype=torch.float32)
+        owner._init_weights(module)
+        if any(bool(p.isnan().any()) for p in parameters) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+            owner._init_weights(module)
+        left = any(bool(p.isnan().any()) for p in parameters)
+        for parameter, target in zip(parameters, targets, strict=True):
+            target.copy_(parameter.data)
+            parameter.data = target
+    if left:
+        raise ConfigError(f"{type(owner).__name__} has no rule to initialise {name} ({type(module).__name__})")
+
+
+class BufferKeeper:
+    """Keeps fp32 buffers (rotary frequencies) in fp32: DeepSpeed casts whole modules to bf16 or fp16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved = {
+            name: buffer.detach().clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32
+        }
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the kept values back, on the device where each buffer is now."""
+        for name, value in self.saved.items():
+            owner_name, _, leaf = name.rpartition(".")
+            owner: Any = model.get_submodule(owner_name)
+            owner._buffers[leaf] = value.to(owner._buffers[leaf].device)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameter elements, whole sizes under ZeRO-3 too."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

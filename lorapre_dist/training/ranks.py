@@ -1,0 +1,96 @@
+"""Who this process is, and errors that every rank agrees on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lorapre_dist.config import ConfigError
+
+# The launcher polls its children once a second and stops the others when one fails. Ranks other than 0 wait a
+# little longer than that, so that one bad setting gives one line and not one line per rank.
+YIELD_SECONDS = 5.0
+
+
+class AgreedError(ConfigError):
+    """A :class:`ConfigError` that every rank raises, so that rank 0 can speak for all."""
+
+
+def rank() -> int:
+    """Global rank that the launcher assigned, 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Rank on this machine, 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def fill_launch_environment() -> None:
+    """Without a launcher, describe a world of one process, which is what the process is."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in single.items()})
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block that issues no collective; if it fails on any rank, raise the same error on every rank.
+
+    Raises:
+        AgreedError: the first failing rank's :class:`ConfigError`.
+    """
+    import torch.distributed as dist
+
+    error: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as caught:
+        error = caught
+    message = None if error is None else str(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+    else:
+        messages = [message]
+    for failing, text in enumerate(messages):
+        if text is not None:
+            everywhere = all(other == text for other in messages)
+            raise AgreedError(text if everywhere or failing == 0 else f"rank {failing}: {text}") from error
+
+
+def agree_on(name: str, value: object) -> None:
+    """Raise :class:`AgreedError` unless every rank holds the same ``value``."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    values: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if any(other != values[0] for other in values):
+        raise AgreedError(f"the ranks disagree on {name}: {values}; give all machines the same files")
+
+
+def report(error: ConfigError) -> int:
+    """Write one line about ``error`` to stderr, from rank 0 where possible; the exit code is 2."""
+    if rank() != 0:
+        sys.stderr.flush()
+        time.sleep(YIELD_SECONDS)
+        if isinstance(error, AgreedError):
+            return 2
+    prefix = "error" if rank() == 0 else f"error on rank {rank()}"
+    print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2

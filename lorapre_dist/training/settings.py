@@ -1,0 +1,261 @@
+"""Command line of the pre-training program, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training.ds_json import BatchSizes, batch_sizes, override_lr, read_deepspeed_config
+from lorapre_dist.training.presets import PRESETS
+
+BUILTIN = "builtin"
+LOCAL_SUFFIXES = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for; batch sizes, optimizer, clipping and precision live in the DeepSpeed JSON."""
+
+    model: str | None
+    model_config: str | None
+    deepspeed_config: str
+    dataset: str
+    dataset_config: str | None
+    dataset_split: str
+    eval_dataset: str | None
+    eval_split: str
+    text_column: str | None
+    streaming: bool
+    eval_fraction: float
+    tokenizer: str | None
+    vocab_size: int | None
+    seq_len: int
+    max_steps: int
+    warmup_steps: int
+    lr: float | None
+    eval_every: int
+    eval_batches: int
+    save_every: int
+    log_every: int
+    output_dir: str
+    resume: str
+    seed: int
+    gradient_checkpointing: bool
+    wandb: bool
+    wandb_project: str
+    run_name: str | None
+    tensorboard: bool
+    progress: bool
+    data_cache: str
+    local_rank: int
+    ds_config: dict[str, Any]
+    batch: BatchSizes
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing usage on every rank, and names the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        marker = "unrecognized arguments: "
+        if marker in message:
+            wanted = message.split(marker, 1)[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(wanted, [o for a in self._actions for o in a.option_strings], n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise ConfigError(f"unknown option {wanted}: {hint}")
+        raise ConfigError(f"{message} (see --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; every default is shown by ``--help``."""
+    parser = _Parser(
+        prog="pretrain.py",
+        description="Pre-train a causal LM under DeepSpeed with the optimizer of the DeepSpeed JSON.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_model_options(parser.add_argument_group("model"))
+    _add_data_options(parser.add_argument_group("data"))
+    _add_run_options(parser.add_argument_group("run"))
+    _add_output_options(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_model_options(group: Any) -> None:
+    group.add_argument("--model", help=f"preset: {', '.join(PRESETS)} (default: llama-tiny)")
+    group.add_argument("--model_config", help="a Hugging Face config.json of any causal LM, instead of --model")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+
+
+def _add_data_options(group: Any) -> None:
+    group.add_argument(
+        "--dataset",
+        default=BUILTIN,
+        help="'builtin' (documentation of this Python installation), a file, folder or glob of .txt, .jsonl, .json, "
+        ".csv or .parquet (also compressed), 'c4', or a Hugging Face hub name",
+    )
+    group.add_argument("--dataset_config", help="configuration of a hub dataset")
+    group.add_argument("--dataset_split", default="train", help="training split of a hub dataset")
+    group.add_argument("--eval_dataset", help="held-out text, in the forms of --dataset (default: see --eval_fraction)")
+    group.add_argument("--eval_split", default="validation", help="held-out split of a hub dataset, where it has one")
+    group.add_argument("--text_column", help="column that holds the text (default: 'text', or the only text column)")
+    group.add_argument("--streaming", action="store_true", help="read local files as a stream; hub names always are")
+    group.add_argument("--eval_fraction", type=float, default=0.05, help="documents held out where no split exists")
+    group.add_argument("--tokenizer", help="folder or hub name (default: a byte-level BPE trained on the corpus)")
+    group.add_argument("--vocab_size", type=int, help="size of the BPE trained here (default: the model's)")
+    group.add_argument("--seq_len", type=int, default=256, help="tokens per sequence")
+    group.add_argument("--data_cache", default=default_cache(), help="folder for tokenizers and tokenised text")
+
+
+def _add_run_options(group: Any) -> None:
+    group.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: batch sizes, optimizer, precision")
+    group.add_argument("--max_steps", type=int, help="optimizer steps in all (default: the preset's)")
+    group.add_argument("--warmup_steps", type=int, help="steps of linear warm-up (default: a tenth of max_steps)")
+    group.add_argument("--lr", type=float, help="overrides the JSON's optimizer.params.lr")
+    group.add_argument("--eval_every", type=int, default=500, help="steps between evaluations; 0: first and last only")
+    group.add_argument(
+        "--eval_batches", type=int, default=16, help="global batches per evaluation; 0: all held-out text"
+    )
+    group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints; 0: none at all")
+    group.add_argument(
+        "--resume", default="auto", help="'auto' (latest checkpoint if any), 'none', or a checkpoint tag"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order")
+    group.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+
+
+def _add_output_options(group: Any) -> None:
+    group.add_argument("--output_dir", default="runs/pretrain", help="metrics, plot, TensorBoard files and checkpoints")
+    group.add_argument("--log_every", type=int, default=1, help="steps between rows of metrics.jsonl")
+    group.add_argument("--no_tensorboard", dest="tensorboard", action="store_false", help="write no TensorBoard files")
+    group.add_argument("--no_progress", dest="progress", action="store_false", help="no progress bar")
+    group.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    group.add_argument("--wandb_project", default="lorapre", help="project name for --wandb")
+    group.add_argument("--run_name", help="name of the run for --wandb (default: name of output_dir)")
+
+
+def default_cache() -> str:
+    """``$LORAPRE_CACHE``, else a folder in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return os.environ.get("LORAPRE_CACHE") or str(Path(base) / "lorapre_dist")
+
+
+def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
+    """Parse and check ``argv``; ``world_size`` is needed to check the batch sizes.
+
+    Raises:
+        ConfigError: a bad value, a missing or malformed file.
+    """
+    args = vars(build_parser().parse_args(argv))
+    _check_model(args)
+    _check_data(args)
+    _check_run(args)
+    ds_config = read_deepspeed_config(args["deepspeed_config"])
+    if args["lr"] is not None:
+        ds_config = override_lr(ds_config, args["lr"])
+    batch = batch_sizes(ds_config, world_size)
+    return Settings(**args, ds_config=ds_config, batch=batch)
+
+
+def with_config(settings: Settings, ds_config: dict[str, Any]) -> Settings:
+    """A copy of ``settings`` with another DeepSpeed configuration."""
+    return replace(settings, ds_config=ds_config)
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """The settings as plain values, for ``settings.json`` and trackers."""
+    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "batch"}
+
+
+def _check_model(args: dict[str, Any]) -> None:
+    if args["model"] and args["model_config"]:
+        raise ConfigError("give --model or --model_config, not both")
+    if args["model_config"]:
+        if not Path(args["model_config"]).is_file():
+            raise ConfigError(f"--model_config {args['model_config']}: no such file")
+    else:
+        args["model"] = args["model"] or "llama-tiny"
+        if args["model"] not in PRESETS:
+            near = difflib.get_close_matches(args["model"], PRESETS, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"unknown --model {args['model']}: {hint}presets: {', '.join(PRESETS)}")
+    if args["max_steps"] is None:
+        if args["model"] is None:
+            raise ConfigError("--max_steps is needed with --model_config")
+        args["max_steps"] = PRESETS[args["model"]].steps
+    if args["warmup_steps"] is None:
+        args["warmup_steps"] = max(1, args["max_steps"] // 10)
+
+
+def _check_data(args: dict[str, Any]) -> None:
+    for name in ("dataset", "eval_dataset"):
+        if args[name] is not None:
+            check_source(f"--{name}", args[name])
+    if not 0.0 < args["eval_fraction"] < 1.0:
+        raise ConfigError(f"--eval_fraction {args['eval_fraction']}: must be between 0 and 1")
+    if args["seq_len"] < 2:
+        raise ConfigError(f"--seq_len {args['seq_len']}: must be at least 2")
+    # 256 bytes and the end-of-text token are the smallest byte-level vocabulary.
+    if args["vocab_size"] is not None and args["vocab_size"] < 257:
+        raise ConfigError(f"--vocab_size {args['vocab_size']}: must be at least 257")
+    tokenizer = args["tokenizer"]
+    if tokenizer is not None and looks_like_path(tokenizer) and not Path(tokenizer).is_dir():
+        raise ConfigError(f"--tokenizer {tokenizer}: no such folder")
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether ``name`` can only mean a path: a hub name has at most one slash and no leading dot or slash."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def check_source(option: str, name: str) -> None:
+    """Raise :class:`ConfigError` if ``name`` means a local file that is not there or not readable."""
+    suffix = Path(name.removesuffix(next((c for c in COMPRESSIONS if name.endswith(c)), ""))).suffix
+    if any(c in name for c in "*?["):
+        import glob
+
+        if not glob.glob(name, recursive=True):
+            raise ConfigError(f"{option} {name}: no file matches")
+    elif Path(name).is_file():
+        if suffix not in LOCAL_SUFFIXES:
+            raise ConfigError(f"{option} {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
+        if not os.access(name, os.R_OK):
+            raise ConfigError(f"{option} {name}: not readable")
+    elif not Path(name).exists() and (looks_like_path(name) or suffix in LOCAL_SUFFIXES):
+        raise ConfigError(f"{option} {name}: no such file or folder")
+
+
+def _check_run(args: dict[str, Any]) -> None:
+    for name, least in (
+        ("max_steps", 1),
+        ("warmup_steps", 0),
+        ("eval_every", 0),
+        ("eval_batches", 0),
+        ("save_every", 0),
+        ("log_every", 1),
+        ("seed", 0),
+    ):
+        if args[name] < least:
+            raise ConfigError(f"--{name} {args[name]}: must be at least {least}")
+    if args["warmup_steps"] > args["max_steps"]:
+        raise ConfigError(f"--warmup_steps {args['warmup_steps']}: more than --max_steps {args['max_steps']}")
+    if args["lr"] is not None and not 0.0 < args["lr"] < float("inf"):
+        raise ConfigError(f"--lr {args['lr']}: must be a positive number")
+    if Path(args["output_dir"]).exists() and not Path(args["output_dir"]).is_dir():
+        raise ConfigError(f"--output_dir {args['output_dir']}: is a file")
+    if args["wandb"] and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb: the wandb package is not installed; run: pip install 'lorapre-dist[wandb]'")
