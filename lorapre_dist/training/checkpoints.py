@@ -91,7 +91,10 @@ def read_manifest(settings: Settings, tag: str) -> dict[str, Any]:
 
 
 def check_checkpoint(settings: Settings, data: Data, tag: str, manifest: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` if the checkpoint is of another run or damaged; each rank checks its part of the files."""
+    """Raise :class:`ConfigError` if the checkpoint is of another run or damaged.
+
+    Each rank reads its part of the files through, so that together they check all of them.
+    """
     wanted = identity(settings, data)
     for name, value in wanted.items():
         saved = manifest["identity"].get(name)

@@ -12,9 +12,9 @@ FINAL_FRACTION = 0.1
 
 
 def lr_fraction(step: int, warmup_steps: int, max_steps: int) -> float:
-    """Fraction of the peak lr at optimizer step ``step`` (from 0): ``(step + 1) / warmup_steps`` while warming up,
+    """Fraction of the peak lr at optimizer step ``step``, counted from 0.
 
-    then a cosine from 1 to 0.1 at ``max_steps``.
+    ``(step + 1) / warmup_steps`` while warming up, then a cosine from 1 to 0.1 at ``max_steps``.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

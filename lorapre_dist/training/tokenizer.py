@@ -99,5 +99,6 @@ class Encoder:
         logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [[*ids, self.end] for ids in encoded]
