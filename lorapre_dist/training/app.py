@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from lorapre_dist.training.settings import Settings, describe, load_settings
 
 if TYPE_CHECKING:
     from lorapre_dist.training.loop import Trainer
+
+# A build of DeepSpeed's CPU op takes 1 to 4 minutes.
+BUILD_SECONDS = 900.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +65,9 @@ def _find_checkpoint(settings: Settings) -> str | None:
 
 def _train(settings: Settings, tag: str | None) -> int:
     import deepspeed
-    import torch.distributed as dist
 
     _check_deepspeed_config(settings)
+    _check_build_lock()
     deepspeed.init_distributed(verbose=False)
     try:
         trainer = _set_up(settings, tag)
@@ -71,8 +75,8 @@ def _train(settings: Settings, tag: str | None) -> int:
         _finish(trainer)
         trainer.engine.destroy()
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
     return 0
 
 
@@ -91,6 +95,18 @@ def _check_deepspeed_config(settings: Settings) -> None:
     except Exception as error:  # assertions, pydantic errors and its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: {'; '.join(lines[:3])}") from error
+
+
+def _check_build_lock() -> None:
+    """A killed build of DeepSpeed's CPU op leaves a lock that every later process would wait on for ever."""
+    import torch
+    from torch.utils.cpp_extension import _get_build_directory
+
+    if torch.cuda.is_available():
+        return
+    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > BUILD_SECONDS:
+        raise ConfigError(f"{lock} was left by a killed build of DeepSpeed's CPU op; delete it and start again")
 
 
 def _set_up(settings: Settings, tag: str | None) -> Trainer:
