@@ -1,0 +1,44 @@
+"""AdamW on flat pieces, for the parameters that are not low-rank. Elementwise, so no layout matters to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adam import Hyper
+
+
+@dataclass
+class Vector:
+    """State of one parameter's local piece: ``exp_avg`` and ``exp_avg_sq``, both 1-D of the piece's length."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State by ``torch.optim.AdamW``'s names."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
+    """State of a piece before its first step: zeros."""
+    zeros = torch.zeros(numel, device=device, dtype=dtype)
+    return Vector(zeros, zeros.clone())
+
+
+def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper) -> None:
+    """One AdamW step of one piece, in place (decoupled weight decay, eps outside the root, as in PyTorch)."""
+    vector.step += 1
+    beta1, beta2 = hyper.betas
+    g = grad.to(vector.exp_avg.dtype)
+    wide = theta.to(vector.exp_avg.dtype)
+    vector.exp_avg.lerp_(g, 1 - beta1)
+    vector.exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denom = (vector.exp_avg_sq / (1 - beta2**vector.step)).sqrt_().add_(hyper.eps)
+    wide.mul_(1 - hyper.lr * hyper.weight_decay)
+    wide.addcdiv_(vector.exp_avg, denom, value=-hyper.lr / (1 - beta1**vector.step))
+    if wide is not theta:
+        theta.copy_(wide)

@@ -1,0 +1,76 @@
+"""The only file that issues the collectives of a step. Every one is counted by purpose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Newer PyTorch renames the flat forms and warns about the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass
+class Comm:
+    """Starts collectives and counts them.
+
+    Attributes:
+        bytes: by purpose, what this rank sends in a ring implementation: ``(n-1)/n`` of the whole for an
+            all-gather or a reduce-scatter over n ranks, twice that for an all-reduce.
+        calls: number of collectives by purpose.
+    """
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def reset(self) -> None:
+        """Forget the counts."""
+        self.bytes.clear()
+        self.calls.clear()
+
+    def all_gather(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
+        """Start gathering ``local`` (n) from all ranks; the returned function waits and gives (ranks, n)."""
+        size = dist.get_world_size(group)
+        sent, back = _staged(local, group)
+        out = sent.new_empty(size * sent.numel())
+        self._count(purpose, out, (size - 1) / size)
+        work = _all_gather(out, sent, group=group, async_op=True)
+        return lambda: (work.wait(), back(out).view(size, -1))[1]
+
+    def reduce_scatter(self, blocks: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
+        """Start summing ``blocks`` (ranks, n) over ranks; the returned function waits and gives this rank's n."""
+        size = dist.get_world_size(group)
+        sent, back = _staged(blocks.view(-1), group)
+        out = sent.new_empty(sent.numel() // size)
+        self._count(purpose, sent, (size - 1) / size)
+        work = _reduce_scatter(out, sent, group=group, async_op=True)
+        return lambda: (work.wait(), back(out))[1]
+
+    def all_reduce(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
+        """Start summing ``local`` over ranks, in place; the returned function waits and gives it."""
+        size = dist.get_world_size(group)
+        sent, _ = _staged(local, group)
+        self._count(purpose, sent, 2 * (size - 1) / size)
+        work = dist.all_reduce(sent, group=group, async_op=True)
+        return lambda: (work.wait(), local if sent is local else local.copy_(sent))[1]
+
+    def _count(self, purpose: str, tensor: Tensor, factor: float) -> None:
+        self.calls[purpose] += 1
+        self.bytes[purpose] += round(tensor.numel() * tensor.element_size() * factor)
+
+
+def _staged(tensor: Tensor, group: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """``tensor`` where the group's backend can send it, and the way back.
+
+    State offloaded to the CPU has to pass through the accelerator when the group speaks NCCL only.
+    """
+    if tensor.device.type == "cpu" and dist.get_backend(group) == "nccl":
+        home = tensor.device
+        return tensor.to(torch.device("cuda", torch.cuda.current_device())), lambda out: out.to(home)
+    return tensor, lambda out: out

@@ -1,0 +1,103 @@
+"""Integer geometry: which rows and columns of a p x q matrix a row-major interval ``[start, stop)`` touches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A rectangle of an interval: ``rows`` rows from ``row``, columns ``[col, col_stop)``, at ``offset`` in it.
+
+    Either whole rows (``col`` 0, ``col_stop`` q) or a part of one row.
+    """
+
+    row: int
+    rows: int
+    col: int
+    col_stop: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.rows * (self.col_stop - self.col)
+
+
+@dataclass(frozen=True)
+class RowInterval:
+    """The piece ``[start, stop)``, in row-major order, of the p x q matrix ``name`` that one rank holds."""
+
+    name: str
+    shape: tuple[int, int]
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        p, q = self.shape
+        if not 0 <= self.start <= self.stop <= p * q:
+            raise ValueError(f"{self.name}: interval [{self.start}, {self.stop}) is outside a {p} x {q} matrix")
+
+    @property
+    def numel(self) -> int:
+        """Number of elements held."""
+        return self.stop - self.start
+
+    @property
+    def first_row(self) -> int:
+        """The first row touched (0 if the interval is empty)."""
+        return self.start // self.shape[1] if self.numel else 0
+
+    @property
+    def rows(self) -> int:
+        """Number of rows touched, partly held rows included."""
+        return -(-self.stop // self.shape[1]) - self.first_row if self.numel else 0
+
+    @property
+    def first_owned(self) -> int:
+        """Index, among the touched rows, of the first row whose first element is held here.
+
+        That row and all later ones are counted here in sums over rows; an earlier one is counted elsewhere.
+        """
+        return min(self.rows, 1 if self.start % self.shape[1] else 0)
+
+    def segments(self) -> list[Segment]:
+        """The interval as at most three rectangles: a part of a row, whole rows, a part of a row."""
+        q = self.shape[1]
+        found: list[Segment] = []
+        at = self.start
+        while at < self.stop:
+            row, col = divmod(at, q)
+            if col or self.stop - at < q:
+                end = min(self.stop, (row + 1) * q)
+                found.append(Segment(row, 1, col, col + end - at, at - self.start))
+            else:
+                end = self.stop // q * q
+                found.append(Segment(row, (end - at) // q, 0, q, at - self.start))
+            at = end
+        return found
+
+
+def cut_rows(ranges: tuple[Range, ...], q: int) -> tuple[int, ...]:
+    """Rows that more than one of ``ranges`` (which tile the matrix in order; some may be empty) holds a part of."""
+    return tuple(sorted({start // q for start, stop in ranges if start < stop and start % q}))
+
+
+def column_block(q: int, parts: int, index: int) -> Range:
+    """Columns of block ``index`` when q columns are dealt out in ``parts`` blocks of ``ceil(q / parts)``."""
+    size = -(-q // parts)
+    return min(q, index * size), min(q, (index + 1) * size)
+
+
+def equal_ranges(numel: int, parts: int, align: int = 1) -> tuple[Range, ...]:
+    """``[0, numel)`` cut into ``parts`` pieces of ``ceil(numel / parts)`` (rounded up to ``align``), the last cut short."""
+    size = -(-numel // (parts * align)) * align
+    return tuple((min(numel, k * size), min(numel, (k + 1) * size)) for k in range(parts))
+
+
+def overlap(start: int, stop: int, low: int, high: int) -> Range:
+    """The part of ``[start, stop)`` inside ``[low, high)``, empty as ``(x, x)``, measured from ``start``."""
+    first, last = max(start, low), min(stop, high)
+    return (first - start, last - start) if first < last else (0, 0)

@@ -1,0 +1,173 @@
+"""DeepSpeed: register LoRAPre for the JSON's ``optimizer.type``, refuse what it cannot do, bind the engine's layout.
+
+DeepSpeed resolves an unknown optimizer name with ``getattr(torch.optim, name)`` and hands it bare parameters. Names
+and layout are known to the engine alone, so ``DeepSpeedEngine._configure_optimizer`` is wrapped: once DeepSpeed has
+built its own optimizer around ours, ours is told which piece of which parameter lies where. Both ``initialize`` doors
+pass through there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed as ds
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from .config import ConfigError, LoRAPreConfig
+from .layouts import whole, zero3, zero12
+from .layouts.base import Layout
+from .optimizer import LoRAPre, building_under_engine
+from .param_groups import clean_name
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"LoRAPre": LoRAPre}
+
+# Where in the JSON, when it is refused, and why.
+_UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
+    ("zero_optimization.offload_optimizer.device", "nvme", "its swapper moves AdamW's tensors only; use 'cpu'"),
+    ("zero_optimization.offload_optimizer.super_offload", True, "it brings its own Adam; use plain 'cpu' offload"),
+    ("zero_optimization.offload_optimizer.ratio", lambda v: v != 1.0, "it brings a second Adam; leave it at 1.0"),
+    ("zero_optimization.zenflow", lambda v: v is not None, "it replaces the optimizer's step"),
+    ("zero_optimization.elastic_checkpoint", True, "it cuts state tensors to the length of the flat weights"),
+    ("zero_optimization.mics_shard_size", lambda v: v > 0, "parameters are then split over sub-groups of ranks"),
+    ("zero_optimization.zero_hpz_partition_size", lambda v: v > 1, "secondary partitions are not understood"),
+    ("fp16.fp16_master_weights_and_grads", True, "the master weights must be fp32"),
+    ("bf16.bf16_master_weights_and_grads", True, "the master weights must be fp32"),
+    ("bf16.bf16_optimizer_states", True, "the factors are fp32"),
+    ("tensor_parallel.autotp_size", lambda v: v > 1, "DeepSpeed's tensor parallelism splits matrices again"),
+    ("torch_autocast.enabled", True, "its gradient scaler steps the optimizer behind DeepSpeed; use bf16 or fp16"),
+    ("sparse_gradients", True, "LoRAPre needs dense gradients"),
+    ("checkpoint.load_universal", True, "universal checkpoints carry AdamW's state only"),
+    ("pipeline.stages", lambda v: isinstance(v, int) and v > 1, "pipeline parallelism is not supported"),
+)
+
+
+def register() -> None:
+    """Make ``"type": "LoRAPre"`` known to DeepSpeed and to ZeRO. Called by ``import lorapre_dist``; idempotent."""
+    for name, cls in OPTIMIZERS.items():
+        setattr(torch.optim, name, cls)
+        if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
+    if not hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__"):
+        DeepSpeedEngine._configure_optimizer = _binding(DeepSpeedEngine._configure_optimizer)
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize``: same arguments and result, after checking the configuration.
+
+    Raises:
+        ConfigError: an unknown or bad optimizer option, an unsupported DeepSpeed feature, or nothing is low-rank.
+    """
+    config = kwargs.get("config") or kwargs.get("config_params")
+    if config is not None:
+        check_config(config)
+    return ds.initialize(*args, **kwargs)
+
+
+def check_config(config: Mapping[str, Any] | str | Path) -> LoRAPreConfig | None:
+    """Check a DeepSpeed configuration before anything is built from it.
+
+    Args:
+        config: the mapping, or the path of a JSON file.
+
+    Returns:
+        The optimizer's settings, or None if the configuration names another optimizer.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown or bad optimizer option, an unsupported DeepSpeed feature.
+    """
+    if not isinstance(config, Mapping):
+        config = _read(Path(config))
+    optimizer = config.get("optimizer") or {}
+    kind = optimizer.get("type", "")
+    if kind not in OPTIMIZERS:
+        near = {name.lower(): name for name in OPTIMIZERS}.get(str(kind).lower().replace("-", "").replace("_", ""))
+        if near:
+            raise ConfigError(f"optimizer.type={kind!r}: did you mean {near!r}?")
+        return None
+    for path, refused, why in _UNSUPPORTED:
+        value = _lookup(config, path)
+        if value is not None and (refused(value) if callable(refused) else value == refused):
+            raise ConfigError(f"{path}={value!r} is not supported with {kind}: {why}")
+    return LoRAPreConfig.from_params(optimizer.get("params") or {})
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer inside DeepSpeed's own: a :class:`LoRAPre`, or whatever the configuration named."""
+    return engine.basic_optimizer
+
+
+def engine_layout(engine: Any) -> Layout:
+    """Where the parameters of a DeepSpeed engine lie.
+
+    Raises:
+        ConfigError: DeepSpeed wrapped the optimizer in a way that is not understood.
+    """
+    names = {p: clean_name(name) for p, name in engine.param_names.items()}
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        groups = [[p for p in g["params"] if p.requires_grad] for g in wrapper.param_groups]
+        return whole.layout([(names[p], p, i) for i, group in enumerate(groups) for p in group], "ZeRO-0")
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        return zero3.layout(wrapper, names)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer):
+        return zero12.layout(wrapper, names)
+    if isinstance(wrapper, BF16_Optimizer):
+        return zero12.bf16_layout(wrapper, names)
+    if isinstance(wrapper, FP16_UnfusedOptimizer):
+        pairs = [zip(low, high, strict=True) for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)]
+        named = [(names[low], high, i) for i, group in enumerate(pairs) for low, high in group]
+        return whole.layout(named, "ZeRO-0 (fp32 master)")
+    raise ConfigError(f"LoRAPre does not know DeepSpeed's {type(wrapper).__name__}; use ZeRO stage 0, 1, 2 or 3")
+
+
+def _binding(configure: Any) -> Any:
+    """``DeepSpeedEngine._configure_optimizer`` that binds a LoRAPre optimizer to the engine's layout."""
+
+    @functools.wraps(configure)
+    def configure_and_bind(engine: Any, client_optimizer: Any, model_parameters: Any) -> Any:
+        if client_optimizer is None:
+            check_config(engine._config._param_dict)
+        elif isinstance(client_optimizer, LoRAPre):
+            client_optimizer.awaiting_layout = True
+        with building_under_engine():
+            result = configure(engine, client_optimizer, model_parameters)
+        optimizer = engine.basic_optimizer
+        if isinstance(optimizer, LoRAPre):
+            trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
+            # Under zero.Init a parameter is empty and its shape is in ds_shape.
+            optimizer.check_matches([(n, tuple(getattr(p, "ds_shape", p.shape))) for p, n in trainable.items()])
+            optimizer.bind(engine_layout(engine))
+        return result
+
+    return configure_and_bind
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        loaded = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"DeepSpeed configuration {str(path)!r}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ConfigError(f"DeepSpeed configuration {str(path)!r} is not valid JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"DeepSpeed configuration {str(path)!r}: must be a JSON object")
+    return loaded
+
+
+def _lookup(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value

@@ -1,0 +1,274 @@
+"""The optimizer that users see: validate, learn where the parameters lie, orchestrate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import param_groups as naming
+from .config import ConfigError, LoRAPreConfig
+from .core import adam, adamw
+from .core.comm import Comm
+from .core.factors import Matrix, allocate
+from .core.interval import RowInterval
+from .layouts import whole
+from .layouts.base import Layout, Piece, Unit
+from .report import MemoryReport
+from .state import load_state, save_state
+
+_OPTIONS = tuple(f.name for f in fields(LoRAPreConfig))
+
+
+@dataclass
+class Bound:
+    """A piece of a parameter, and the state that this rank keeps for it."""
+
+    piece: Piece
+    state: Matrix | adamw.Vector
+
+
+class LoRAPre(torch.optim.Optimizer):
+    """Adam with low-rank momenta (LoRA-Pre, arXiv 2602.24283), AdamW for every other parameter.
+
+    ``params`` is ``model.named_parameters()``, or groups of such pairs; a group may override any option, and one
+    with ``"rank": 0`` takes AdamW. Bare tensors have no names to select by: then every 2-D tensor whose sides exceed
+    ``rank`` is low-rank. Under DeepSpeed the engine supplies names and layout.
+
+    The other arguments are those of :class:`lorapre_dist.config.LoRAPreConfig`.
+
+    Raises:
+        ConfigError: a bad option, duplicate names, or no parameter that is low-rank.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+        self.config = LoRAPreConfig.from_params(given)
+        self.comm = Comm()
+        self.memory = adam.Memory()
+        self.layout: Layout | None = None
+        #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
+        self.awaiting_layout = _engine_is_building
+        self._bound: dict[int, list[Bound]] = {}
+        super().__init__(params, self.config.as_defaults())
+        if not self.awaiting_layout:
+            self.check_matches([(n, tuple(p.shape)) for n, p, _ in self._named() if p.requires_grad])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in ``torch.optim``; options of :class:`LoRAPreConfig` in it override the defaults."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group_config(group)
+
+    # layout -----------------------------------------------------------------------------------------------------
+
+    def bind(self, layout: Layout) -> None:
+        """Take ``layout`` for where the parameters lie, and allocate the state of this rank.
+
+        Raises:
+            ConfigError: no parameter is low-rank, a name appears twice, or steps have been taken already.
+        """
+        if any(b.state.step for bound in self._bound.values() for b in bound):
+            raise ConfigError("cannot change the layout of a LoRAPre optimizer after its first step")
+        self._bound, self.layout, self.awaiting_layout = {}, layout, False
+        for unit in layout.units:
+            self._bind_unit(unit)
+        names = [b.piece.name for bound in self._bound.values() for b in bound]
+        if len(names) != len(set(names)):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise ConfigError(f"parameter {twice!r} appears twice in the optimizer's groups")
+
+    def _bind_unit(self, unit: Unit) -> None:
+        config = group_config(self.param_groups[unit.group])
+        device = unit.tensor.device
+        dtype = torch.float64 if unit.tensor.dtype == torch.float64 else torch.float32
+        bound = []
+        for piece in unit.pieces:
+            state: Matrix | adamw.Vector
+            if self._is_low_rank(piece.name, piece.shape, config):
+                interval = RowInterval(piece.name, (piece.shape[0], piece.shape[1]), piece.start, piece.stop)
+                state = allocate(
+                    interval,
+                    piece.peers,
+                    rank=config.rank,
+                    rank_v=config.resolved_rank_v,
+                    row_energy=config.variant == "stable",
+                    init_std=config.init_std,
+                    seed=config.seed,
+                    device=device,
+                    dtype=dtype,
+                )
+            else:
+                state = adamw.allocate(piece.stop - piece.start, device, dtype)
+            bound.append(Bound(piece, state))
+        self._bound[id(unit.tensor)] = bound
+
+    def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LoRAPreConfig) -> bool:
+        targets: Any = ".*" if name.startswith(_UNNAMED) else config.target_modules
+        return naming.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
+
+    def _named(self) -> list[tuple[str, Tensor, int]]:
+        """The parameters as given to the constructor: (name, tensor, index of its group)."""
+        found = []
+        for index, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"{_UNNAMED}{index}.{k}" for k in range(len(group["params"]))]
+            found += [(naming.clean_name(n), p, index) for n, p in zip(names, group["params"], strict=True)]
+        return found
+
+    def check_matches(self, named_shapes: list[tuple[str, tuple[int, ...]]]) -> None:
+        """Raise a ConfigError unless some group's settings make one of these parameters low-rank."""
+        configs = [group_config(group) for group in self.param_groups]
+        if not any(self._is_low_rank(n, shape, config) for n, shape in named_shapes for config in configs):
+            raise ConfigError(naming.explain_no_match(named_shapes, self.config.rank, self.config.target_modules))
+
+    def _ensure_bound(self) -> None:
+        """Bind whole parameters, on first use, unless a layout was bound; parameters added later are bound as well."""
+        if self.awaiting_layout:
+            raise ConfigError("this LoRAPre optimizer waits for DeepSpeed's engine to tell where its parameters lie")
+        if self.layout is None:
+            self.bind(whole.layout([(n, p, i) for n, p, i in self._named() if p.requires_grad]))
+        elif self.layout.name == "one device":
+            missing = [(n, p, i) for n, p, i in self._named() if p.requires_grad and id(p) not in self._bound]
+            for unit in whole.layout(missing).units:
+                self.layout.units.append(unit)
+                self._bind_unit(unit)
+
+    # step -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter in ``param_groups`` that has a gradient. Collective under sharded layouts."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.awaiting_layout:  # DeepSpeed's unfused fp16 optimizer steps once, with zero gradients, while it is built
+            return loss
+        self._ensure_bound()
+        for group in self.param_groups:
+            hyper = group_hyper(group)
+            items: list[adam.Item] = []
+            for tensor in group["params"]:
+                items += self._step_vectors(tensor, hyper)
+            adam.step(items, hyper, self.comm, self.memory)
+            for item in items:
+                _write_back(item)
+        return loss
+
+    def _step_vectors(self, tensor: Tensor, hyper: adam.Hyper) -> list[adam.Item]:
+        """Step the AdamW pieces of one tensor; return its low-rank pieces."""
+        if tensor.grad is None:
+            return []
+        if tensor.grad.is_sparse:
+            raise ConfigError("LoRAPre does not support sparse gradients")
+        if id(tensor) not in self._bound:
+            raise ConfigError("a tensor in param_groups is not one that LoRAPre was bound to; build the optimizer anew")
+        theta, grad = _flat(tensor), tensor.grad.reshape(-1)
+        items = []
+        for bound in self._bound[id(tensor)]:
+            at, size = bound.piece.offset, bound.piece.stop - bound.piece.start
+            local, local_grad = theta[at : at + size], grad[at : at + size]
+            if isinstance(bound.state, Matrix):
+                items.append(adam.Item(bound.state, local, local_grad, None if tensor.is_contiguous() else tensor))
+            else:
+                adamw.step(bound.state, local, local_grad, hyper)
+                if not tensor.is_contiguous():
+                    tensor.copy_(local.view(tensor.shape))
+        return items
+
+    # state ------------------------------------------------------------------------------------------------------
+
+    def bound(self) -> list[Bound]:
+        """This rank's pieces with their state, in the order in which they are stepped."""
+        self._ensure_bound()
+        return [b for bound in self._bound.values() for b in bound]
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's shards of the low-rank state by parameter name.
+
+        ``m_B`` (rows x r), ``m_A`` (r x columns), ``v_B``, ``v_A`` and, in ``stable``, ``v_row`` (rows). On one device
+        they are whole. The tensors are the state itself, not copies.
+        """
+        return {b.piece.name: b.state.tensors() for b in self.bound() if isinstance(b.state, Matrix)}
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""
+        self._ensure_bound()
+        assert self.layout is not None
+        return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, self.memory)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """This rank's state by parameter name: tensors, and plain numbers that say what they belong to."""
+        self._ensure_bound()
+        return save_state([(b.piece, b.state) for b in self.bound()], self.param_groups)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave on the same rank of the same layout.
+
+        Raises:
+            ConfigError: names, shapes, ranks, variant or layout differ; nothing has been loaded then.
+        """
+        self._ensure_bound()
+        load_state(state_dict, [(b.piece, b.state) for b in self.bound()], self.param_groups)
+
+
+_UNNAMED = "unnamed."
+_engine_is_building = False
+
+
+class building_under_engine:
+    """While entered, new optimizers wait for the engine to bind their layout."""
+
+    def __enter__(self) -> None:
+        global _engine_is_building
+        _engine_is_building = True
+
+    def __exit__(self, *_: Any) -> None:
+        global _engine_is_building
+        _engine_is_building = False
+
+
+def group_config(group: dict[str, Any]) -> LoRAPreConfig:
+    """The settings of a parameter group, validated."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        group = {**group, "lr": lr.item()}
+    return LoRAPreConfig(**{name: group[name] for name in _OPTIONS})
+
+
+def group_hyper(group: dict[str, Any]) -> adam.Hyper:
+    """The numbers that a step needs from a parameter group."""
+    config = group_config(group)
+    return adam.Hyper(
+        lr=float(config.lr),
+        betas=config.betas,
+        gammas=config.resolved_gammas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        scale=config.scale,
+        residual=config.resolved_residual,
+        damping=config.resolved_damping,
+        stable=config.variant == "stable",
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The tensor's elements, row-major: a view, or a copy if they do not lie so."""
+    return tensor.detach().contiguous().view(-1)
+
+
+def _write_back(item: adam.Item) -> None:
+    if item.target is not None:
+        item.target.copy_(item.theta.view(item.target.shape))

@@ -1,0 +1,80 @@
+"""Memory figures of an optimizer on this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .core.adam import Memory, buckets, transient_bytes
+from .core.adam import Item as _Item
+from .core.factors import Matrix
+from .layouts.base import Layout
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Counts of parameters and bytes of optimizer state on this rank.
+
+    Attributes:
+        layout: name of the layout.
+        world_size: ranks over which the state is spread.
+        matrices, matrix_elements: low-rank parameters that this rank holds a part of, and its elements of them.
+        adamw_parameters, adamw_elements: the same for parameters under AdamW.
+        state_bytes: of optimizer state on this rank.
+        adamw_state_bytes: what AdamW (two numbers per element, same precision) would hold on this rank.
+        workspace_bytes: bound on the transient memory of a step.
+    """
+
+    layout: str
+    world_size: int
+    matrices: int
+    matrix_elements: int
+    adamw_parameters: int
+    adamw_elements: int
+    state_bytes: int
+    adamw_state_bytes: int
+    workspace_bytes: int
+
+    @classmethod
+    def of(cls, held: list[tuple[Any, Any]], layout: Layout, memory: Memory) -> MemoryReport:
+        """The report for this rank's pieces and their state."""
+        matrices = [(piece, state) for piece, state in held if isinstance(state, Matrix)]
+        others = [(piece, state) for piece, state in held if not isinstance(state, Matrix)]
+        size = {id(piece): next(iter(state.tensors().values())).element_size() for piece, state in held}
+        return cls(
+            layout=layout.name,
+            world_size=layout.world_size,
+            matrices=len(matrices),
+            matrix_elements=sum(p.stop - p.start for p, _ in matrices),
+            adamw_parameters=len(others),
+            adamw_elements=sum(p.stop - p.start for p, _ in others),
+            state_bytes=sum(t.numel() * t.element_size() for _, s in held for t in s.tensors().values()),
+            adamw_state_bytes=sum(2 * (p.stop - p.start) * size[id(p)] for p, _ in held),
+            workspace_bytes=_workspace([s for _, s in matrices], memory),
+        )
+
+    def __str__(self) -> str:
+        ratio = self.state_bytes / max(1, self.adamw_state_bytes)
+        rows = [
+            ("layout", f"{self.layout}, state over {self.world_size} rank{'s' if self.world_size > 1 else ''}"),
+            ("low-rank matrices on this rank", f"{self.matrices:,} ({self.matrix_elements:,} elements)"),
+            ("AdamW parameters on this rank", f"{self.adamw_parameters:,} ({self.adamw_elements:,} elements)"),
+            ("optimizer state on this rank", f"{self.state_bytes / 2**20:.2f} MiB"),
+            ("AdamW would hold", f"{self.adamw_state_bytes / 2**20:.2f} MiB (ours is {ratio:.1%} of it)"),
+            ("workspace of a step, at most", f"{self.workspace_bytes / 2**20:.2f} MiB"),
+        ]
+        return "\n".join(f"{label:<32} {value}" for label, value in rows)
+
+
+def _workspace(matrices: list[Matrix], memory: Memory) -> int:
+    """Largest bucket of gathered factors, three row blocks, and the r x n products of one block."""
+    if not matrices:
+        return 0
+    items = [_Item(m, m.m.B, m.m.B) for m in matrices]  # the tensors are not looked at
+    bucket = max(sum(transient_bytes(x.matrix) for x in b) for b in buckets(items, memory.bucket))
+    block = max(max(memory.block, m.interval.shape[1] * m.m.B.element_size()) for m in matrices)
+    rows = max(min(m.interval.rows, max(1, memory.block // (m.interval.shape[1] * 4))) for m in matrices)
+    ranks = max(m.m.B.shape[1] + m.v.B.shape[1] for m in matrices)
+    # Per block: raw and solved Y and the new B of both moments, and the solves' copies; r x r Grams in fp64.
+    products = 6 * rows * ranks * 4 + 4 * sum((m.m.B.shape[1] ** 2 + m.v.B.shape[1] ** 2) * 8 for m in matrices[:1])
+    return bucket + 4 * block + products

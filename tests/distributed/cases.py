@@ -1,0 +1,93 @@
+"""What runs on the ranks of the core's tests: matrices cut at arbitrary places, against the dense reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lorapre_dist import reference
+from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.core.factors import initial_At
+from lorapre_dist.layouts.base import Layout, Piece, SubGroups, Unit
+from lorapre_dist.optimizer import LoRAPre
+
+
+def gradient(name: str, shape: tuple[int, int], step: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A drifting low-rank signal with heavy-tailed noise; some rows stay without gradient for a while."""
+    p, q = shape
+    fixed = torch.Generator().manual_seed(sum(map(ord, name)))
+    left = torch.randn(p, 3, generator=fixed, dtype=torch.float64)
+    right = torch.randn(3, q, generator=fixed, dtype=torch.float64)
+    noise = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
+    g = left @ right * 0.1 + torch.randn(p, q, generator=noise, dtype=torch.float64).pow(3) * 0.05
+    if step < 3:
+        g[0] = 0
+    return g.to(dtype)
+
+
+def initial(name: str, shape: tuple[int, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7 + sum(map(ord, name)))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.1
+
+
+def dense(name: str, shape: tuple[int, int], config: LoRAPreConfig, steps: int, lrs: Any = None) -> tuple[Any, Any]:
+    """theta and state of the reference after ``steps``, in fp64."""
+    q = shape[1]
+    m_A = initial_At(name, "m", q, config.rank, config.init_std, config.seed).T
+    v_A = initial_At(name, "v", q, config.resolved_rank_v, config.init_std, config.seed).T
+    state = reference.init_state(shape, config, m_A, v_A)
+    theta = initial(name, shape)
+    for step in range(steps):
+        at = config if lrs is None else replace(config, lr=lrs[step])
+        reference.lorapre_adam_step(theta, gradient(name, shape, step), state, at)
+    return theta, state
+
+
+def relative(x: torch.Tensor, reference_value: torch.Tensor) -> float:
+    return float((x.double() - reference_value).norm() / reference_value.norm())
+
+
+def core_case(
+    rank: int, world_size: int, *, matrices: list[tuple[str, tuple[int, int], list[tuple[int, int]]]],
+    options: dict[str, Any], steps: int, dtype: str = "float64", bucket: int | None = None,
+) -> dict[str, Any]:
+    """Step matrices cut as told (name, shape, interval of each rank) and compare with the dense reference."""
+    kind = getattr(torch, dtype)
+    config = LoRAPreConfig(**options)
+    options = {**options, "target_modules": ".*"}
+    optimizer = LoRAPre([(name, torch.nn.Parameter(torch.empty(shape))) for name, shape, _ in matrices], **options)
+    groups = SubGroups(dist.group.WORLD)
+    sizes = [ranges[rank][1] - ranges[rank][0] for _, _, ranges in matrices]
+    flat = torch.zeros(sum(sizes), dtype=kind, requires_grad=True)
+    pieces, at = [], 0
+    for (name, shape, ranges), size in zip(matrices, sizes, strict=True):
+        start, stop = ranges[rank]
+        peers = groups.peers(ranges)
+        if size or peers:
+            pieces.append(Piece(name, shape, start, stop, at, peers))
+        flat.data[at : at + size] = initial(name, shape).reshape(-1)[start:stop]
+        at += size
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.bind(Layout("test", [Unit(flat, 0, pieces)], world_size))
+    if bucket:
+        optimizer.memory = replace(optimizer.memory, bucket=bucket, block=256)
+    for step in range(steps):
+        flat.grad = torch.cat(
+            [gradient(n, s, step, kind).reshape(-1)[slice(*ranges[rank])] for n, s, ranges in matrices]
+        )
+        optimizer.step()
+    errors = {}
+    for piece in pieces:
+        theta, state = dense(piece.name, piece.shape, config, steps)
+        mine = flat.detach()[piece.offset : piece.offset + piece.stop - piece.start]
+        want = theta.reshape(-1)[piece.start : piece.stop]
+        errors[piece.name] = float((mine.double() - want).norm() / theta.norm())
+        held = optimizer.factors()[piece.name]
+        first = piece.start // piece.shape[1]
+        rows = slice(first, first + held["m_B"].shape[0])
+        errors[piece.name + ".m_B"] = float((held["m_B"].double() - state["m_B"][rows]).norm() / state["m_B"].norm())
+        errors[piece.name + ".v_B"] = float((held["v_B"].double() - state["v_B"][rows]).norm() / state["v_B"].norm())
+    return {"errors": errors, "bytes": dict(optimizer.comm.bytes), "calls": dict(optimizer.comm.calls)}

@@ -1,0 +1,123 @@
+"""Pools of gloo ranks that run many cases: starting a rank imports PyTorch and DeepSpeed, which takes seconds.
+
+A case is a module-level function ``case(rank, world_size, **arguments)``; what it returns or raises comes back from
+every rank. A pool whose case failed or hung is killed (its own processes only) and a fresh one is started.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import shutil
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = multiprocessing.get_context("spawn")
+_pools: dict[int, Pool] = {}
+
+
+class RankFailure(AssertionError):
+    """What a rank raised, with its traceback."""
+
+
+class Pool:
+    """``world_size`` processes that have joined one gloo group through a file store."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.folder = tempfile.mkdtemp(prefix="lorapre-ranks-")
+        port = _free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_serve, args=(rank, world_size, self.folder, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, case: Callable[..., Any], timeout: float, **arguments: Any) -> list[Any]:
+        """Run ``case`` on every rank; the results in order of rank."""
+        for pipe in self.pipes:
+            pipe.send((case, arguments))
+        results, failures = [], []
+        for rank, pipe in enumerate(self.pipes):
+            # After a first failure the others are most likely stuck in a collective.
+            if not pipe.poll(timeout if not failures else 5):
+                failures.append(f"rank {rank}: no answer after {timeout:.0f} s")
+                continue
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                ok, value = False, "the process died"
+            if ok:
+                results.append(value)
+            else:
+                failures.append(f"rank {rank}: {value}")
+        if failures:
+            self.kill()
+            raise RankFailure("\n".join(failures))
+        return results
+
+    def kill(self) -> None:
+        """End the pool's processes."""
+        _pools.pop(self.world_size, None)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_ranks(world_size: int, case: Callable[..., Any], timeout: float = 180, **arguments: Any) -> list[Any]:
+    """Run ``case(rank, world_size, **arguments)`` on ``world_size`` ranks; the results in order of rank."""
+    pool = _pools.get(world_size)
+    if pool is None:
+        pool = _pools[world_size] = Pool(world_size)
+    return pool.run(case, timeout, **arguments)
+
+
+def close_pools() -> None:
+    """End every pool."""
+    for pool in list(_pools.values()):
+        pool.kill()
+
+
+atexit.register(close_pools)
+
+
+def _serve(rank: int, world_size: int, folder: str, port: int, pipe: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            case, arguments = pipe.recv()
+            try:
+                pipe.send((True, case(rank, world_size, **arguments)))
+            except BaseException:
+                pipe.send((False, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

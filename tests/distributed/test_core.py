@@ -1,0 +1,84 @@
+"""The core alone, over gloo: any cut of any matrix gives the dense reference's result."""
+
+from __future__ import annotations
+
+import pytest
+
+from .cases import core_case
+from .harness import run_ranks
+
+STEPS = 20
+# fp64: 20 steps of sums in another order, amplified by the damped solves.
+FP64 = 1e-10
+# fp32: the contract of the project.
+FP32 = 1e-5
+
+
+def cuts(numel, *bounds):
+    edges = [0, *bounds, numel]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def matrices(world):
+    """Odd shapes, cut evenly, mid-row, inside one row, one row over three ranks, with empty ranks, and not at all."""
+    if world == 1:
+        return [("a", (7, 13), [(0, 91)]), ("b", (24, 8), [(0, 192)])]
+    if world == 2:
+        return [
+            ("even", (8, 12), cuts(96, 48)),
+            ("mid", (7, 13), cuts(91, 44)),
+            ("inside", (5, 9), cuts(45, 2)),
+            ("empty", (6, 5), cuts(30, 30)),
+            ("whole0", (9, 7), [(0, 63), (63, 63)]),
+            ("whole1", (7, 9), [(0, 0), (0, 63)]),
+        ]
+    if world == 3:
+        return [
+            ("even", (9, 12), cuts(108, 36, 72)),
+            ("three-in-a-row", (5, 17), cuts(85, 20, 28)),
+            ("mid", (11, 7), cuts(77, 26, 52)),
+            ("pair", (6, 10), cuts(60, 0, 33)),
+            ("first-pair", (10, 6), cuts(60, 27, 60)),
+        ]
+    return [
+        ("even", (8, 12), cuts(96, 24, 48, 72)),
+        ("more-ranks-than-rows", (5, 16), cuts(80, 30, 32, 40)),
+        ("one-row", (6, 40), cuts(240, 41, 50, 60)),
+        ("middle", (10, 9), cuts(90, 0, 40, 90)),
+        ("last", (9, 10), cuts(90, 0, 0, 55)),
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(rank=4, lr=0.01, scale=0.5),
+        dict(rank=4, rank_v=2, lr=0.01, weight_decay=0.1, residual=0.7, betas=(0.8, 0.95)),
+        dict(rank=3, variant="paper", lr=0.001, damping=1e-3),
+        dict(rank=3, variant="paper", residual=0.2, gammas=(0.1, 0.05), damping=1e-3),
+    ],
+    ids=["stable", "stable-options", "paper", "paper-options"],
+)
+def test_core_matches_reference_fp64(world, options):
+    for result in run_ranks(world, core_case, matrices=matrices(world), options=options, steps=STEPS):
+        assert max(result["errors"].values()) <= FP64, result["errors"]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_small_buckets_and_blocks_change_nothing(world):
+    results = run_ranks(
+        world, core_case, matrices=matrices(world), options=dict(rank=4, lr=0.01), steps=STEPS, bucket=1
+    )
+    for result in results:
+        assert max(result["errors"].values()) <= FP64, result["errors"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_core_matches_reference_fp32(world):
+    results = run_ranks(
+        world, core_case, matrices=matrices(world), options=dict(rank=4, lr=0.01), steps=STEPS, dtype="float32"
+    )
+    for result in results:
+        theta = {name: error for name, error in result["errors"].items() if "." not in name}
+        assert max(theta.values(), default=0) <= FP32, theta
