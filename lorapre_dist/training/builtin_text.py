@@ -35,8 +35,8 @@ def documents() -> Iterator[str]:
         from pydoc_data.topics import topics
     except ImportError:
         topics = {}
-    for name in sorted(topics):
-        yield topics[name].strip()
+    # Some topics are there under two names.
+    yield from dict.fromkeys(topics[name].strip() for name in sorted(topics))
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in _sources(root):
         text = module_document(path, ".".join(path.relative_to(root).with_suffix("").parts))

@@ -185,7 +185,7 @@ def rng_state() -> dict[str, Any]:
     """States of the generators that a model or the data may draw from."""
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
+        "numpy": _plain_numpy_state(),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -193,10 +193,17 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+def _plain_numpy_state() -> tuple[Any, ...]:
+    """NumPy's legacy state with a tensor for its array, so that the file holds nothing but tensors and plain values."""
+    name, key, *rest = np.random.get_state()
+    return (name, torch.from_numpy(key.astype(np.int64)), *rest)
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore what :func:`rng_state` returned."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, key, *rest = state["numpy"]
+    np.random.set_state((name, key.numpy(), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

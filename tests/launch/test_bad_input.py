@@ -1,0 +1,156 @@
+"""Bad input: one clear line on stderr, exit code 2, before training starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.conftest import PRETRAIN, REPO, ds_json, environment
+
+FORKING = Path(__file__).with_name("forking.py")
+
+
+@dataclass
+class Case:
+    """Options added to a good command line, changes of its JSON, and what the line must hold."""
+
+    words: list[str]
+    options: list[str] = field(default_factory=list)
+    ds: dict[str, Any] | None = None
+    text: str | None = None
+    prepare: Callable[[Path], list[str]] | None = None
+
+
+def file_option(option: str, name: str, content: str | bytes) -> Callable[[Path], list[str]]:
+    def prepare(folder: Path) -> list[str]:
+        path = folder / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return [option, str(path)]
+
+    return prepare
+
+
+def checkpoint(damage: Callable[[Path], None] | None, *options: str) -> Callable[[Path], list[str]]:
+    """A run folder with a checkpoint in it, damaged."""
+
+    def prepare(folder: Path) -> list[str]:
+        tag = folder / "out" / "checkpoints" / "step0000004"
+        tag.mkdir(parents=True)
+        (tag.parent / "latest").write_text(tag.name)
+        if damage:
+            damage(tag)
+        return ["--output_dir", str(folder / "out"), *options]
+
+    return prepare
+
+
+def write_manifest(tag: Path) -> None:
+    (tag / "manifest.json").write_text(json.dumps({"format": 1, "step": 4, "identity": {"seed": 0}, "files": {"a": 1}}))
+
+
+CASES = {
+    "option of the optimizer": Case(["rnak", "rank"], ds={"params": {"rnak": 4}}),
+    "rank 0": Case(["rank"], ds={"params": {"rank": 0}}),
+    "negative rank": Case(["rank", "-1"], ds={"params": {"rank": -1}}),
+    "rank above every matrix": Case(["rank", "4096"], ds={"params": {"rank": 4096}}),
+    "betas": Case(["betas"], ds={"params": {"betas": [0.9, 1.0]}}),
+    "lr in the JSON": Case(["lr"], ds={"params": {"lr": -1.0}}),
+    "variant": Case(["variant", "stable"], ds={"params": {"variant": "stabel"}}),
+    "target_modules": Case(
+        ["target_modules", "nothing_like_it"], ds={"params": {"target_modules": ["nothing_like_it"]}}
+    ),
+    "optimizer name": Case(["LoRAPer"], ds={"optimizer": {"type": "LoRAPer", "params": {"lr": 0.1}}}),
+    "missing JSON": Case(["no such file", "nowhere.json"], ["--deepspeed_config", "nowhere.json"]),
+    "malformed JSON": Case(["not JSON", "line 1"], prepare=file_option("--deepspeed_config", "bad.json", "{train")),
+    "no batch size": Case(["train_batch_size"], ds={"train_batch_size": None, "train_micro_batch_size_per_gpu": None}),
+    "batch size that does not divide": Case(
+        ["train_batch_size=7", "micro batch"], ds={"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}
+    ),
+    "DeepSpeed's own settings": Case(["zero_optimization"], ds={"zero_optimization": {"stage": 7}}),
+    "unknown preset": Case(["llama-tiny", "did you mean"], ["--model", "llama-tinny"]),
+    "unknown option": Case(["--max_stepps", "did you mean --max_steps"], ["--max_stepps", "3"]),
+    "max_steps": Case(["--max_steps 0"], ["--max_steps", "0"]),
+    "missing dataset": Case(["no such file", "gone.jsonl"], ["--dataset", "gone.jsonl"]),
+    "missing folder": Case(["no such file or folder"], ["--dataset", "/nowhere/at/all"]),
+    "empty corpus": Case(["empty.jsonl", "is empty"], prepare=file_option("--dataset", "empty.jsonl", "")),
+    "empty text": Case(
+        ["blank.jsonl", "holds no text"], prepare=file_option("--dataset", "blank.jsonl", '{"text": ""}\n')
+    ),
+    "torn JSON lines": Case(
+        ["torn.jsonl", "cannot be read"], prepare=file_option("--dataset", "torn.jsonl", '{"text": "a"}\n{"te')
+    ),
+    "unreadable parquet": Case(
+        ["bad.parquet", "cannot be"], prepare=file_option("--dataset", "bad.parquet", b"PAR0 no")
+    ),
+    "small corpus": Case(
+        ["too small"],
+        prepare=file_option("--dataset", "small.jsonl", '{"text": "just a few words"}\n{"text": "more"}\n'),
+    ),
+    "column": Case(["--text_column body", "text"], ["--text_column", "body"]),
+    "hub name that cannot be had": Case(
+        ["no-such-owner/no-such-set", "cannot be opened"], ["--dataset", "no-such-owner/no-such-set"]
+    ),
+    "missing tokenizer": Case(["--tokenizer ./none"], ["--tokenizer", "./none"]),
+    "folder without tokenizer": Case(["--tokenizer", "cannot be loaded"], ["--tokenizer", str(REPO / "launch")]),
+    "model config": Case(["model_type"], ["--max_steps", "2"], prepare=file_option("--model_config", "m.json", "{}")),
+    "output_dir is a file": Case(["--output_dir", "is a file"], ["--output_dir", str(PRETRAIN)]),
+    "resume tag": Case(["--resume step9", "none"], ["--resume", "step9"]),
+    "checkpoint without manifest": Case(["incomplete or corrupt"], prepare=checkpoint(None)),
+    "garbled manifest": Case(
+        ["incomplete or corrupt"], prepare=checkpoint(lambda tag: (tag / "manifest.json").write_text('{"format": 1'))
+    ),
+    "checkpoint of another run": Case(["cannot resume step0000004", "world_size"], prepare=checkpoint(write_manifest)),
+    "latest that points nowhere": Case(
+        ["no checkpoint", "step0000004"], prepare=checkpoint(lambda tag: tag.rename(tag.with_name("other")))
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> dict[str, dict[str, Any]]:
+    """Every case run, each in a process of its own, forked from one that has imported everything."""
+    folder = tmp_path_factory.mktemp("bad")
+    jobs = []
+    for number, case in enumerate(CASES.values()):
+        own = folder / str(number)
+        own.mkdir()
+        config = ds_json(own / "ds.json", **(case.ds or {}))
+        given = ["--deepspeed_config", config, "--output_dir", str(own / "out"), "--max_steps", "2"]
+        extra = case.prepare(own) if case.prepare else []
+        jobs.append({"argv": [*base_options, *given, *case.options, *extra], "env": {"HF_HUB_OFFLINE": "1"}})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(FORKING), str(folder / "jobs.json"), str(folder / "results.json")]
+    done = subprocess.run(
+        command, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((folder / "results.json").read_text())
+    return dict(zip(CASES, found, strict=True))
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_exit_code_2(name, results):
+    result = results[name]
+    lines = [line for line in result["stderr"].splitlines() if line.strip()]
+    assert result["code"] == 2, result["stderr"]
+    assert len(lines) == 1, result["stderr"]
+    assert lines[0].startswith("error: ")
+    for word in CASES[name].words:
+        assert word in lines[0]
+
+
+def test_the_program_itself_exits_with_2(tmp_path):
+    """As a user would run it, without a launcher."""
+    command = [sys.executable, str(PRETRAIN), "--deepspeed_config", "nowhere.json"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --deepspeed_config nowhere.json: no such file"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training import models
+from lorapre_dist.training.presets import PRESETS
+
+# GaLore's shapes: (hidden, intermediate, heads, layers), and parameters without embeddings and lm_head:
+# layers * (4 h^2 + 3 h i + 2 h) + h.
+SHAPES = {
+    "llama-60m": (512, 1376, 8, 8),
+    "llama-130m": (768, 2048, 12, 12),
+    "llama-350m": (1024, 2736, 16, 24),
+    "llama-1b": (2048, 5461, 32, 24),
+    "llama-7b": (4096, 11008, 32, 32),
+    "llama-tiny": (128, 352, 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_galores_shapes(name):
+    hidden, intermediate, heads, layers = SHAPES[name]
+    config = models.preset_config(name)
+    found = (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_hidden_layers)
+    assert found == (hidden, intermediate, heads, layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    body = layers * (4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden) + hidden
+    assert models.count_parameters(model) == body + 2 * config.vocab_size * hidden
+    assert config.vocab_size == (2048 if name == "llama-tiny" else 32000)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+
+
+def test_positions_grow_with_the_sequence():
+    assert models.preset_config("llama-60m", seq_len=4096).max_position_embeddings == 4096
+
+
+def test_initial_weights_depend_on_seed_and_name_only(make_settings):
+    settings = make_settings("--seed", "3")
+    config = models.preset_config("llama-tiny")
+    first = models.build_model(config, settings).state_dict()
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    second = models.build_model(config, settings).state_dict()
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = models.build_model(config, make_settings("--seed", "4")).state_dict()
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    half = models.build_model(config, make_settings("--seed", "3", ds={"bf16": {"enabled": True}})).state_dict()
+    assert all(torch.equal(first[name].bfloat16(), half[name]) for name in first)
+
+
+def test_initial_weights_follow_the_models_own_rules(make_settings):
+    model = models.build_model(models.preset_config("llama-tiny"), make_settings())
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            # 16,384 draws or more: the sample deviation of N(0, 0.02^2) is within 3% with great margin.
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.03), name
+
+
+def write_config(path, **values):
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_any_causal_model_by_config_file(make_settings, tmp_path):
+    values = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300, "n_positions": 64}
+    path = write_config(tmp_path / "gpt2.json", **values)
+    settings = make_settings("--model_config", path, "--max_steps", "3", "--seq_len", "16")
+    config = models.model_config(settings)
+    models.fit_vocabulary(config, settings, 280)
+    assert config.vocab_size == 300
+    model = models.build_model(config, settings)
+    assert model.lm_head.weight is model.get_input_embeddings().weight  # GPT-2 ties them
+    assert all(p.isfinite().all() for p in model.parameters())
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    assert model(input_ids=tokens, labels=tokens).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "needs 'model_type'"),
+        ({"model_type": "no-such-model"}, "not a usable model config|needs 'model_type'"),
+        ({"model_type": "gpt2", "n_positions": 8}, "max_position_embeddings 8"),
+    ],
+)
+def test_bad_config_files(tmp_path, values, words):
+    with pytest.raises(ConfigError, match=words):
+        models.file_config(write_config(tmp_path / "m.json", **values), 16)
+
+
+def test_config_file_with_too_small_a_vocabulary(make_settings, tmp_path):
+    path = write_config(tmp_path / "m.json", model_type="llama", vocab_size=100)
+    settings = make_settings("--model_config", path, "--max_steps", "3")
+    with pytest.raises(ConfigError, match="vocab_size 100 is less"):
+        models.fit_vocabulary(models.model_config(settings), settings, 300)
+
+
+def test_model_that_is_no_causal_lm(make_settings, tmp_path):
+    path = write_config(tmp_path / "vit.json", model_type="vit")
+    settings = make_settings("--model_config", path, "--max_steps", "3")
+    with pytest.raises(ConfigError, match="cannot build a causal LM"):
+        models.build_model(models.model_config(settings), settings)
+
+
+def test_buffers_keep_their_precision(make_settings):
+    model = models.build_model(models.preset_config("llama-tiny"), make_settings())
+    keeper = models.BufferKeeper(model)
+    wanted = model.model.rotary_emb.inv_freq.clone()
+    model.bfloat16()
+    keeper.restore(model)
+    assert torch.equal(model.model.rotary_emb.inv_freq, wanted)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_settings):
+    config = models.preset_config("llama-tiny")
+    tokens = torch.arange(32).view(2, 16)
+    gradients = []
+    for options in ([], ["--gradient_checkpointing"]):
+        model = models.build_model(config, make_settings(*options)).train()
+        assert model.is_gradient_checkpointing == bool(options)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    # The recomputation runs the same kernels on the same values.
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training.ds_json import batch_sizes, precision, read_deepspeed_config, zero_stage
+from lorapre_dist.training.settings import load_settings
+
+
+def test_defaults_follow_the_preset(make_settings):
+    settings = make_settings("--model", "llama-60m")
+    assert (settings.max_steps, settings.warmup_steps, settings.seq_len) == (10_000, 1000, 256)
+    assert make_settings().model == "llama-tiny"
+
+
+def test_lr_overrides_the_json_only_where_given(make_settings):
+    assert make_settings().ds_config["optimizer"]["params"]["lr"] == 0.01
+    assert make_settings("--lr", "0.003").ds_config["optimizer"]["params"]["lr"] == 0.003
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max_steps", "0"], "--max_steps 0"),
+        (["--max_steps", "5", "--warmup_steps", "6"], "more than --max_steps"),
+        (["--model", "llama-60n"], "did you mean llama-60m"),
+        (["--model", "llama-60m", "--model_config", "x.json"], "not both"),
+        (["--model_config", "missing.json"], "no such file"),
+        (["--max_step", "3"], "did you mean --max_steps"),
+        (["--max_steps", "many"], "invalid int value"),
+        (["--dataset", "missing.jsonl"], "no such file"),
+        (["--dataset", "/no/such/folder"], "no such file or folder"),
+        (["--dataset", "nothing*.txt"], "no file matches"),
+        (["--tokenizer", "./missing"], "no such folder"),
+        (["--seq_len", "1"], "--seq_len 1"),
+        (["--vocab_size", "100"], "at least 257"),
+        (["--lr", "-1"], "--lr -1.0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--eval_fraction", "1.5"], "between 0 and 1"),
+        (["--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_bad_options_say_what_is_wrong(make_settings, options, words):
+    with pytest.raises(ConfigError, match=words.replace("*", r"\*")) as caught:
+        make_settings(*options)
+    assert "\n" not in str(caught.value)
+
+
+def test_wandb_that_is_not_installed_is_named(make_settings, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="wandb package is not installed"):
+        make_settings("--wandb")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"train_batch_size": 1, "train_batch_size": 2}', "given twice"),
+        ('{"train_batch_size": 4}', '"optimizer"'),
+        ('{"train_batch_size": "auto", "optimizer": {"type": "LoRAPre"}}', "train_batch_size is 'auto'"),
+        ('{"optimizer": {"type": "LoRAPre", "params": {"lr": "auto"}}}', "optimizer.params.lr is 'auto'"),
+        ('{"optimizer": {"type": "LoRAPre"}, "scheduler": {}}', "remove 'scheduler'"),
+        ('{"optimizer": {"type": "LoRAPre", "params": 3}}', "must be a JSON object"),
+    ],
+)
+def test_bad_json_says_what_is_wrong(tmp_path, text, words):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_deepspeed_config(str(path))
+
+
+def test_missing_json_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.json: no such file"):
+        load_settings(["--deepspeed_config", str(tmp_path / "none.json")], 1)
+    with pytest.raises(ConfigError, match="--deepspeed_config"):
+        load_settings([], 1)
+
+
+def test_batch_sizes_fill_in_what_is_left_out():
+    total, micro, steps = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    for given in ({total: 16, micro: 4}, {total: 16, steps: 2}, {micro: 4, steps: 2}, {total: 16, micro: 4, steps: 2}):
+        sizes = batch_sizes(given, 2)
+        assert (sizes.global_batch, sizes.micro_batch, sizes.accumulation) == (16, 4, 2)
+    assert batch_sizes({micro: 4}, 3).global_batch == 12
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4},
+        {"train_batch_size": 0},
+        {"train_batch_size": 2.5},
+        {"train_batch_size": 2},
+    ],
+)
+def test_batch_sizes_that_cannot_be_met_are_refused(config):
+    with pytest.raises(ConfigError):
+        batch_sizes(config, 3)
+
+
+def test_stage_and_precision():
+    assert zero_stage({}) == 0
+    assert zero_stage({"zero_optimization": {"stage": 3}}) == 3
+    assert precision({}) == "fp32"
+    assert precision({"bf16": {"enabled": True}}) == "bf16"
+    assert precision({"bf16": {"enabled": False}, "fp16": {"enabled": True}}) == "fp16"
