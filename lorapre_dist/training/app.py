@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import random
@@ -48,10 +49,19 @@ def _quiet() -> None:
 
 
 def _check_optimizer(settings: Settings) -> None:
-    if settings.ds_config["optimizer"]["type"] == "LoRAPre":
+    name = settings.ds_config["optimizer"]["type"]
+    if name == "LoRAPre":
         from lorapre_dist.deepspeed import check_config
 
         check_config(settings.ds_config)
+        return
+    import torch
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    known = ["LoRAPre", *(n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type))]
+    if name not in known and name.lower() not in DEEPSPEED_OPTIMIZERS:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(f"optimizer.type {name!r} is unknown: did you mean {near[0] if near else 'LoRAPre'}?")
 
 
 def _find_checkpoint(settings: Settings) -> str | None:

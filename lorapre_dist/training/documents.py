@@ -87,6 +87,8 @@ def kind_of(path: Path) -> str | None:
 
 
 def _local_source(name: str, files: list[Path], column: str | None, streaming: bool) -> Source:
+    if not any(f.stat().st_size for f in files):
+        raise ConfigError(f"--dataset {name}: is empty")
     kind = kind_of(files[0]) or ""
     # Paragraphs: one document per blank-line separated block of a text file.
     options = {"sample_by": "paragraph"} if kind == "text" else {}
@@ -107,6 +109,8 @@ def _load(name: str, *args: Any, **options: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    # It logs what it also raises.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return datasets.load_dataset(*args, streaming=True, **options)
     except Exception as error:  # datasets raises many kinds, from network errors to bare Exception

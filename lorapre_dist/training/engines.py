@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 import lorapre_dist
+from lorapre_dist.config import ConfigError
 from lorapre_dist.training import models
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import Data
@@ -21,16 +22,23 @@ def build_engine(config: PretrainedConfig, settings: Settings) -> Any:
     """Model, optimizer and schedule under DeepSpeed; a collective.
 
     Raises:
-        ConfigError: the optimizer rejects its options or matches nothing.
+        ConfigError: the optimizer rejects its options or matches nothing, or DeepSpeed refuses the JSON.
     """
     model = models.build_model(config, settings)
     buffers = models.BufferKeeper(model)
-    engine, _, _, _ = lorapre_dist.initialize(
-        model=model,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        config=settings.ds_config,
-        lr_scheduler=scheduler_factory(settings.warmup_steps, settings.max_steps),
+    # DeepSpeed asserts what it does not support; torch's optimizers raise TypeError for an unknown option.
+    refusals = (
+        (AssertionError,) if settings.ds_config["optimizer"]["type"] == "LoRAPre" else (AssertionError, TypeError)
     )
+    try:
+        engine, _, _, _ = lorapre_dist.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=settings.ds_config,
+            lr_scheduler=scheduler_factory(settings.warmup_steps, settings.max_steps),
+        )
+    except refusals as error:
+        raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: DeepSpeed refuses it: {error}") from error
     buffers.restore(engine.module)
     return engine
 

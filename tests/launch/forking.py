@@ -6,6 +6,7 @@ code, stderr and process group), and writes ``[{"code", "stderr", "seconds"}]`` 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -42,8 +43,8 @@ def run(argv: list[str], environment: dict[str, str]) -> dict[str, object]:
 
 
 def main() -> None:
-    import lorapre_dist.training.engines  # noqa: F401  (the heavy imports, once)
-    import lorapre_dist.training.loop  # noqa: F401
+    for module in ("engines", "loop"):  # the heavy imports, once
+        importlib.import_module(f"lorapre_dist.training.{module}")
 
     jobs = json.loads(Path(sys.argv[1]).read_text())
     Path(sys.argv[2]).write_text(json.dumps([run(job["argv"], job.get("env", {})) for job in jobs]))

@@ -66,14 +66,19 @@ CASES = {
     "target_modules": Case(
         ["target_modules", "nothing_like_it"], ds={"params": {"target_modules": ["nothing_like_it"]}}
     ),
-    "optimizer name": Case(["LoRAPer"], ds={"optimizer": {"type": "LoRAPer", "params": {"lr": 0.1}}}),
+    "optimizer name": Case(
+        ["LoRAPer", "did you mean LoRAPre"], ds={"optimizer": {"type": "LoRAPer", "params": {"lr": 0.1}}}
+    ),
+    "option of another optimizer": Case(
+        ["DeepSpeed refuses", "rank"], ds={"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "rank": 3}}}
+    ),
     "missing JSON": Case(["no such file", "nowhere.json"], ["--deepspeed_config", "nowhere.json"]),
     "malformed JSON": Case(["not JSON", "line 1"], prepare=file_option("--deepspeed_config", "bad.json", "{train")),
     "no batch size": Case(["train_batch_size"], ds={"train_batch_size": None, "train_micro_batch_size_per_gpu": None}),
     "batch size that does not divide": Case(
         ["train_batch_size=7", "micro batch"], ds={"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}
     ),
-    "DeepSpeed's own settings": Case(["zero_optimization"], ds={"zero_optimization": {"stage": 7}}),
+    "DeepSpeed's own settings": Case(["stage", "0, 1, 2"], ds={"zero_optimization": {"stage": 7}}),
     "unknown preset": Case(["llama-tiny", "did you mean"], ["--model", "llama-tinny"]),
     "unknown option": Case(["--max_stepps", "did you mean --max_steps"], ["--max_stepps", "3"]),
     "max_steps": Case(["--max_steps 0"], ["--max_steps", "0"]),

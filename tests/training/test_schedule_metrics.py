@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -20,7 +21,7 @@ def test_schedule_warms_up_and_decays_to_a_tenth():
     assert fractions[10] == 1.0
     assert fractions[55] == pytest.approx(0.55)  # half-way down
     assert fractions[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(fractions[10:], fractions[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(fractions[10:]))
     assert lr_fraction(500, 10, 100) == pytest.approx(0.1)
     assert lr_fraction(0, 0, 1) == 1.0
 

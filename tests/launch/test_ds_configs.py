@@ -1,0 +1,69 @@
+"""Every shipped DeepSpeed JSON is accepted by DeepSpeed's own config class and by ours, at several world sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.deepspeed import check_config
+from lorapre_dist.training.ds_json import batch_sizes, precision, read_deepspeed_config, zero_stage
+from lorapre_dist.training.models import preset_config
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
+LRS = {0.01, 0.005, 0.001, 0.0005, 0.0001}
+NAMES = [f"tiny_zero{stage}" for stage in range(4)] + [f"llama_{n}_zero{s}" for n in RANKS for s in (1, 2, 3)]
+
+
+class World:
+    """What DeepSpeedConfig asks about the ranks."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.size
+
+    get_world_size = get_data_parallel_world_size
+
+
+def test_nothing_else_is_shipped():
+    # Fine-tuning settings, where there are any, have tests of their own.
+    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("finetune")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accepted_by_deepspeed_and_by_us(name):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = read_deepspeed_config(str(FOLDER / f"{name}.json"))
+    check_config(config)
+    for size in (1, 2, 4) if name.startswith("tiny") else (1, 2, 4, 8, 16):
+        theirs = DeepSpeedConfig(json.loads(json.dumps(config)), mpu=World(size))
+        ours = batch_sizes(config, size)
+        assert theirs.train_batch_size == ours.global_batch
+        assert theirs.train_micro_batch_size_per_gpu == ours.micro_batch
+        assert theirs.gradient_accumulation_steps == ours.accumulation
+        assert theirs.zero_optimization_stage == zero_stage(config) == int(name[-1])
+        assert theirs.bfloat16_config.enabled == (precision(config) == "bf16")
+        assert theirs.gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_optimizer_settings_are_the_papers(name):
+    config = read_deepspeed_config(str(FOLDER / f"{name}.json"))
+    assert config["optimizer"]["type"] == "LoRAPre"
+    params = LoRAPreConfig(**config["optimizer"]["params"])
+    if name.startswith("tiny"):
+        assert (params.rank, params.rank_v, params.scale, tuple(params.betas)) == (16, 2, 0.1, (0.9, 0.99))
+        assert precision(config) == "fp32"
+        return
+    size = name.split("_")[1]
+    assert params.rank == RANKS[size]
+    assert params.rank < preset_config(f"llama-{size}").hidden_size
+    assert (params.scale, params.lr in LRS) == (0.25, True)
+    assert config["train_batch_size"] == 512
+    assert precision(config) == "bf16"
