@@ -94,14 +94,11 @@ def _check_deepspeed_config(settings: Settings) -> None:
     """Let DeepSpeed's own config class read the JSON before anything is built."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    class World:
-        """The sizes that DeepSpeedConfig asks a model-parallel unit for."""
-
-        get_data_parallel_world_size = get_world_size = staticmethod(ranks.world_size)
-        get_model_parallel_rank = staticmethod(lambda: 0)
-
+    copy = json.loads(json.dumps(settings.ds_config))
+    # Before the process group exists DeepSpeed takes the world to be one rank.
+    copy["train_batch_size"] = settings.batch.micro_batch * settings.batch.accumulation
     try:
-        DeepSpeedConfig(json.loads(json.dumps(settings.ds_config)), mpu=World())
+        DeepSpeedConfig(copy)
     except Exception as error:  # assertions, pydantic errors and its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: {'; '.join(lines[:3])}") from error
