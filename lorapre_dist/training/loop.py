@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,8 @@ class Trainer:
             initial=self.step,
             unit="step",
             disable=ranks.rank() != 0 or not settings.progress,
-            mininterval=1.0,
+            # In a log file every refresh is a line.
+            mininterval=1.0 if sys.stderr.isatty() else 15.0,
             dynamic_ncols=True,
         )
         self._restart_clock()

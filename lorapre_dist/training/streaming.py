@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -134,6 +135,40 @@ class LaneStream:
             raise ConfigError("the checkpoint's data position is of another dataset or batch size")
         for index, lane in self.lanes.items():
             lane.load_state_dict(state["lanes"][index])
+
+
+class Prefetch:
+    """Draws the next batch of a stream in a thread, while the model works on this one."""
+
+    def __init__(self, stream: LaneStream) -> None:
+        self.stream = stream
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._next: Future[tuple[torch.Tensor, dict[str, Any]]] | None = None
+        self._state = stream.state_dict()
+
+    def next_batch(self) -> torch.Tensor:
+        """The stream's next batch."""
+        pending = self._next or self._thread.submit(self._draw)
+        self._next = None
+        batch, self._state = pending.result()
+        self._next = self._thread.submit(self._draw)
+        return batch
+
+    def _draw(self) -> tuple[torch.Tensor, dict[str, Any]]:
+        return self.stream.next_batch(), self.stream.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was handed out."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at ``state``; what was drawn ahead is dropped."""
+        if self._next is not None:
+            self._next.cancel()
+            wait([self._next])
+            self._next = None
+        self.stream.load_state_dict(state)
+        self._state = self.stream.state_dict()
 
 
 def lane_count(global_batch: int, shards: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,43 @@ def test_one_rank_gives_the_same_losses_as_two(module_path, base_options):
             if a.get(name) is not None:
                 assert a[name] == pytest.approx(b[name], rel=tolerance), (name, a["step"])
     assert rows(reference)[0]["eval_loss"] == pytest.approx(rows(folder)[0]["eval_loss"], rel=1e-6)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("ranks", "damage", "words"),
+    [
+        (2, flip_a_byte, "is corrupt: zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+        (2, truncate, "is corrupt: zero_pp_rank_1_mp_rank_00_optim_states.pt has"),
+        (1, None, "its world_size is 2, this run's is 1"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(ranks, damage, words, module_path, base_options, tmp_path):
+    if not (module_path / "whole2").exists():
+        pytest.skip("needs the two-rank run")
+    folder = tmp_path / "run"
+    shutil.copytree(module_path / "whole2", folder)
+    if damage:
+        damage(folder / "checkpoints" / "step0000008" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    before = (folder / "metrics.jsonl").read_bytes()
+    options = ["--deepspeed_config", str(module_path / "zero2.json"), "--output_dir", str(folder)]
+    process = launch(ranks, *base_options, *STEPS, *options, "--resume", "step0000008")
+    code, _, err = finish(process, timeout=120)
+    ours = [line for line in err.splitlines() if line.startswith("error")]
+    assert (code, len(ours)) == (2, 1), err
+    assert words in ours[0]
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert group_members(process.pid) == []
 
 
 @pytest.mark.timeout(300)

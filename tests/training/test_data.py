@@ -15,7 +15,7 @@ from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import prepare_data
 from lorapre_dist.training.documents import open_source
 from lorapre_dist.training.splits import finite_split, streaming_split
-from lorapre_dist.training.streaming import Lane, LaneStream, lane_count, merge_states
+from lorapre_dist.training.streaming import Lane, LaneStream, Prefetch, lane_count, merge_states
 from lorapre_dist.training.tokenizer import Encoder, trained_tokenizer
 from lorapre_dist.training.tokens import TokenStream, token_file
 from tests.training.conftest import documents
@@ -120,8 +120,8 @@ def test_hub_form_streams_with_its_own_or_a_made_split(tmp_path, make_settings, 
     options = ["--dataset", str(folder), "--dataset_config", "en", "--seq_len", "16", "--eval_fraction", "0.2"]
     settings = make_settings(*options, "--vocab_size", "300", "--eval_batches", "3")
     data = prepare_data(settings, BatchPlan(4, 2, 1, 0), 300)
-    assert isinstance(data.train, LaneStream)
-    assert data.train.lanes_in_all == 4
+    assert isinstance(data.train, Prefetch)
+    assert data.train.stream.lanes_in_all == 4
     assert data.held_out.shape == (12, 16)
     assert data.train.next_batch().shape == (4, 16)
 
@@ -275,6 +275,20 @@ def test_stream_position_resumes_exactly_at_any_world_size(tmp_path, done):
         assert torch.equal(torch.cat([part.next_batch() for part in resumed]), expected)
 
 
+def test_drawing_ahead_changes_neither_batches_nor_positions(tmp_path):
+    folder = hub_folder(tmp_path, validation=False)
+    plan = BatchPlan(8, 1, 1, 0)
+    plain, ahead = lanes(folder, plan), Prefetch(lanes(folder, plan))
+    for _ in range(5):
+        assert torch.equal(ahead.next_batch(), plain.next_batch())
+    state = ahead.state_dict()
+    expected = [plain.next_batch() for _ in range(3)]
+    for stream_ in (ahead, Prefetch(lanes(folder, plan))):
+        stream_.load_state_dict(state)
+        for batch in expected:
+            assert torch.equal(stream_.next_batch(), batch)
+
+
 def test_a_local_file_can_be_streamed(make_settings, jsonl):
     options = [
         "--dataset",
@@ -288,8 +302,7 @@ def test_a_local_file_can_be_streamed(make_settings, jsonl):
         "0.2",
     ]
     data = prepare_data(make_settings(*options), BatchPlan(4, 2, 1, 0), 300)
-    assert isinstance(data.train, LaneStream)
-    assert data.train.lanes_in_all == 1
+    assert data.train.stream.lanes_in_all == 1
     assert len(data.held_out) > 10
 
 
