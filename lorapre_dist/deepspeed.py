@@ -23,6 +23,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from . import upstream
 from .config import ConfigError, LoRAPreConfig
 from .layouts import whole, zero3, zero12
 from .layouts.base import Layout
@@ -147,9 +148,20 @@ def _binding(configure: Any) -> Any:
             # Under zero.Init a parameter is empty and its shape is in ds_shape.
             optimizer.check_matches([(n, tuple(getattr(p, "ds_shape", p.shape))) for p, n in trainable.items()])
             optimizer.bind(engine_layout(engine))
+            _mend(engine)
         return result
 
     return configure_and_bind
+
+
+def _mend(engine: Any) -> None:
+    wrapper = engine.optimizer
+    if isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
+        upstream.forget_gradients(wrapper)
+    if isinstance(wrapper, FP16_UnfusedOptimizer) and engine.fp16_enabled():
+        upstream.scale_loss(engine)
+    if engine.fp16_enabled() and engine.dynamic_loss_scale():
+        upstream.grow_loss_scale_after_step(wrapper)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

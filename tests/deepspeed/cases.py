@@ -101,7 +101,7 @@ def dense(
     theta = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
     state: dict[str, Any] = {}
     for name, p in theta.items():
-        if p.ndim == 2 and "proj" in name and min(p.shape) > config.rank:
+        if p.ndim == 2 and "proj" in name and config.rank and min(p.shape) > config.rank:
             m_A = initial_At(name, "m", p.shape[1], config.rank, config.init_std, config.seed).T
             v_A = initial_At(name, "v", p.shape[1], config.resolved_rank_v, config.init_std, config.seed).T
             state[name] = reference.init_state(tuple(p.shape), config, m_A, v_A)
@@ -176,6 +176,8 @@ def build(config: dict[str, Any], door: str = "lorapre", zero_init: bool | None 
 def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
     """The fp32 parameters of an engine by name, through DeepSpeed's own interface where it has one."""
     named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    if engine.zero_optimization_stage() < 3 and all(p.dtype == torch.float32 for p in named.values()):
+        return {n: p.detach().clone() for n, p in named.items()}
     if engine.zero_optimization_stage() > 0:
         return {n: safe_get_full_fp32_param(p).clone() for n, p in named.items()}
     wrapper = engine.optimizer
@@ -183,7 +185,7 @@ def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
         masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
         return {n: masters[id(p)].detach().clone() for n, p in named.items()}
-    return {n: p.detach().clone() for n, p in named.items()}
+    raise AssertionError(f"no fp32 parameters to be found in {type(wrapper).__name__}")
 
 
 def train(engine: Any, rank: int, world_size: int, steps: range, accumulation: int, overflow_at: int = -1) -> None:
@@ -208,7 +210,7 @@ PARAMS = {"lr": 0.01, "rank": 4, "weight_decay": 0.05, "betas": [0.9, 0.99]}
 def equality_case(
     rank: int, world_size: int, *, stage: int, precision: str, combos: list[tuple[int, float]], steps: int,
     changes: dict[str, Any] | None = None, params: dict[str, Any] | None = None, overflow_at: int = -1,
-    door: str = "lorapre", schedule: bool = True, zero_init: bool | None = None, client: bool = False,
+    door: str = "lorapre", schedule: bool = True, zero_init: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Train for ``steps`` and compare with the reference, for each (accumulation, clipping) of ``combos``."""
     found = []
@@ -242,3 +244,46 @@ def equality_case(
             engine.destroy()
             dist.barrier()
     return found
+
+
+def groups_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str, set[str]]:
+    """Three groups with their own settings, and a scheduler over all of them."""
+    options = {**PARAMS, "weight_decay": 0.0}
+    config = ds_config(stage, "fp32", 1, 0.0, options)
+    model = Net()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    special = {
+        "layers.0.q_proj.weight": {"rank": 6, "rank_v": 2, "lr": 0.02},
+        "layers.1.up_proj.weight": {"rank": 0, "lr": 0.003, "weight_decay": 0.1},
+        "layers.1.sometimes.down_proj.weight": {"rank": 0},
+    }
+    rest = [p for n, p in named.items() if n not in special]
+    groups = [{"params": rest}, *({"params": [named[n]], **extra} for n, extra in special.items())]
+
+    def scheduler(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
+
+    engine = lorapre_dist.initialize(model=model, model_parameters=groups, config=config, lr_scheduler=scheduler)[0]
+    train(engine, rank, world_size, range(steps), 1)
+    want = {}
+    for name in named:
+        mine = LoRAPreConfig(**{**options, **special.get(name, {})})
+        want[name] = dense(mine, steps, world_size, 1, 0.0, set(), True)[name]
+    error, name = worst(full_parameters(engine), want)
+    low_rank = set(lorapre_dist.deepspeed.base_optimizer(engine).factors())
+    engine.destroy()
+    return error, name, low_rank
+
+
+def client_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str]:
+    """A LoRAPre that the caller builds and hands to ``deepspeed.initialize(optimizer=...)``."""
+    config = ds_config(stage, "fp32", 1, 0.0, {})
+    del config["optimizer"]
+    model = Net()
+    optimizer = lorapre_dist.LoRAPre(model.named_parameters(), **PARAMS)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    train(engine, rank, world_size, range(steps), 1)
+    want = dense(LoRAPreConfig(**PARAMS), steps, world_size, 1, 0.0, set(), False)
+    error, name = worst(full_parameters(engine), want)
+    engine.destroy()
+    return error, name

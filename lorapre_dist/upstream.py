@@ -1,0 +1,84 @@
+"""What DeepSpeed 0.19 gets wrong around an optimizer, put right on the one engine that LoRAPre is bound to.
+
+AdamW forgives all of it (it does not care about a gradient's scale), and so it may go unnoticed; here it would break
+"every layout gives the single-process result". The tests of ``tests/deepspeed`` fail without these.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+def forget_gradients(zero: Any) -> None:
+    """Make ZeRO-3, and ZeRO-1/2 with optimizer offload, start every step from zero gradients.
+
+    There DeepSpeed overwrites a parameter's gradient buffer when a new gradient comes and never clears it, so a
+    parameter that gets none is stepped with that of an earlier step, be it one that overflowed. Elsewhere it is
+    stepped with zeros, and so it is with this.
+    """
+
+    def clear() -> None:
+        if hasattr(zero, "grad_partitions_flat_buffer"):  # ZeRO-3
+            zero.grad_partitions_flat_buffer.zero_()
+        if getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False):
+            stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+            for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
+                if flat.grad is not None:
+                    flat.grad.zero_()
+            for buffer in getattr(zero, "accumulated_grads_in_cpu", {}).values():
+                buffer.zero_()
+
+    _after_step(zero, clear)
+
+
+def grow_loss_scale_after_step(wrapper: Any) -> None:
+    """Let a dynamic loss scale grow after the step whose gradients were scaled with the old one.
+
+    DeepSpeed grows it first and then divides by it: the gradient of such a step comes out halved.
+    """
+    update = wrapper._update_scale
+    pending: list[bool] = []
+
+    def defer_growth(overflow: bool = False) -> None:
+        if overflow:
+            update(overflow)
+        else:
+            pending.append(True)
+
+    def grow() -> None:
+        if pending:
+            pending.clear()
+            update(False)
+
+    wrapper._update_scale = defer_growth
+    _after_step(wrapper, grow)
+
+
+def scale_loss(engine: Any) -> None:
+    """Scale the loss in ZeRO-0 with fp16, where DeepSpeed divides the gradients by a loss scale it never applied."""
+    wrapper = engine.optimizer
+    backward, scale = engine.backward, engine.scale
+
+    @functools.wraps(backward)
+    def scaled_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        factor = wrapper.loss_scale
+        return backward(loss.float() * factor, *args, **kwargs) / factor
+
+    @functools.wraps(scale)
+    def scaled(loss: Any) -> Any:
+        return scale(loss.float() * wrapper.loss_scale)
+
+    engine.backward, engine.scale = scaled_backward, scaled
+
+
+def _after_step(wrapper: Any, then: Any) -> None:
+    step = wrapper.step
+
+    @functools.wraps(step)
+    def step_and_then(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        then()
+        return result
+
+    wrapper.step = step_and_then
