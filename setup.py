@@ -14,7 +14,6 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["lorapre_dist", "lorapre_dist.*"]),
-    package_data={"lorapre_dist": ["py.typed"]},
     python_requires=">=3.10",
     # Lower bounds are the major versions whose interfaces are used; older ones have not been tried.
     install_requires=[

@@ -14,7 +14,7 @@ say "training llama-tiny on $RANKS ranks"
 SECONDS=0
 deepspeed --log_level error --num_gpus "$RANKS" --master_addr 127.0.0.1 --master_port "$(free_port)" launch/pretrain.py \
     --model llama-tiny --deepspeed_config ds_configs/tiny_zero2.json --dataset builtin --data_cache "$LORAPRE_CACHE/data" \
-    --seq_len 128 --max_steps 1000 --warmup_steps 40 --eval_every 100 --save_every 500 \
+    --seq_len 128 --max_steps 800 --warmup_steps 40 --eval_every 100 --save_every 400 \
     --output_dir "$OUT" --resume none "$@"
 
 say "done in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ BUILD_SECONDS = 900.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; exit code 0, or 2 after one line on stderr about bad input."""
+    """Run the program; exit code 0, 2 after one line on stderr about bad input, 1 where training diverged."""
     try:
         ranks.fill_launch_environment()
         settings = load_settings(argv, ranks.world_size())
@@ -79,11 +80,17 @@ def _train(settings: Settings, tag: str | None) -> int:
     _check_deepspeed_config(settings)
     _check_build_lock()
     deepspeed.init_distributed(verbose=False)
+    from lorapre_dist.training.loop import DivergedError
+
     try:
         trainer = _set_up(settings, tag)
         trainer.run()
         _finish(trainer)
         trainer.engine.destroy()
+    except DivergedError as error:
+        if ranks.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     finally:
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()

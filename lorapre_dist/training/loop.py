@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ from lorapre_dist.training.evaluation import Evaluation, evaluate
 from lorapre_dist.training.metrics import MetricsWriter
 from lorapre_dist.training.plots import PLOT_FILE, plot_loss
 from lorapre_dist.training.settings import Settings
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no number any more; every rank raises it at the same step."""
 
 
 @dataclass
@@ -70,7 +75,7 @@ class Trainer:
         self.tokens += self.plan.global_batch * settings.seq_len
         last = self.step == settings.max_steps
         evaluated = last or (settings.eval_every > 0 and self.step % settings.eval_every == 0)
-        if evaluated or last or self.step % settings.log_every == 0:
+        if evaluated or self.step % settings.log_every == 0:
             row = self._row(loss, lr, grad_norm)
             if evaluated:
                 row |= _eval_columns(evaluate(self.engine, self.data.held_out, self.plan))
@@ -114,6 +119,8 @@ class Trainer:
             dist.all_reduce(loss)
             loss = loss / dist.get_world_size()
         value = loss.item()
+        if not math.isfinite(value):
+            raise DivergedError(f"the training loss is {value} at step {self.step}; lower the lr or warm up longer")
         now = time.perf_counter()
         speed = (self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9)
         self._restart_clock()

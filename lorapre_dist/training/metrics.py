@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class MetricsWriter:
         self.wandb = _start_wandb(settings) if settings.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, visible to readers at once."""
+        """Append one row, visible to readers at once; JSON knows no infinity, which becomes null."""
+        row = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()

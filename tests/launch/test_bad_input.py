@@ -26,6 +26,7 @@ class Case:
     ds: dict[str, Any] | None = None
     text: str | None = None
     prepare: Callable[[Path], list[str]] | None = None
+    code: int = 2
 
 
 def file_option(option: str, name: str, content: str | bytes) -> Callable[[Path], list[str]]:
@@ -72,6 +73,7 @@ CASES = {
     "option of another optimizer": Case(
         ["DeepSpeed refuses", "rank"], ds={"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "rank": 3}}}
     ),
+    "lr that diverges": Case(["training loss is nan", "lower the lr"], ["--lr", "1e30", "--eval_every", "0"], code=1),
     "missing JSON": Case(["no such file", "nowhere.json"], ["--deepspeed_config", "nowhere.json"]),
     "malformed JSON": Case(["not JSON", "line 1"], prepare=file_option("--deepspeed_config", "bad.json", "{train")),
     "no batch size": Case(["train_batch_size"], ds={"train_batch_size": None, "train_micro_batch_size_per_gpu": None}),
@@ -142,10 +144,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_and_exit_code_2(name, results):
+def test_one_line_and_its_exit_code(name, results):
     result = results[name]
     lines = [line for line in result["stderr"].splitlines() if line.strip()]
-    assert result["code"] == 2, result["stderr"]
+    assert result["code"] == CASES[name].code, result["stderr"]
     assert len(lines) == 1, result["stderr"]
     assert lines[0].startswith("error: ")
     for word in CASES[name].words:

@@ -64,6 +64,14 @@ def test_jsonl_parquet_csv_and_compressed_files_hold_the_same(tmp_path, jsonl):
     assert list(source_of(tmp_path / "*.gz").documents()) == texts
 
 
+def test_fingerprints_follow_the_content_not_the_place(tmp_path, jsonl):
+    copy = tmp_path / jsonl.name
+    copy.write_bytes(jsonl.read_bytes())
+    assert source_of(copy).fingerprint == source_of(jsonl).fingerprint
+    copy.write_bytes(jsonl.read_bytes().replace(b"document 119", b"document 118"))
+    assert source_of(copy).fingerprint != source_of(jsonl).fingerprint
+
+
 def test_the_only_text_column_is_found(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"body": "one", "id": 1}\n{"body": "two", "id": 2}\n')

@@ -49,9 +49,10 @@ def test_writer_continues_and_starts_afresh(make_settings, tmp_path):
     for resumed, steps, kept in ((0, [0, 1, 2, 3], [0, 1, 2, 3]), (2, [3, 4], [0, 1, 2, 3, 4]), (0, [0, 1], [0, 1])):
         writer = MetricsWriter(settings, resumed)
         for step in steps:
-            writer.write({"step": step, "loss": None if step == 0 else 1.0})
+            writer.write({"step": step, "loss": None if step == 0 else 1.0, "eval_ppl": math.inf})
         writer.close()
         assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == kept
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
