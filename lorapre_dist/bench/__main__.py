@@ -1,0 +1,40 @@
+"""``python -m lorapre_dist.bench NAME [options]``: runs ``lorapre_dist.bench.NAME``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from lorapre_dist.config import ConfigError
+
+BENCHES = {
+    "quality": "validation loss after equal training, against AdamW and GaLore",
+    "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
+    "equality": "distance to the dense reference, by ZeRO stage, world size and precision",
+    "memory": "bytes of optimizer state and workspace per rank",
+}
+USAGE = "usage: python -m lorapre_dist.bench NAME [options]   (NAME --help lists the options)\n\n" + "\n".join(
+    f"  {name:<9} {what}" for name, what in BENCHES.items()
+)
+
+
+def main(argv: list[str]) -> int:
+    """Run the bench named first in ``argv``; the exit code is 0, or 2 after one line about bad input."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in BENCHES:
+            near = difflib.get_close_matches(argv[0], BENCHES, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"unknown bench {argv[0]!r}: {hint}one of {', '.join(BENCHES)}")
+        importlib.import_module(f"lorapre_dist.bench.{argv[0]}").main(argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
