@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -105,7 +106,7 @@ class LoRAPreConfig:
         return config
 
     def as_defaults(self) -> dict[str, Any]:
-        """The settings as a parameter group's defaults, with the dependent ones filled in."""
+        """The settings as a parameter group's defaults; None where the default depends on other settings."""
         return asdict(self)
 
     @property
@@ -147,7 +148,8 @@ def _number(
     high_open: bool = False,
 ) -> None:
     allowed = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or high == math.inf else ']'}"
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Written so that NaN, infinity and an integer beyond any float fail it.
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     ok = ok and (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
     if not ok:
         raise ConfigError(f"{name}={value!r}: must be a number in {allowed}")
