@@ -31,6 +31,8 @@ class LoRAPreConfig:
         variant: ``"stable"`` (relative damping, alternating refresh, row energies, residual) or ``"paper"`` (literal).
         residual: weight of the fresh gradient's part outside the tracked subspace; default 0.3, in ``paper`` 0.
         damping: of the r x r Gram solves; default 1e-4 times the mean eigenvalue, in ``paper`` 1e-6 absolute.
+        max_update: bound on each element of the normalised update, before ``lr`` and ``scale``; default in ``stable``:
+            as far as Adam can move an element at all, ``max(1, (1 - beta1) / sqrt(1 - beta2))``; in ``paper``: none.
         init_std: standard deviation of the initial ``A`` factors.
         gammas: refresh rates of the first and second moment's factors, each in (0, 1];
             default ``1 - sqrt(beta1)`` and ``1 - beta2 ** (1/4)``.
@@ -51,6 +53,7 @@ class LoRAPreConfig:
     variant: str = "stable"
     residual: float | None = None
     damping: float | None = None
+    max_update: float | None = None
     init_std: float = 0.02
     gammas: tuple[float, float] | None = None
     target_modules: str | tuple[str, ...] | None = None
@@ -82,6 +85,8 @@ class LoRAPreConfig:
             _number("residual", self.residual, low=0.0, high=1.0)
         if self.damping is not None:
             _number("damping", self.damping, low=0.0, low_open=True)
+        if self.max_update is not None:
+            _number("max_update", self.max_update, low=0.0, low_open=True)
         _number("init_std", self.init_std, low=0.0, low_open=True)
         if self.gammas is not None:
             _pair("gammas", self.gammas, low=0.0, high=1.0, low_open=True)
@@ -129,6 +134,14 @@ class LoRAPreConfig:
         if self.damping is not None:
             return self.damping
         return 1e-6 if self.variant == "paper" else 1e-4
+
+    @property
+    def resolved_max_update(self) -> float:
+        """Bound on an element of the normalised update with the variant's default filled in."""
+        if self.max_update is not None:
+            return self.max_update
+        beta1, beta2 = self.betas
+        return math.inf if self.variant == "paper" else max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
 
     @property
     def resolved_gammas(self) -> tuple[float, float]:

@@ -260,6 +260,7 @@ def group_hyper(group: dict[str, Any]) -> adam.Hyper:
         scale=config.scale,
         residual=config.resolved_residual,
         damping=config.resolved_damping,
+        max_update=config.resolved_max_update,
         stable=config.variant == "stable",
     )
 

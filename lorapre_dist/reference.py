@@ -46,7 +46,8 @@ def lorapre_adam_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config
     state["m_B"], state["m_A"] = refresh(B, A, g, gamma1, config)
     state["v_B"], state["v_A"] = refresh(vB, vA, g.abs(), gamma2, config)
     theta.mul_(1 - config.lr * config.weight_decay)
-    theta.sub_(config.lr * config.scale * m / (v.sqrt() + config.eps))
+    bound = config.resolved_max_update
+    theta.sub_(config.lr * config.scale * (m / (v.sqrt() + config.eps)).clamp(-bound, bound))
 
 
 def refresh(B: Tensor, A: Tensor, g: Tensor, gamma: float, config: LoRAPreConfig) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from .comm import Comm
 from .factors import Matrix
 from .interval import Segment, cut_rows
-from .refresh import damped_cholesky, solve_rows
+from .refresh import damped_inverses
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Hyper:
     scale: float
     residual: float
     damping: float
+    max_update: float
     stable: bool
 
 
@@ -80,8 +81,8 @@ class _Work:
     edge: Tensor  # cut rows x (sum g^2, sum w, Y, Yv)
     gram: Tensor
     gram_v: Tensor
-    L: Tensor | None = None
-    Lv: Tensor | None = None
+    inverse: Tensor | None = None
+    inverse_v: Tensor | None = None
     Zt: Tensor | None = None
     Zvt: Tensor | None = None
     S: Tensor | None = None
@@ -118,7 +119,7 @@ def transient_bytes(matrix: Matrix) -> int:
     """Bytes of gathered factors, their gradients and the packed collectives of one matrix in a step."""
     r = matrix.m.B.shape[1] + matrix.v.B.shape[1]
     q = matrix.block_size * matrix.parts
-    return (1 if matrix.peers is None else 5) * q * r * matrix.m.B.element_size()
+    return (2 if matrix.peers is None else 5) * q * r * matrix.m.B.element_size()
 
 
 def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, scratch: Scratch) -> None:
@@ -229,39 +230,38 @@ def _unpack(flat: Tensor, parts: list[Tensor]) -> None:
 
 
 def _factor(works: list[_Work], hyper: Hyper) -> None:
-    """Cholesky factors of the Grams of ``A``; the cut rows' Y is solved here."""
-    lowers = damped_cholesky([w.gram for w in works], hyper.damping, hyper.stable)
-    lowers_v = damped_cholesky([w.gram_v for w in works], hyper.damping, hyper.stable)
-    for work, L, Lv in zip(works, lowers, lowers_v, strict=True):
-        work.L, work.Lv = L, Lv
+    """Invert the damped Grams of ``A``; the cut rows' Y is solved here."""
+    inverses = damped_inverses([w.gram for w in works], hyper.damping, hyper.stable)
+    inverses_v = damped_inverses([w.gram_v for w in works], hyper.damping, hyper.stable)
+    for work, inverse, inverse_v in zip(works, inverses, inverses_v, strict=True):
+        work.inverse, work.inverse_v = inverse, inverse_v
         if work.cut:
             r = work.At.shape[1]
-            work.edge[:, 2 : 2 + r] = solve_rows(work.edge[:, 2 : 2 + r], L)
-            work.edge[:, 2 + r :] = solve_rows(work.edge[:, 2 + r :], Lv)
+            work.edge[:, 2 : 2 + r] = work.edge[:, 2 : 2 + r] @ inverse
+            work.edge[:, 2 + r :] = work.edge[:, 2 + r :] @ inverse_v
 
 
 # local ----------------------------------------------------------------------------------------------------------
 
 
 class Scratch:
-    """Three flat temporaries of at least one row block, reused by every block of a step."""
+    """Flat temporaries that every block of a step reuses: three of a row block, and three of its products with A."""
 
     def __init__(self, block_bytes: int) -> None:
         self.block_bytes = block_bytes
-        self.buffers: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def rows(self, q: int, like: Tensor) -> int:
         """Rows of width q in a block."""
         return max(1, self.block_bytes // (q * like.element_size()))
 
-    def take(self, rows: int, cols: int, like: Tensor) -> list[Tensor]:
-        """Three uninitialised rows x cols tensors."""
-        key = (like.dtype, like.device)
+    def take(self, label: str, rows: int, cols: int, like: Tensor) -> Tensor:
+        """An uninitialised rows x cols tensor of ``like``'s dtype and device."""
+        key = (label, like.dtype, like.device)
         have = self.buffers.get(key)
-        if have is None or have[0].numel() < rows * cols:
-            size = max(rows * cols, self.block_bytes // like.element_size())
-            have = self.buffers[key] = [like.new_empty(size) for _ in range(3)]
-        return [t[: rows * cols].view(rows, cols) for t in have]
+        if have is None or have.numel() < rows * cols:
+            have = self.buffers[key] = like.new_empty(rows * cols)
+        return have[: rows * cols].view(rows, cols)
 
 
 def _view(flat: Tensor, segment: Segment) -> Tensor:
@@ -316,19 +316,23 @@ def _update_block(
     gamma1, gamma2 = hyper.gammas
     r = At.shape[1]
     bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step
-    m, w, a = scratch.take(*grad.shape, like=At)
+    m, w, a = (scratch.take(label, *grad.shape, like=At) for label in "mwa")
     g = grad.to(At.dtype)
     torch.abs(g, out=a)
 
-    # Regression of g and |g| on the old A.
-    Y = edge[:, 2 : 2 + r] if edge is not None else solve_rows(g @ At, work.L)
-    Yv = edge[:, 2 + r :] if edge is not None else solve_rows(a @ vAt, work.Lv)
+    # Y and Yv: regression of g and |g| on the old A.
+    if edge is None:
+        Y = _regress(g, At, work.inverse, "Y", scratch)
+        Yv = _regress(a, vAt, work.inverse_v, "Yv", scratch)
+    else:
+        Y, Yv = edge[:, 2 : 2 + r], edge[:, 2 + r :]
 
     # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
-    torch.mm((beta1 / bias1) * B - hyper.residual * Y, At.T, out=m)
+    left = torch.mul(B, beta1 / bias1, out=scratch.take("left", *B.shape, like=At))
+    torch.mm(left.add_(Y, alpha=-hyper.residual), At.T, out=m)
     m.add_(g, alpha=(1 - beta1) / bias1 + hyper.residual)
     # w = beta2 (vB vA)^2 + (1 - beta2) g^2
-    torch.mm(math.sqrt(beta2) * vB, vAt.T, out=w)
+    torch.mm(torch.mul(vB, math.sqrt(beta2)), vAt.T, out=w)
     w.mul_(w).addcmul_(g, g, value=1 - beta2)
     if hyper.stable:
         _calibrate(w, g, edge, matrix.row[rows], hyper, bias2, matrix.interval.shape[1])
@@ -336,13 +340,22 @@ def _update_block(
         w.div_(bias2).sqrt_().add_(hyper.eps)
     _apply(theta, m, w, hyper)
 
-    new_B = torch.lerp(B, Y, gamma1)
-    new_vB = torch.lerp(vB, Yv, gamma2)
     # Alternating refresh: A is regressed with the new B; the printed form uses the old one.
-    work.Zt[columns].addmm_(g.T, new_B if hyper.stable else B)
-    work.Zvt[columns].addmm_(a.T, new_vB if hyper.stable else vB)
-    B.copy_(new_B)
-    vB.copy_(new_vB)
+    if hyper.stable:
+        B.lerp_(Y, gamma1)
+        vB.lerp_(Yv, gamma2)
+    work.Zt[columns].addmm_(g.T, B)
+    work.Zvt[columns].addmm_(a.T, vB)
+    if not hyper.stable:
+        B.lerp_(Y, gamma1)
+        vB.lerp_(Yv, gamma2)
+
+
+def _regress(g: Tensor, At: Tensor, inverse: Tensor, label: str, scratch: Scratch) -> Tensor:
+    """``g At (A A^T + d)^-1``: n x r."""
+    shape = g.shape[0], At.shape[1]
+    product = torch.mm(g, At, out=scratch.take("left", *shape, like=At))
+    return torch.mm(product, inverse, out=scratch.take(label, *shape, like=At))
 
 
 def _calibrate(w: Tensor, g: Tensor, edge: Tensor | None, energy: Tensor, hyper: Hyper, bias2: float, q: int) -> None:
@@ -361,7 +374,11 @@ def _apply(theta: Tensor, m: Tensor, denom: Tensor, hyper: Hyper) -> None:
     wide = theta if theta.dtype == m.dtype else theta.to(m.dtype)
     if hyper.weight_decay:
         wide.mul_(1 - hyper.lr * hyper.weight_decay)
-    wide.addcdiv_(m, denom, value=-hyper.lr * hyper.scale)
+    if math.isfinite(hyper.max_update):
+        m.div_(denom).clamp_(-hyper.max_update, hyper.max_update)
+        wide.add_(m, alpha=-hyper.lr * hyper.scale)
+    else:
+        wide.addcdiv_(m, denom, value=-hyper.lr * hyper.scale)
     if wide is not theta:
         theta.copy_(wide)
 
@@ -394,8 +411,8 @@ def _reduce(works: list[_Work], comm: Comm) -> None:
 def _refresh(works: list[_Work], hyper: Hyper) -> None:
     """``At <- (1 - gamma) At + gamma Zt (S + d)^-1`` on this rank's columns."""
     gamma1, gamma2 = hyper.gammas
-    lowers = damped_cholesky([w.S for w in works], hyper.damping, hyper.stable)
-    lowers_v = damped_cholesky([w.Sv for w in works], hyper.damping, hyper.stable)
-    for work, L, Lv in zip(works, lowers, lowers_v, strict=True):
-        work.item.matrix.m.At.lerp_(solve_rows(work.Zt, L), gamma1)
-        work.item.matrix.v.At.lerp_(solve_rows(work.Zvt, Lv), gamma2)
+    inverses = damped_inverses([w.S for w in works], hyper.damping, hyper.stable)
+    inverses_v = damped_inverses([w.Sv for w in works], hyper.damping, hyper.stable)
+    for work, inverse, inverse_v in zip(works, inverses, inverses_v, strict=True):
+        work.item.matrix.m.At.lerp_(work.Zt @ inverse, gamma1)
+        work.item.matrix.v.At.lerp_(work.Zvt @ inverse_v, gamma2)

@@ -1,42 +1,49 @@
-"""The small solves: damped r x r Gram matrices, factored by Cholesky and never inverted."""
+"""The small solves: damped r x r Gram matrices, factored by Cholesky in fp64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+_CHUNK = 1 << 16  # fp64 elements
 
-def damped_cholesky(grams: list[Tensor], damping: float, relative: bool) -> list[Tensor]:
-    """Lower Cholesky factors of ``G + damping I`` (``relative``: damping times the mean eigenvalue of G).
+
+def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list[Tensor]:
+    """``(G + damping I)^-1`` of each Gram (``relative``: damping times the mean eigenvalue of G), in G's dtype.
 
     Args:
         grams: equally sized r x r matrices, positive semi-definite up to rounding.
 
-    A zero Gram with relative damping becomes the identity: what it is solved against is zero as well.
+    A zero Gram with relative damping becomes the identity: what it multiplies is zero as well.
+
+    The inverse comes from a Cholesky factor in fp64, where even r = 1024 and one dominant direction (condition 1e7)
+    leave nine digits, and is rounded once. What it multiplies has as many rows as the matrix; as one GEMM that takes
+    a sixth of the time of triangular solves.
     """
-    if not grams:
-        return []
-    stacked = torch.stack(grams)
-    r = stacked.shape[-1]
-    # fp64 (r^3 / 3 flops): in fp32 rounding can exceed the damping when r is large and one direction dominates.
-    wide = stacked.double()
+    # A few at a time where the cache counts, all at once where launches count.
+    size = max(1, _CHUNK // grams[0].numel()) if grams and grams[0].device.type == "cpu" else len(grams)
+    chunks = [grams[k : k + size] for k in range(0, len(grams), size)] if grams else []
+    return [inverse for chunk in chunks for inverse in _damped_inverses(chunk, damping, relative)]
+
+
+def _damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list[Tensor]:
+    wide = torch.stack(grams).double()
+    diagonal = wide.diagonal(dim1=-2, dim2=-1)
     if relative:
-        delta = damping * wide.diagonal(dim1=-2, dim2=-1).mean(-1)
+        delta = damping * diagonal.mean(-1)
         delta = torch.where(delta > 0, delta, torch.ones_like(delta))
     else:
         delta = torch.full((len(grams),), damping, dtype=wide.dtype, device=wide.device)
-    eye = torch.eye(r, dtype=wide.dtype, device=wide.device)
-    lower, info = torch.linalg.cholesky_ex(wide + delta[:, None, None] * eye)
+    rounding = torch.finfo(grams[0].dtype).eps * diagonal.mean(-1)  # an absolute damping may be far below it
+    diagonal.add_(delta[:, None])
+    lower, info = torch.linalg.cholesky_ex(wide)
     for _ in range(4):
         # Rounding in the Gram itself can still leave it indefinite; every rank sees the same bits and agrees.
         failed = (info > 0) & torch.isfinite(delta)
         if not bool(failed.any()):
             break
-        delta = torch.where(failed, 100 * delta, delta)
-        lower, info = torch.linalg.cholesky_ex(wide + delta[:, None, None] * eye)
-    return list(lower.to(stacked.dtype).unbind())
-
-
-def solve_rows(rows: Tensor, lower: Tensor) -> Tensor:
-    """``rows (L L^T)^-1``: rows n x r, lower r x r."""
-    return torch.cholesky_solve(rows.T, lower).T
+        more = torch.where(failed, torch.maximum(99 * delta, rounding), torch.zeros_like(delta))
+        diagonal.add_(more[:, None])
+        delta = delta + more
+        lower, info = torch.linalg.cholesky_ex(wide)
+    return list(torch.cholesky_inverse(lower).to(grams[0].dtype).unbind())

@@ -76,8 +76,10 @@ def test_small_buckets_and_blocks_change_nothing(world):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_core_matches_reference_fp32(world):
+    # Rank 2: with a rank near the smaller side (4 of 5) the Gram is so ill-conditioned that the dense reference in
+    # fp32 is itself 2e-5 from fp64.
     results = run_ranks(
-        world, core_case, matrices=matrices(world), options=dict(rank=4, lr=0.01), steps=STEPS, dtype="float32"
+        world, core_case, matrices=matrices(world), options=dict(rank=2, lr=0.01), steps=STEPS, dtype="float32"
     )
     for result in results:
         theta = {name: error for name, error in result["errors"].items() if "." not in name}

@@ -1,0 +1,98 @@
+"""Optimizer state per rank under ZeRO-3's partitioning, and the peak transient memory of one step.
+
+    python -m lorapre_dist.bench memory --model llama-60m --rank 128 --world_sizes 1 2 3 4
+
+The state is allocated as rank 0 of each world size holds it (the largest share) and its bytes are counted; the peak is
+the growth of this process's resident memory during a step on one matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+from pathlib import Path
+
+import torch
+
+from lorapre_dist.core.factors import Peers
+from lorapre_dist.core.interval import equal_ranges
+from lorapre_dist.layouts.base import Layout, Piece, Unit
+from lorapre_dist.optimizer import LoRAPre
+
+from .shapes import projections
+
+
+def main(argv: list[str]) -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(prog="lorapre_dist.bench memory", description=__doc__)
+    parser.add_argument("--model", default="llama-60m")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rank_v", type=int)
+    parser.add_argument("--world_sizes", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--shape", type=int, nargs=2, default=[2048, 5504], help="matrix of the peak measurement")
+    args = parser.parse_args(argv)
+    print(f"{args.model}'s matrices, rank {args.rank}, ZeRO-3, largest rank's state in MiB")
+    print(f"{'ranks':>5} {'held':>10} {'4((r+r_v)(p+q)+p)/N':>20} {'ratio':>7} {'AdamW':>10}")
+    for size in args.world_sizes:
+        held, formula, adamw = state_bytes(args.model, args.rank, args.rank_v, size)
+        row = (held / 2**20, formula / 2**20, held / formula, adamw / 2**20)
+        print("{:>5} {:>10.2f} {:>20.2f} {:>7.4f} {:>10.2f}".format(size, *row))
+    p, q = args.shape
+    peak, bound = peak_transient(p, q, args.rank, args.rank_v)
+    print(f"peak transient memory of a step on {p} x {q}, rank {args.rank}: {peak / 2**20:.1f} MiB", end="")
+    print(f" (reported workspace {bound / 2**20:.1f} MiB, the matrix itself {p * q * 4 / 2**20:.1f} MiB)")
+
+
+def closed_form(shapes: list[tuple[int, int]], rank: int, rank_v: int, world_size: int) -> float:
+    """``4 ((r + r_v)(p + q) + p) / N`` bytes, summed over matrices: fp32 factors and row energies."""
+    return sum(4 * ((rank + rank_v) * (p + q) + p) for p, q in shapes) / world_size
+
+
+def state_bytes(model: str, rank: int, rank_v: int | None, world_size: int) -> tuple[int, float, int]:
+    """Bytes held by the fullest rank, the closed form, and what AdamW would hold there."""
+    named = projections(model)
+    optimizer = _unbound(named, rank, rank_v)
+    pieces, at = [], 0
+    for name, (p, q) in named:
+        ranges = equal_ranges(p * q, world_size)
+        start, stop = ranges[0]
+        pieces.append(Piece(name, (p, q), start, stop, at, Peers(None, ranges, 0) if world_size > 1 else None))
+        at += stop - start
+    optimizer.bind(Layout("ZeRO-3", [Unit(torch.empty(at), 0, pieces)], world_size))
+    report = optimizer.memory_report()
+    rank_v = optimizer.config.resolved_rank_v
+    shapes = [shape for _, shape in named]
+    return report.state_bytes, closed_form(shapes, rank, rank_v, world_size), report.adamw_state_bytes
+
+
+def peak_transient(p: int, q: int, rank: int, rank_v: int | None) -> tuple[int, int]:
+    """Growth of the resident set during one step on a p x q matrix, and the bound that ``memory_report`` states."""
+    torch.set_num_threads(1)
+    # A step on a small matrix first: libraries allocate their own buffers on first use.
+    for shape in ((64, 96), (p, q)):
+        optimizer = _unbound([("q_proj.weight", shape)], min(rank, min(shape) // 2), rank_v)
+        weight = optimizer.param_groups[0]["params"][0]
+        weight.data = torch.randn(shape)
+        weight.grad = torch.randn(shape)
+        bound = optimizer.memory_report().workspace_bytes
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, so that using it again is seen
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status("VmRSS")
+        optimizer.step()
+        peak = _status("VmHWM") - before
+    return peak, bound
+
+
+def _unbound(named: list[tuple[str, tuple[int, int]]], rank: int, rank_v: int | None) -> LoRAPre:
+    params = [(name, torch.nn.Parameter(torch.empty(shape))) for name, shape in named]
+    return LoRAPre(params, rank=rank, rank_v=rank_v)
+
+
+def _status(field: str) -> int:
+    """A field of ``/proc/self/status`` in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,119 @@
+"""Time of one optimizer step against the least it could take: its bare GEMMs and one AdamW-sized memory pass.
+
+    python -m lorapre_dist.bench step --model llama-60m --rank 128
+
+All three are measured alternately in one run, on one thread unless told otherwise, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lorapre_dist.optimizer import LoRAPre
+from .shapes import projections
+
+
+def main(argv: list[str]) -> None:
+    """Print the table; ``--json FILE`` writes the figures."""
+    parser = argparse.ArgumentParser(prog="lorapre_dist.bench step", description=__doc__)
+    parser.add_argument("--model", default="llama-60m")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rank_v", type=int)
+    parser.add_argument("--variant", default="stable")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--block_bytes", type=int, help="size of a row block's temporary (default: the optimizer's)")
+    parser.add_argument("--json")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    figures = measure(args)
+    print(f"{args.model}, rank {args.rank}, rank_v {figures['rank_v']}, {args.variant}, fp32, {args.device}, ", end="")
+    print(f"{args.threads} thread(s), median of {args.repeats}")
+    for label in ("bare GEMMs", "memory pass", "AdamW step", "LoRAPre step"):
+        print(f"  {label:<14} {figures[label] * 1e3:9.1f} ms")
+    print(f"  LoRAPre step / (bare GEMMs + memory pass) = {figures['ratio']:.2f}")
+    if args.json:
+        with open(args.json, "w") as out:
+            json.dump(figures, out, indent=1)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of each contender, and the ratio; keys as printed."""
+    device = torch.device(args.device)
+    names, shapes = zip(*projections(args.model), strict=True)
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter((torch.randn(s, generator=generator) * 0.02).to(device)) for s in shapes]
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
+    named = list(zip(names, params, strict=True))
+    options = dict(lr=1e-5, rank=args.rank, rank_v=args.rank_v, variant=args.variant)
+    optimizer = LoRAPre(named, **options)
+    if args.block_bytes:
+        optimizer.memory = type(optimizer.memory)(args.block_bytes, optimizer.memory.bucket)
+    adamw = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=1e-5, fused=True)
+    for p, q in zip(adamw.param_groups[0]["params"], params, strict=True):
+        p.grad = q.grad
+    rank_v = optimizer.config.resolved_rank_v
+    contenders: dict[str, Callable[[], Any]] = {
+        "LoRAPre step": optimizer.step,
+        "bare GEMMs": _gemms(params, [args.rank, rank_v]),
+        "memory pass": _memory_pass(params),
+        "AdamW step": adamw.step,
+    }
+    times: dict[str, list[float]] = {label: [] for label in contenders}
+    for repeat in range(args.repeats + 1):
+        for label, run in contenders.items():
+            _synchronize(device)
+            begin = time.perf_counter()
+            run()
+            _synchronize(device)
+            if repeat:
+                times[label].append(time.perf_counter() - begin)
+    figures: dict[str, Any] = {label: statistics.median(values) for label, values in times.items()}
+    figures["ratio"] = figures["LoRAPre step"] / (figures["bare GEMMs"] + figures["memory pass"])
+    figures["rank_v"] = rank_v
+    return figures
+
+
+def _gemms(params: list[torch.nn.Parameter], ranks: list[int]) -> Callable[[], None]:
+    """``B A``, ``g A^T`` and ``B^T g`` of every matrix and rank: 6 p q r flops each."""
+    cases = []
+    for p in params:
+        for r in ranks:
+            B = torch.randn(p.shape[0], r, device=p.device)
+            At = torch.randn(p.shape[1], r, device=p.device)
+            cases.append((p.grad, B, At, torch.empty_like(p), torch.empty_like(B), torch.empty_like(At)))
+
+    def run() -> None:
+        for g, B, At, m, Y, Zt in cases:
+            torch.mm(B, At.T, out=m)
+            torch.mm(g, At, out=Y)
+            torch.mm(g.T, B, out=Zt)
+
+    return run
+
+
+def _memory_pass(params: list[torch.nn.Parameter]) -> Callable[[], None]:
+    """28 bytes per element, as AdamW moves: four tensors read, three written."""
+    buffers = [[torch.randn_like(p) for _ in range(4)] for p in params]
+
+    def run() -> None:
+        for theta, grad, m, v in buffers:
+            torch.add(theta, grad, out=theta)  # 12 bytes
+            m.neg_()  # 8 bytes
+            v.neg_()  # 8 bytes
+
+    return run
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
