@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -53,7 +55,7 @@ class LoRAPre(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+        given = dict(lr=_number(lr), betas=betas, eps=eps, weight_decay=weight_decay, **options)
         self.config = LoRAPreConfig.from_params(given)
         self.comm = Comm()
         self.memory = adam.Memory()
@@ -61,15 +63,51 @@ class LoRAPre(torch.optim.Optimizer):
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
         self.awaiting_layout = _engine_is_building
         self._bound: dict[int, list[Bound]] = {}
-        super().__init__(params, self.config.as_defaults())
+        super().__init__(params, {**self.config.as_defaults(), "lr": lr})
         if not self.awaiting_layout:
-            self.check_matches([(n, tuple(p.shape)) for n, p, _ in self._named() if p.requires_grad])
+            named = [(n, p, i) for n, p, i in self._named() if p.requires_grad]
+            # Under DeepSpeed's zero.Init the parameter itself is empty and its shape is in ds_shape.
+            shapes = [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p, _ in named]
+            self.check_matches(shapes, [i for _, _, i in named])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in ``torch.optim``; options of :class:`LoRAPreConfig` in it override the defaults."""
+        """Add a group as in ``torch.optim``; options of :class:`LoRAPreConfig` in it override the defaults.
+
+        Raises:
+            ConfigError: a bad or mistyped option, or a parameter that is there already; the group is not added then.
+        """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group_config(group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ConfigError:
+            del self.param_groups[-1]
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        config = group_config(group)
+        for key in group.keys() - set(_OPTIONS):  # others may keep things of their own in a group
+            meant = difflib.get_close_matches(str(key).lower(), _OPTIONS, n=1, cutoff=0.8)
+            if meant:
+                raise ConfigError(f"unknown LoRAPre option {key!r} in a parameter group; did you mean {meant[0]!r}?")
+        if not self.awaiting_layout:
+            if config.target_modules is not None and "param_names" not in group:
+                raise ConfigError(
+                    f"target_modules={config.target_modules!r}: selects by name, but the parameters have no names; "
+                    "pass model.named_parameters()"
+                )
+            _refuse_duplicates([name for name, _, _ in self._named()])
+        if len({id(p) for p in group["params"]}) < len(group["params"]):
+            raise ConfigError("a parameter appears twice in one of the optimizer's groups")
+
+    def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only
+        own = {name: getattr(self, name) for name in ("config", "comm", "memory", "layout", "awaiting_layout")}
+        return {**super().__getstate__(), **own, "_bound": list(self._bound.values())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        bound = state["_bound"]
+        super().__setstate__({name: value for name, value in state.items() if name != "_bound"})
+        units = self.layout.units if self.layout else []
+        self._bound = {id(unit.tensor): b for unit, b in zip(units, bound, strict=True)}
 
     # layout -----------------------------------------------------------------------------------------------------
 
@@ -77,17 +115,14 @@ class LoRAPre(torch.optim.Optimizer):
         """Take ``layout`` for where the parameters lie, and allocate the state of this rank.
 
         Raises:
-            ConfigError: no parameter is low-rank, a name appears twice, or steps have been taken already.
+            ConfigError: a name appears twice, or steps have been taken already.
         """
         if any(b.state.step for bound in self._bound.values() for b in bound):
             raise ConfigError("cannot change the layout of a LoRAPre optimizer after its first step")
         self._bound, self.layout, self.awaiting_layout = {}, layout, False
         for unit in layout.units:
             self._bind_unit(unit)
-        names = [b.piece.name for bound in self._bound.values() for b in bound]
-        if len(names) != len(set(names)):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise ConfigError(f"parameter {twice!r} appears twice in the optimizer's groups")
+        _refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
 
     def _bind_unit(self, unit: Unit) -> None:
         config = group_config(self.param_groups[unit.group])
@@ -126,20 +161,32 @@ class LoRAPre(torch.optim.Optimizer):
             found += [(naming.clean_name(n), p, index) for n, p in zip(names, group["params"], strict=True)]
         return found
 
-    def check_matches(self, named_shapes: list[tuple[str, tuple[int, ...]]]) -> None:
-        """Raise a ConfigError unless some group's settings make one of these parameters low-rank."""
+    def check_matches(self, named_shapes: list[tuple[str, tuple[int, ...]]], groups: list[int] | None = None) -> None:
+        """Raise a ConfigError unless one of these parameters is low-rank by its group's settings.
+
+        Args:
+            named_shapes: name and shape of every trainable parameter.
+            groups: index of the group of each; None if that is not known: any group's settings count then.
+        """
         configs = [group_config(group) for group in self.param_groups]
-        if not any(self._is_low_rank(n, shape, config) for n, shape in named_shapes for config in configs):
-            raise ConfigError(naming.explain_no_match(named_shapes, self.config.rank, self.config.target_modules))
+        if not any(config.rank for config in configs):
+            raise ConfigError("rank=0: every parameter group has it, so that none is low-rank; use torch.optim.AdamW")
+        of_group = [configs if groups is None else [configs[i]] for i in groups or range(len(named_shapes))]
+        pairs = [(n, s, c) for (n, s), some in zip(named_shapes, of_group, strict=True) for c in some if c.rank]
+        if not any(self._is_low_rank(*pair) for pair in pairs):
+            config = min((c for _, _, c in pairs), key=lambda c: c.rank, default=self.config)
+            targets = ".*" if any(n.startswith(_UNNAMED) for n, _, _ in pairs) else config.target_modules
+            shapes = {n: s for n, s, _ in pairs}
+            raise ConfigError(naming.explain_no_match(shapes.items(), config.rank, targets, config.resolved_rank_v))
 
     def _ensure_bound(self) -> None:
         """Bind whole parameters, on first use, unless a layout was bound; parameters added later are bound as well."""
         if self.awaiting_layout:
             raise ConfigError("this LoRAPre optimizer waits for DeepSpeed's engine to tell where its parameters lie")
         if self.layout is None:
-            self.bind(whole.layout([(n, p, i) for n, p, i in self._named() if p.requires_grad]))
+            self.bind(whole.layout([(n, p, i) for n, p, i in self._named() if _may_step(p)]))
         elif self.layout.name == "one device":
-            missing = [(n, p, i) for n, p, i in self._named() if p.requires_grad and id(p) not in self._bound]
+            missing = [(n, p, i) for n, p, i in self._named() if _may_step(p) and id(p) not in self._bound]
             for unit in whole.layout(missing).units:
                 self.layout.units.append(unit)
                 self._bind_unit(unit)
@@ -153,7 +200,7 @@ class LoRAPre(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.awaiting_layout:  # DeepSpeed's unfused fp16 optimizer steps once, with zero gradients, while it is built
+        if self.awaiting_layout:  # DeepSpeed's unfused fp16 optimizer steps once, with zero gradients, when it is built
             return loss
         self._ensure_bound()
         for group in self.param_groups:
@@ -242,10 +289,7 @@ class building_under_engine:
 
 def group_config(group: dict[str, Any]) -> LoRAPreConfig:
     """The settings of a parameter group, validated."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        group = {**group, "lr": lr.item()}
-    return LoRAPreConfig(**{name: group[name] for name in _OPTIONS})
+    return LoRAPreConfig(**{name: _number(group[name]) if name == "lr" else group[name] for name in _OPTIONS})
 
 
 def group_hyper(group: dict[str, Any]) -> adam.Hyper:
@@ -263,6 +307,21 @@ def group_hyper(group: dict[str, Any]) -> adam.Hyper:
         max_update=config.resolved_max_update,
         stable=config.variant == "stable",
     )
+
+
+def _number(lr: Any) -> Any:
+    """A learning rate that is a tensor of one element, as PyTorch allows, as a number."""
+    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+
+
+def _may_step(parameter: Tensor) -> bool:
+    return parameter.requires_grad or parameter.grad is not None
+
+
+def _refuse_duplicates(names: list[str]) -> None:
+    if len(names) != len(set(names)):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ConfigError(f"parameter {twice!r} appears twice in the optimizer's groups")
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ DEFAULT_TARGETS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj"),
     *("gate_up_proj", "fc1", "fc2", "query", "key", "value", "query_key_value", "dense", "dense_h_to_4h"),
     *("dense_4h_to_h", "c_attn", "c_proj", "c_fc", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "wi", "wi_0", "wi_1"),
-    *("in_proj_weight", "linear1", "linear2", "self_attn", "attn", "mlp"),
+    *("q", "k", "v", "o", "in_proj_weight", "linear1", "linear2", "self_attn", "attn", "mlp"),
 )
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -60,20 +60,24 @@ def is_low_rank(
     return rank > 0 and len(shape) == 2 and min(shape) > max(rank, rank_v - 1) and matches(name, target_modules)
 
 
-def explain_no_match(named_shapes: Iterable[tuple[str, Sequence[int]]], rank: int, target_modules: Any) -> str:
+def explain_no_match(
+    named_shapes: Iterable[tuple[str, Sequence[int]]], rank: int, target_modules: Any, rank_v: int = 1
+) -> str:
     """Why no parameter is low-rank, as one line for a :class:`ConfigError`."""
     named_shapes = list(named_shapes)
     two_d = [(name, tuple(shape)) for name, shape in named_shapes if len(shape) == 2]
     selected = [(name, shape) for name, shape in two_d if matches(name, target_modules)]
     if selected:
         name, shape = max(selected, key=lambda item: min(item[1]))
-        return (
-            f"rank={rank}: larger than what any selected matrix allows; the largest is {name} "
-            f"({shape[0]} x {shape[1]}), so rank must be below {min(shape)}"
-        )
-    known = ", ".join(name for name, _ in two_d[:4]) or "none"
+        what, limit = f"rank={rank}", f"rank must be below {min(shape)}"
+        if rank < min(shape) < rank_v:
+            what, limit = f"rank_v={rank_v}", f"rank_v must be at most {min(shape)}"
+        largest = f"the largest is {name} ({shape[0]} x {shape[1]})"
+        return f"{what}: larger than what any selected matrix allows; {largest}, so {limit}"
+    known = ", ".join([name for name, _ in two_d[:4]] + ["..."] * (len(two_d) > 4))
     what = "the default target_modules" if target_modules is None else f"target_modules={target_modules!r}"
-    return f"{what}: matches no 2-D parameter of this model ({len(two_d)} 2-D parameters: {known}, ...)"
+    there = f"{len(two_d)} 2-D parameters: {known}" if two_d else "it has none"
+    return f"{what}: matches no 2-D parameter of this model ({there})"
 
 
 def param_groups(model: Any, target_modules: str | Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -25,7 +27,7 @@ def tilings(draw):
     p, q = draw(shapes)
     edges = sorted(draw(st.lists(st.integers(0, p * q), max_size=5)))
     edges = [0, *edges, p * q]
-    return (p, q), tuple(zip(edges[:-1], edges[1:], strict=True))
+    return (p, q), tuple(itertools.pairwise(edges))
 
 
 def held(interval: RowInterval) -> np.ndarray:
