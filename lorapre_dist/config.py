@@ -68,9 +68,9 @@ class LoRAPreConfig:
         if self.variant not in VARIANTS:
             raise ConfigError(f"variant={self.variant!r}: must be one of {', '.join(map(repr, VARIANTS))}")
         targets = self.target_modules
-        if targets is not None and not isinstance(targets, str):
-            if not isinstance(targets, tuple) or not targets or not all(isinstance(t, str) and t for t in targets):
-                raise ConfigError(f"target_modules={targets!r}: must be a regular expression or a list of names")
+        names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
+        if not (targets is None or isinstance(targets, str) or names):
+            raise ConfigError(f"target_modules={targets!r}: must be a regular expression or a list of names")
 
     def _check_numbers(self) -> None:
         _number("lr", self.lr, low=0.0)

@@ -125,7 +125,9 @@ def engine_layout(engine: Any) -> Layout:
     if isinstance(wrapper, BF16_Optimizer):
         return zero12.bf16_layout(wrapper, names)
     if isinstance(wrapper, FP16_UnfusedOptimizer):
-        pairs = [zip(low, high, strict=True) for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)]
+        pairs = [
+            zip(low, high, strict=True) for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        ]
         named = [(names[low], high, i) for i, group in enumerate(pairs) for low, high in group]
         return whole.layout(named, "ZeRO-0 (fp32 master)")
     raise ConfigError(f"LoRAPre does not know DeepSpeed's {type(wrapper).__name__}; use ZeRO stage 0, 1, 2 or 3")

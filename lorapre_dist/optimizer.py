@@ -15,6 +15,7 @@ from . import param_groups as naming
 from .config import ConfigError, LoRAPreConfig
 from .core import adam, adamw
 from .core.comm import Comm
+from .core.exchange import Item
 from .core.factors import Matrix, allocate
 from .core.interval import RowInterval
 from .layouts import whole
@@ -205,7 +206,7 @@ class LoRAPre(torch.optim.Optimizer):
         self._ensure_bound()
         for group in self.param_groups:
             hyper = group_hyper(group)
-            items: list[adam.Item] = []
+            items: list[Item] = []
             for tensor in group["params"]:
                 items += self._step_vectors(tensor, hyper)
             adam.step(items, hyper, self.comm, self.memory)
@@ -213,7 +214,7 @@ class LoRAPre(torch.optim.Optimizer):
                 _write_back(item)
         return loss
 
-    def _step_vectors(self, tensor: Tensor, hyper: adam.Hyper) -> list[adam.Item]:
+    def _step_vectors(self, tensor: Tensor, hyper: adam.Hyper) -> list[Item]:
         """Step the AdamW pieces of one tensor; return its low-rank pieces."""
         if tensor.grad is None:
             return []
@@ -227,7 +228,7 @@ class LoRAPre(torch.optim.Optimizer):
             at, size = bound.piece.offset, bound.piece.stop - bound.piece.start
             local, local_grad = theta[at : at + size], grad[at : at + size]
             if isinstance(bound.state, Matrix):
-                items.append(adam.Item(bound.state, local, local_grad, None if tensor.is_contiguous() else tensor))
+                items.append(Item(bound.state, local, local_grad, None if tensor.is_contiguous() else tensor))
             else:
                 adamw.step(bound.state, local, local_grad, hyper)
                 if not tensor.is_contiguous():
@@ -329,6 +330,6 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1)
 
 
-def _write_back(item: adam.Item) -> None:
+def _write_back(item: Item) -> None:
     if item.target is not None:
         item.target.copy_(item.theta.view(item.target.shape))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .core.adam import Memory, buckets, transient_bytes
-from .core.adam import Item as _Item
 from .core.factors import Matrix
 from .layouts.base import Layout
 
@@ -22,7 +21,7 @@ class MemoryReport:
         adamw_parameters, adamw_elements: the same for parameters under AdamW.
         state_bytes: of optimizer state on this rank.
         adamw_state_bytes: what AdamW (two numbers per element, same precision) would hold on this rank.
-        workspace_bytes: bound on the transient memory of a step.
+        workspace_bytes: bound on the tensors that a step allocates for itself; BLAS libraries add buffers of their own.
     """
 
     layout: str
@@ -70,8 +69,7 @@ def _workspace(matrices: list[Matrix], memory: Memory) -> int:
     """Largest bucket of gathered factors, three row blocks, and the r x n products of one block."""
     if not matrices:
         return 0
-    items = [_Item(m, m.m.B, m.m.B) for m in matrices]  # the tensors are not looked at
-    bucket = max(sum(transient_bytes(x.matrix) for x in b) for b in buckets(items, memory.bucket))
+    bucket = max(sum(transient_bytes(m) for m in matrices[b]) for b in buckets(matrices, memory.bucket))
     block = max(max(memory.block, m.interval.shape[1] * m.m.B.element_size()) for m in matrices)
     rows = max(min(m.interval.rows, max(1, memory.block // (m.interval.shape[1] * 4))) for m in matrices)
     ranks = max(m.m.B.shape[1] + m.v.B.shape[1] for m in matrices)

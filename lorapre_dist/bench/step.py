@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lorapre_dist.optimizer import LoRAPre
+
 from .shapes import projections
 
 
@@ -54,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for p in params:
         p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
     named = list(zip(names, params, strict=True))
-    options = dict(lr=1e-5, rank=args.rank, rank_v=args.rank_v, variant=args.variant)
+    options = {"lr": 1e-5, "rank": args.rank, "rank_v": args.rank_v, "variant": args.variant}
     optimizer = LoRAPre(named, **options)
     if args.block_bytes:
         optimizer.memory = type(optimizer.memory)(args.block_bytes, optimizer.memory.bucket)

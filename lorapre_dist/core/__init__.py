@@ -1,1 +1,1 @@
-"""The algorithm on row intervals: geometry, factors, solves, collectives and the step. Knows tensors and groups only."""
+"""The algorithm on row intervals: geometry, factors, solves, collectives, the step. Knows tensors and groups only."""

@@ -15,16 +15,17 @@ A matrix that one rank owns whole takes the same path without the collectives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import exchange
 from .comm import Comm
+from .exchange import Item, Moment, Work
 from .factors import Matrix
-from .interval import Segment, cut_rows
+from .interval import Segment
 from .refresh import damped_inverses
 
 
@@ -57,62 +58,28 @@ class Memory:
     bucket: int = 32 << 20
 
 
-@dataclass
-class Item:
-    """One matrix in a step: its state, and the local pieces of the parameter and gradient (1-D, same length).
-
-    ``target`` is set if ``theta`` is a copy that the caller has to write back there.
-    """
-
-    matrix: Matrix
-    theta: Tensor
-    grad: Tensor
-    target: Tensor | None = None
-
-
-@dataclass
-class _Work:
-    """What the phases of one bucket pass along for one matrix."""
-
-    item: Item
-    At: Tensor
-    vAt: Tensor
-    cut: dict[int, int]  # row -> its line in ``edge``
-    edge: Tensor  # cut rows x (sum g^2, sum w, Y, Yv)
-    gram: Tensor
-    gram_v: Tensor
-    inverse: Tensor | None = None
-    inverse_v: Tensor | None = None
-    Zt: Tensor | None = None
-    Zvt: Tensor | None = None
-    S: Tensor | None = None
-    Sv: Tensor | None = None
-
-
 def step(items: list[Item], hyper: Hyper, comm: Comm, memory: Memory) -> None:
     """One step of every matrix in ``items``, in place. Collective over each matrix's peers, in the order of items."""
     scratch = Scratch(memory.block)
-    for bucket in buckets(items, memory.bucket):
-        _step_bucket(bucket, hyper, comm, scratch)
+    for bucket in buckets([item.matrix for item in items], memory.bucket):
+        _step_bucket(items[bucket], hyper, comm, scratch)
 
 
-def buckets(items: list[Item], limit: int) -> Iterator[list[Item]]:
-    """Consecutive items whose transient factors fit in ``limit`` bytes (at least one item each).
+def buckets(matrices: list[Matrix], limit: int) -> Iterator[slice]:
+    """Runs of consecutive matrices whose transient factors fit in ``limit`` bytes (at least one matrix each).
 
-    Every group of peers sees its matrices in the same order and of the same size, so where a group spans several
-    matrices (it then holds all of them) its ranks cut the list at the same places.
+    Every group of peers sees its matrices in the same order and of the same size, so where a group shares several
+    matrices (it then shares all of them) its ranks cut the list at the same places.
     """
-    bucket: list[Item] = []
-    used = 0
-    for item in items:
-        size = transient_bytes(item.matrix)
-        if bucket and used + size > limit:
-            yield bucket
-            bucket, used = [], 0
-        bucket.append(item)
+    begin, used = 0, 0
+    for k, matrix in enumerate(matrices):
+        size = transient_bytes(matrix)
+        if k > begin and used + size > limit:
+            yield slice(begin, k)
+            begin, used = k, 0
         used += size
-    if bucket:
-        yield bucket
+    if matrices:
+        yield slice(begin, len(matrices))
 
 
 def transient_bytes(matrix: Matrix) -> int:
@@ -125,123 +92,46 @@ def transient_bytes(matrix: Matrix) -> int:
 def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, scratch: Scratch) -> None:
     for item in items:
         item.matrix.step += 1
-    works = _gather(items, comm)
-    _exchange_edges(works, hyper, comm)
-    _factor(works, hyper)
+    works = exchange.gather(items, comm)
+    for work in works:
+        _edge_sums(work, hyper)
+    exchange.sum_edges(works, comm)
+    _invert(works, hyper)
     for work in works:
         _local_pass(work, hyper, scratch)
-    _reduce(works, comm)
+    exchange.reduce(works, comm)
     _refresh(works, hyper)
 
 
-def _by_group(works: list[Any], matrix_of: Callable[[Any], Matrix]) -> list[tuple[Any, list[Any]]]:
-    """Shared matrices by process group, groups in order of first use (the same order on every rank)."""
-    found: dict[int, tuple[Any, list[Any]]] = {}
-    for work in works:
-        peers = matrix_of(work).peers
-        if peers is not None:
-            found.setdefault(id(peers.group), (peers.group, []))[1].append(work)
-    return list(found.values())
+def _edge_sums(work: Work, hyper: Hyper) -> None:
+    """This rank's part of the sums over cut rows, and of the Grams of ``A``."""
+    for moment in work.moments:
+        moment.gram = moment.factors.At.T @ moment.factors.At
+    interval, beta2, r = work.matrix.interval, hyper.betas[1], work.m.rank
+    for segment in interval.segments():
+        if segment.row not in work.cut:
+            continue
+        columns = slice(segment.col, segment.col_stop)
+        g = _view(work.item.grad, segment).to(work.m.At.dtype)
+        u = work.v.factors.B[segment.row - interval.first_row] @ work.v.At[columns].T
+        line = work.edge[work.cut[segment.row]]
+        line[0] += g.square().sum()
+        line[1] += (beta2 * u.square() + (1 - beta2) * g.square()).sum()
+        line[2 : 2 + r] += (g @ work.m.At[columns])[0]
+        line[2 + r :] += (g.abs() @ work.v.At[columns])[0]
 
 
-# gather ---------------------------------------------------------------------------------------------------------
-
-
-def _gather(items: list[Item], comm: Comm) -> list[_Work]:
-    """Gather ``At`` and ``vAt`` of shared matrices; lay out the edge sums."""
-    waits = []
-    for group, shared in _by_group(items, lambda item: item.matrix):
-        packed = torch.cat([_padded(f.At, x.matrix.block_size) for x in shared for f in (x.matrix.m, x.matrix.v)])
-        waits.append((comm.all_gather(packed, group, "gather A"), shared))
-    whole: dict[int, tuple[Tensor, Tensor]] = {}
-    for wait, shared in waits:
-        gathered, at = wait(), 0
-        for item in shared:
-            q, size = item.matrix.interval.shape[1], item.matrix.block_size
-            pair = []
-            for factors in (item.matrix.m, item.matrix.v):
-                r = factors.At.shape[1]
-                pair.append(gathered[:, at : at + size * r].reshape(-1, r)[:q])
-                at += size * r
-            whole[id(item)] = (pair[0], pair[1])
-    return [_lay_out(x, *whole.get(id(x), (x.matrix.m.At, x.matrix.v.At))) for x in items]
-
-
-def _padded(block: Tensor, rows: int) -> Tensor:
-    """A block of ``At`` (columns x r), flat, with zero rows appended up to ``rows``."""
-    return torch.nn.functional.pad(block.reshape(-1), (0, (rows - block.shape[0]) * block.shape[1]))
-
-
-def _lay_out(item: Item, At: Tensor, vAt: Tensor) -> _Work:
-    peers = item.matrix.peers
-    cut = cut_rows(peers.ranges, item.matrix.interval.shape[1]) if peers else ()
-    r, rv = At.shape[1], vAt.shape[1]
-    return _Work(
-        item,
-        At,
-        vAt,
-        {row: line for line, row in enumerate(cut)},
-        At.new_zeros(len(cut), 2 + r + rv),
-        At.new_empty(r, r),
-        At.new_empty(rv, rv),
-    )
-
-
-# edge -----------------------------------------------------------------------------------------------------------
-
-
-def _exchange_edges(works: list[_Work], hyper: Hyper, comm: Comm) -> None:
-    """Sums over rows that are cut between ranks, and the Grams of ``A``: local parts, then one all-reduce a group."""
-    for work in works:
-        m, v = work.item.matrix.m, work.item.matrix.v
-        torch.mm(m.At.T, m.At, out=work.gram)
-        torch.mm(v.At.T, v.At, out=work.gram_v)
-        for segment in work.item.matrix.interval.segments():
-            if segment.row in work.cut:
-                _edge_sums(work, segment, hyper)
-    waits = []
-    for group, shared in _by_group(works, lambda work: work.item.matrix):
-        parts = [t for work in shared for t in (work.edge, work.gram, work.gram_v)]
-        packed = torch.cat([t.reshape(-1) for t in parts])
-        waits.append((comm.all_reduce(packed, group, "edge rows and Gram of A"), parts))
-    for wait, parts in waits:
-        _unpack(wait(), parts)
-
-
-def _edge_sums(work: _Work, segment: Segment, hyper: Hyper) -> None:
-    matrix = work.item.matrix
-    g = _view(work.item.grad, segment).to(work.At.dtype)
-    row = segment.row - matrix.interval.first_row
-    At, vAt = work.At[segment.col : segment.col_stop], work.vAt[segment.col : segment.col_stop]
-    u = matrix.v.B[row : row + 1] @ vAt.T
-    beta2, r = hyper.betas[1], At.shape[1]
-    line = work.edge[work.cut[segment.row]]
-    line[0] += g.square().sum()
-    line[1] += (beta2 * u.square() + (1 - beta2) * g.square()).sum()
-    line[2 : 2 + r] += (g @ At)[0]
-    line[2 + r :] += (g.abs() @ vAt)[0]
-
-
-def _unpack(flat: Tensor, parts: list[Tensor]) -> None:
-    at = 0
-    for part in parts:
-        part.copy_(flat[at : at + part.numel()].view_as(part))
-        at += part.numel()
-
-
-def _factor(works: list[_Work], hyper: Hyper) -> None:
+def _invert(works: list[Work], hyper: Hyper) -> None:
     """Invert the damped Grams of ``A``; the cut rows' Y is solved here."""
-    inverses = damped_inverses([w.gram for w in works], hyper.damping, hyper.stable)
-    inverses_v = damped_inverses([w.gram_v for w in works], hyper.damping, hyper.stable)
-    for work, inverse, inverse_v in zip(works, inverses, inverses_v, strict=True):
-        work.inverse, work.inverse_v = inverse, inverse_v
+    for moments in ([w.m for w in works], [w.v for w in works]):
+        inverses = damped_inverses([moment.gram for moment in moments], hyper.damping, hyper.stable)
+        for moment, inverse in zip(moments, inverses, strict=True):
+            moment.inverse = inverse
+    for work in works:
         if work.cut:
-            r = work.At.shape[1]
-            work.edge[:, 2 : 2 + r] = work.edge[:, 2 : 2 + r] @ inverse
-            work.edge[:, 2 + r :] = work.edge[:, 2 + r :] @ inverse_v
-
-
-# local ----------------------------------------------------------------------------------------------------------
+            Y, Yv = work.edge[:, 2 : 2 + work.m.rank], work.edge[:, 2 + work.m.rank :]
+            Y.copy_(Y @ work.m.inverse)
+            Yv.copy_(Yv @ work.v.inverse)
 
 
 class Scratch:
@@ -251,39 +141,38 @@ class Scratch:
         self.block_bytes = block_bytes
         self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def rows(self, q: int, like: Tensor) -> int:
-        """Rows of width q in a block."""
-        return max(1, self.block_bytes // (q * like.element_size()))
+    def rows(self, columns: int, like: Tensor) -> int:
+        """Rows of that many columns in a block."""
+        return max(1, self.block_bytes // (columns * like.element_size()))
 
-    def take(self, label: str, rows: int, cols: int, like: Tensor) -> Tensor:
-        """An uninitialised rows x cols tensor of ``like``'s dtype and device."""
-        key = (label, like.dtype, like.device)
+    def take(self, label: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """An uninitialised tensor of ``like``'s dtype and device."""
+        key, numel = (label, like.dtype, like.device), shape[0] * shape[1]
         have = self.buffers.get(key)
-        if have is None or have.numel() < rows * cols:
-            have = self.buffers[key] = like.new_empty(rows * cols)
-        return have[: rows * cols].view(rows, cols)
+        if have is None or have.numel() < numel:
+            have = self.buffers[key] = like.new_empty(numel)
+        return have[:numel].view(shape)
 
 
 def _view(flat: Tensor, segment: Segment) -> Tensor:
     return flat[segment.offset : segment.offset + segment.numel].view(segment.rows, -1)
 
 
-def _local_pass(work: _Work, hyper: Hyper, scratch: Scratch) -> None:
+def _local_pass(work: Work, hyper: Hyper, scratch: Scratch) -> None:
     """Update theta and ``B`` row block by row block while the gradient block is hot; sum up Z and S."""
-    matrix = work.item.matrix
-    q = matrix.block_size * matrix.parts
-    work.Zt = work.At.new_zeros(q, work.At.shape[1])
-    work.Zvt = work.At.new_zeros(q, work.vAt.shape[1])
+    matrix, interval = work.matrix, work.matrix.interval
+    for moment in work.moments:
+        moment.Zt = moment.At.new_zeros(matrix.block_size * matrix.parts, moment.rank)
     if not hyper.stable:
         _row_grams(work)
-    for segment in matrix.interval.segments():
+    for segment in interval.segments():
         theta, grad = _view(work.item.theta, segment), _view(work.item.grad, segment)
         edge = work.edge[work.cut[segment.row]][None] if segment.row in work.cut else None
-        size = scratch.rows(segment.col_stop - segment.col, work.At)
+        columns = slice(segment.col, segment.col_stop)
+        size = scratch.rows(segment.col_stop - segment.col, work.m.At)
         for low in range(0, segment.rows, size):
             high = min(segment.rows, low + size)
-            at = segment.row - matrix.interval.first_row
-            columns = slice(segment.col, segment.col_stop)
+            at = segment.row - interval.first_row
             _update_block(
                 work, theta[low:high], grad[low:high], slice(at + low, at + high), columns, edge, hyper, scratch
             )
@@ -291,16 +180,15 @@ def _local_pass(work: _Work, hyper: Hyper, scratch: Scratch) -> None:
         _row_grams(work)
 
 
-def _row_grams(work: _Work) -> None:
+def _row_grams(work: Work) -> None:
     """``S = B^T B`` over the rows that are counted here."""
-    matrix = work.item.matrix
-    owned = slice(matrix.interval.first_owned, None)
-    work.S = matrix.m.B[owned].T @ matrix.m.B[owned]
-    work.Sv = matrix.v.B[owned].T @ matrix.v.B[owned]
+    for moment in work.moments:
+        owned = moment.factors.B[work.matrix.interval.first_owned :]
+        moment.S = owned.T @ owned
 
 
 def _update_block(
-    work: _Work,
+    work: Work,
     theta: Tensor,
     grad: Tensor,
     rows: slice,
@@ -310,52 +198,51 @@ def _update_block(
     scratch: Scratch,
 ) -> None:
     """One block: theta and grad n x c, ``rows`` of B, ``columns`` of A; ``edge`` (1 x ...) if the row is cut."""
-    matrix = work.item.matrix
-    At, vAt, B, vB = work.At[columns], work.vAt[columns], matrix.m.B[rows], matrix.v.B[rows]
+    matrix = work.matrix
+    At, vAt, B, vB = work.m.At[columns], work.v.At[columns], matrix.m.B[rows], matrix.v.B[rows]
     beta1, beta2 = hyper.betas
     gamma1, gamma2 = hyper.gammas
-    r = At.shape[1]
     bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step
-    m, w, a = (scratch.take(label, *grad.shape, like=At) for label in "mwa")
+    m, w, a = (scratch.take(label, (grad.shape[0], grad.shape[1]), At) for label in "mwa")
     g = grad.to(At.dtype)
     torch.abs(g, out=a)
 
     # Y and Yv: regression of g and |g| on the old A.
     if edge is None:
-        Y = _regress(g, At, work.inverse, "Y", scratch)
-        Yv = _regress(a, vAt, work.inverse_v, "Yv", scratch)
+        Y = _regress(g, At, work.m, "Y", scratch)
+        Yv = _regress(a, vAt, work.v, "Yv", scratch)
     else:
-        Y, Yv = edge[:, 2 : 2 + r], edge[:, 2 + r :]
+        Y, Yv = edge[:, 2 : 2 + work.m.rank], edge[:, 2 + work.m.rank :]
 
     # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
-    left = torch.mul(B, beta1 / bias1, out=scratch.take("left", *B.shape, like=At))
+    left = torch.mul(B, beta1 / bias1, out=scratch.take("left", (B.shape[0], B.shape[1]), At))
     torch.mm(left.add_(Y, alpha=-hyper.residual), At.T, out=m)
     m.add_(g, alpha=(1 - beta1) / bias1 + hyper.residual)
     # w = beta2 (vB vA)^2 + (1 - beta2) g^2
     torch.mm(torch.mul(vB, math.sqrt(beta2)), vAt.T, out=w)
     w.mul_(w).addcmul_(g, g, value=1 - beta2)
-    if hyper.stable:
+    if matrix.row is not None:
         _calibrate(w, g, edge, matrix.row[rows], hyper, bias2, matrix.interval.shape[1])
     else:
         w.div_(bias2).sqrt_().add_(hyper.eps)
     _apply(theta, m, w, hyper)
 
     # Alternating refresh: A is regressed with the new B; the printed form uses the old one.
-    if hyper.stable:
-        B.lerp_(Y, gamma1)
-        vB.lerp_(Yv, gamma2)
-    work.Zt[columns].addmm_(g.T, B)
-    work.Zvt[columns].addmm_(a.T, vB)
     if not hyper.stable:
-        B.lerp_(Y, gamma1)
-        vB.lerp_(Yv, gamma2)
+        work.m.Zt[columns].addmm_(g.T, B)
+        work.v.Zt[columns].addmm_(a.T, vB)
+    B.lerp_(Y, gamma1)
+    vB.lerp_(Yv, gamma2)
+    if hyper.stable:
+        work.m.Zt[columns].addmm_(g.T, B)
+        work.v.Zt[columns].addmm_(a.T, vB)
 
 
-def _regress(g: Tensor, At: Tensor, inverse: Tensor, label: str, scratch: Scratch) -> Tensor:
+def _regress(g: Tensor, At: Tensor, moment: Moment, label: str, scratch: Scratch) -> Tensor:
     """``g At (A A^T + d)^-1``: n x r."""
-    shape = g.shape[0], At.shape[1]
-    product = torch.mm(g, At, out=scratch.take("left", *shape, like=At))
-    return torch.mm(product, inverse, out=scratch.take(label, *shape, like=At))
+    shape = g.shape[0], moment.rank
+    product = torch.mm(g, At, out=scratch.take("left", shape, At))
+    return torch.mm(product, moment.inverse, out=scratch.take(label, shape, At))
 
 
 def _calibrate(w: Tensor, g: Tensor, edge: Tensor | None, energy: Tensor, hyper: Hyper, bias2: float, q: int) -> None:
@@ -383,36 +270,9 @@ def _apply(theta: Tensor, m: Tensor, denom: Tensor, hyper: Hyper) -> None:
         theta.copy_(wide)
 
 
-# reduce and refresh ---------------------------------------------------------------------------------------------
-
-
-def _reduce(works: list[_Work], comm: Comm) -> None:
-    """Sum Z into each rank's block of columns, and S everywhere."""
-    waits = []
-    for group, shared in _by_group(works, lambda work: work.item.matrix):
-        parts = shared[0].item.matrix.parts
-        blocks = torch.cat([t.view(parts, -1) for work in shared for t in (work.Zt, work.Zvt)], dim=1)
-        grams = [t for work in shared for t in (work.S, work.Sv)]
-        packed = torch.cat([t.reshape(-1) for t in grams])
-        scatter = comm.reduce_scatter(blocks, group, "reduce Z")
-        waits.append((scatter, comm.all_reduce(packed, group, "Gram of B"), shared, grams))
-    for scatter, gram_wait, shared, grams in waits:
-        mine, at = scatter(), 0
-        for work in shared:
-            size, r, rv = work.item.matrix.block_size, work.At.shape[1], work.vAt.shape[1]
-            columns = work.item.matrix.m.At.shape[0]
-            work.Zt = mine[at : at + size * r].view(size, r)[:columns]
-            at += size * r
-            work.Zvt = mine[at : at + size * rv].view(size, rv)[:columns]
-            at += size * rv
-        _unpack(gram_wait(), grams)
-
-
-def _refresh(works: list[_Work], hyper: Hyper) -> None:
+def _refresh(works: list[Work], hyper: Hyper) -> None:
     """``At <- (1 - gamma) At + gamma Zt (S + d)^-1`` on this rank's columns."""
-    gamma1, gamma2 = hyper.gammas
-    inverses = damped_inverses([w.S for w in works], hyper.damping, hyper.stable)
-    inverses_v = damped_inverses([w.Sv for w in works], hyper.damping, hyper.stable)
-    for work, inverse, inverse_v in zip(works, inverses, inverses_v, strict=True):
-        work.item.matrix.m.At.lerp_(work.Zt @ inverse, gamma1)
-        work.item.matrix.v.At.lerp_(work.Zvt @ inverse_v, gamma2)
+    for moments, gamma in (([w.m for w in works], hyper.gammas[0]), ([w.v for w in works], hyper.gammas[1])):
+        inverses = damped_inverses([moment.S for moment in moments], hyper.damping, hyper.stable)
+        for moment, inverse in zip(moments, inverses, strict=True):
+            moment.factors.At.lerp_(moment.Zt @ inverse, gamma)

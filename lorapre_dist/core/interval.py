@@ -91,9 +91,9 @@ def column_block(q: int, parts: int, index: int) -> Range:
     return min(q, index * size), min(q, (index + 1) * size)
 
 
-def equal_ranges(numel: int, parts: int, align: int = 1) -> tuple[Range, ...]:
-    """``[0, numel)`` cut into ``parts`` pieces of ``ceil(numel / parts)`` (rounded up to ``align``), the last cut short."""
-    size = -(-numel // (parts * align)) * align
+def equal_ranges(numel: int, parts: int) -> tuple[Range, ...]:
+    """``[0, numel)`` cut into ``parts`` pieces of ``ceil(numel / parts)``, the last ones cut short, as ZeRO-3 does."""
+    size = -(-numel // parts)
     return tuple((min(numel, k * size), min(numel, (k + 1) * size)) for k in range(parts))
 
 

@@ -11,6 +11,4 @@ from .base import Layout, Piece, Unit
 
 def layout(named: Iterable[tuple[str, torch.Tensor, int]], name: str = "one device") -> Layout:
     """A layout of whole parameters, given as (name, stepped tensor, index of its group)."""
-    return Layout(
-        name, [Unit(t, group, [Piece(n, tuple(t.shape), 0, t.numel(), 0)]) for n, t, group in named]
-    )
+    return Layout(name, [Unit(t, group, [Piece(n, tuple(t.shape), 0, t.numel(), 0)]) for n, t, group in named])

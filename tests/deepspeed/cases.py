@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 import lorapre_dist
 from lorapre_dist import reference
+from lorapre_dist.bench.shapes import projections
 from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.core.factors import initial_At
 
@@ -208,9 +209,19 @@ PARAMS = {"lr": 0.01, "rank": 4, "weight_decay": 0.05, "betas": [0.9, 0.99]}
 
 
 def equality_case(
-    rank: int, world_size: int, *, stage: int, precision: str, combos: list[tuple[int, float]], steps: int,
-    changes: dict[str, Any] | None = None, params: dict[str, Any] | None = None, overflow_at: int = -1,
-    door: str = "lorapre", schedule: bool = True, zero_init: bool | None = None,
+    rank: int,
+    world_size: int,
+    *,
+    stage: int,
+    precision: str,
+    combos: list[tuple[int, float]],
+    steps: int,
+    changes: dict[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
+    overflow_at: int = -1,
+    door: str = "lorapre",
+    schedule: bool = True,
+    zero_init: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Train for ``steps`` and compare with the reference, for each (accumulation, clipping) of ``combos``."""
     found = []
@@ -287,3 +298,159 @@ def client_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[
     error, name = worst(full_parameters(engine), want)
     engine.destroy()
     return error, name
+
+
+def resume_case(
+    rank: int, world_size: int, *, stage: int, precision: str, folder: str, changes: dict[str, Any] | None = None
+) -> dict[str, float]:
+    """Ten steps, a checkpoint, a fresh engine that loads it, ten more: the distance to twenty steps without a break."""
+    config = merge(ds_config(stage, precision, 2, 0.5, PARAMS), changes or {})
+
+    def scheduler(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
+
+    def run(steps: range, load: bool, save: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        engine = build(config, lr_scheduler=scheduler)
+        if load:
+            path, client = engine.load_checkpoint(folder)
+            assert path is not None and client["note"] == "kept", path
+        train(engine, rank, world_size, steps, 2, overflow_at=6 if precision == "fp16" else -1)
+        if save:
+            engine.save_checkpoint(folder, tag="ten", client_state={"note": "kept"})
+        base = lorapre_dist.deepspeed.base_optimizer(engine)
+        state = {f"{b.piece.name}.{k}": t.clone() for b in base.bound() for k, t in b.state.tensors().items()}
+        weights = full_parameters(engine)
+        engine.destroy()
+        dist.barrier()
+        return weights, state
+
+    whole = run(range(20), load=False, save=False)
+    run(range(10), load=False, save=True)
+    resumed = run(range(10, 20), load=True, save=False)
+    return {
+        name: float((resumed[k][name] - value).abs().max())
+        for k in (0, 1)
+        for name, value in whole[k].items()
+        if value.numel()
+    }
+
+
+def mismatch_case(rank: int, world_size: int, *, folder: str) -> str:
+    """Load a checkpoint into an engine of another rank; the error's text, and whether anything was changed."""
+    engine = build(ds_config(2, "fp32", 1, 0.0, PARAMS))
+    train(engine, rank, world_size, range(2), 1)
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    dist.barrier()
+    other = build(ds_config(2, "fp32", 1, 0.0, {**PARAMS, "rank": 3}))
+    base = lorapre_dist.deepspeed.base_optimizer(other)
+    before = {b.piece.name: [t.clone() for t in b.state.tensors().values()] for b in base.bound()}
+    try:
+        other.load_checkpoint(folder)
+    except lorapre_dist.ConfigError as error:
+        same = all(
+            torch.equal(x, y)
+            for b in base.bound()
+            for x, y in zip(before[b.piece.name], b.state.tensors().values(), strict=True)
+        )
+        return f"{error} unchanged={same}"
+    finally:
+        other.destroy()
+        dist.barrier()
+    return "loaded"
+
+
+class Projections(torch.nn.Module):
+    """The projections of a model preset and nothing else."""
+
+    def __init__(self, shapes: list[tuple[str, tuple[int, int]]]) -> None:
+        super().__init__()
+        for name, shape in shapes:
+            parent: torch.nn.Module = self
+            *path, _ = name.split(".")
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, torch.nn.Module())
+                parent = getattr(parent, part)
+            parent.register_parameter("weight", torch.nn.Parameter(torch.zeros(shape)))
+
+
+def state_bytes_case(rank: int, world_size: int, *, model: str, lora_rank: int) -> tuple[int, int, int]:
+    """Bytes of the tensors that a rank really holds under ZeRO-3, those reported, and elements of weights."""
+    config = ds_config(3, "fp32", 1, 0.0, {"lr": 1e-3, "rank": lora_rank})
+    del config["zero_optimization"]["sub_group_size"]
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        module = Projections(projections(model))
+    engine = lorapre_dist.initialize(model=module, config=config)[0]
+    base = lorapre_dist.deepspeed.base_optimizer(engine)
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for tensors in base.factors().values()
+        for t in tensors.values()
+    }
+    report = base.memory_report()
+    engine.destroy()
+    dist.barrier()
+    return sum(held.values()), report.state_bytes, report.matrix_elements
+
+
+def refused_case(rank: int, world_size: int, *, changes: dict[str, Any], params: dict[str, Any], door: str) -> str:
+    """What building an engine from a bad configuration raises."""
+    stage = changes.get("zero_optimization", {}).get("stage", 2)
+    try:
+        build(merge(ds_config(stage, "fp32", 1, 0.0, {**PARAMS, **params}), changes), door).destroy()
+    except lorapre_dist.ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def llama_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str, float]:
+    """A real Llama with a real loss, each rank on its own batch, against autograd and the reference on one process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=88,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        vocab_size=61,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    batches = [torch.randint(61, (world_size, 2, 16), generator=torch.Generator().manual_seed(s)) for s in range(steps)]
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(5)
+        return LlamaForCausalLM(shape)
+
+    options = {**PARAMS, "lr": 1e-3, "target_modules": ["self_attn", "mlp"]}
+    config = ds_config(stage, "fp32", 1, 1.0, options)
+    engine = lorapre_dist.initialize(model=model(), config=config)[0]
+    for batch in batches:
+        engine.backward(engine(input_ids=batch[rank], labels=batch[rank]).loss)
+        engine.step()
+    got = full_parameters(engine)
+    engine.destroy()
+    dist.barrier()
+
+    settings, single = LoRAPreConfig(**options), model().double()
+    state: dict[str, Any] = {}
+    named = dict(single.named_parameters())
+    for name, p in named.items():
+        if "proj" in name:
+            m_A = initial_At(name, "m", p.shape[1], settings.rank, settings.init_std, 0).T
+            v_A = initial_At(name, "v", p.shape[1], settings.resolved_rank_v, settings.init_std, 0).T
+            state[name] = reference.init_state(tuple(p.shape), settings, m_A, v_A)
+        else:
+            zeros = torch.zeros_like(p.data)
+            state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.int64)}
+    for batch in batches:
+        single.zero_grad()
+        loss = sum(single(input_ids=part, labels=part).loss for part in batch) / world_size
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(single.parameters(), 1.0)
+        for name, p in named.items():
+            update = reference.lorapre_adam_step if "m_B" in state[name] else reference.adamw_step
+            update(p.data, p.grad, state[name], settings)
+    error, name = worst(got, {n: p.detach() for n, p in named.items()})
+    return error, name, float(loss)

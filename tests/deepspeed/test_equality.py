@@ -30,7 +30,7 @@ def test_parameters_match_reference(stage, world, precision):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_overflow_leaves_factors_and_step_counts(stage):
-    """An fp16 overflow at step 5 (on the last rank only) is skipped: nothing of it reaches weights, factors or counts."""
+    """An fp16 overflow at step 5, on the last rank only: nothing of it reaches weights, factors or step counts."""
     results = run_ranks(
         2, equality_case, stage=stage, precision="fp16", combos=[(1, 0.5), (4, 0.0)], steps=STEPS, overflow_at=5
     )
@@ -42,7 +42,9 @@ def test_overflow_leaves_factors_and_step_counts(stage):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_optimizer_offload_to_cpu(stage, precision):
     combos = [(1, 0.0), (4, 0.5)]
-    check(run_ranks(2, equality_case, stage=stage, precision=precision, combos=combos, steps=STEPS, changes=CPU_OFFLOAD))
+    check(
+        run_ranks(2, equality_case, stage=stage, precision=precision, combos=combos, steps=STEPS, changes=CPU_OFFLOAD)
+    )
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,14 @@ def relative(x: torch.Tensor, reference_value: torch.Tensor) -> float:
 
 
 def core_case(
-    rank: int, world_size: int, *, matrices: list[tuple[str, tuple[int, int], list[tuple[int, int]]]],
-    options: dict[str, Any], steps: int, dtype: str = "float64", bucket: int | None = None,
+    rank: int,
+    world_size: int,
+    *,
+    matrices: list[tuple[str, tuple[int, int], list[tuple[int, int]]]],
+    options: dict[str, Any],
+    steps: int,
+    dtype: str = "float64",
+    bucket: int | None = None,
 ) -> dict[str, Any]:
     """Step matrices cut as told (name, shape, interval of each rank) and compare with the dense reference."""
     kind = getattr(torch, dtype)

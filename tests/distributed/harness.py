@@ -105,9 +105,7 @@ def _serve(rank: int, world_size: int, folder: str, port: int, pipe: Any) -> Non
     import torch
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             case, arguments = pipe.recv()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from .cases import core_case
@@ -16,7 +18,7 @@ FP32 = 1e-5
 
 def cuts(numel, *bounds):
     edges = [0, *bounds, numel]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def matrices(world):
@@ -53,10 +55,10 @@ def matrices(world):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(rank=4, lr=0.01, scale=0.5),
-        dict(rank=4, rank_v=2, lr=0.01, weight_decay=0.1, residual=0.7, betas=(0.8, 0.95)),
-        dict(rank=3, variant="paper", lr=0.001, damping=1e-3),
-        dict(rank=3, variant="paper", residual=0.2, gammas=(0.1, 0.05), damping=1e-3),
+        {"rank": 4, "lr": 0.01, "scale": 0.5},
+        {"rank": 4, "rank_v": 2, "lr": 0.01, "weight_decay": 0.1, "residual": 0.7, "betas": (0.8, 0.95)},
+        {"rank": 3, "variant": "paper", "lr": 0.001, "damping": 1e-3},
+        {"rank": 3, "variant": "paper", "residual": 0.2, "gammas": (0.1, 0.05), "damping": 1e-3},
     ],
     ids=["stable", "stable-options", "paper", "paper-options"],
 )
@@ -68,7 +70,7 @@ def test_core_matches_reference_fp64(world, options):
 @pytest.mark.parametrize("world", [1, 3])
 def test_small_buckets_and_blocks_change_nothing(world):
     results = run_ranks(
-        world, core_case, matrices=matrices(world), options=dict(rank=4, lr=0.01), steps=STEPS, bucket=1
+        world, core_case, matrices=matrices(world), options={"rank": 4, "lr": 0.01}, steps=STEPS, bucket=1
     )
     for result in results:
         assert max(result["errors"].values()) <= FP64, result["errors"]
@@ -79,7 +81,7 @@ def test_core_matches_reference_fp32(world):
     # Rank 2: with a rank near the smaller side (4 of 5) the Gram is so ill-conditioned that the dense reference in
     # fp32 is itself 2e-5 from fp64.
     results = run_ranks(
-        world, core_case, matrices=matrices(world), options=dict(rank=2, lr=0.01), steps=STEPS, dtype="float32"
+        world, core_case, matrices=matrices(world), options={"rank": 2, "lr": 0.01}, steps=STEPS, dtype="float32"
     )
     for result in results:
         theta = {name: error for name, error in result["errors"].items() if "." not in name}

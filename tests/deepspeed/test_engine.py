@@ -1,0 +1,99 @@
+"""Around the step: state per rank, collectives, checkpoints, refusals, and a real Llama."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorapre_dist.bench.memory import closed_form
+from lorapre_dist.bench.shapes import projections
+from tests.distributed.harness import run_ranks
+
+from .cases import (
+    equality_case,
+    llama_case,
+    mismatch_case,
+    refused_case,
+    resume_case,
+    state_bytes_case,
+)
+
+CPU_OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_state_per_rank_under_zero3(world):
+    """Llama-60M's matrices at rank 128: within 2% of 4 ((r + r_v)(p + q) + p) / N bytes on every rank."""
+    shapes = [shape for _, shape in projections("llama-60m")]
+    want = closed_form(shapes, 128, 16, world)
+    for held, reported, elements in run_ranks(world, state_bytes_case, model="llama-60m", lora_rank=128):
+        assert held == reported
+        assert abs(held - want) <= 0.02 * want
+        assert elements <= -(-sum(p * q for p, q in shapes) // world) + len(shapes)
+
+
+def test_no_collective_for_matrices_owned_whole():
+    """ZeRO-0, and any stage on one rank: no collective. ZeRO-2: only the ranks that share a matrix talk about it."""
+    for world, stage in ((2, 0), (1, 2), (1, 3)):
+        for result in run_ranks(world, equality_case, stage=stage, precision="fp32", combos=[(1, 0.0)], steps=3):
+            assert result[0]["calls"] == {}
+    steps = 3
+    for result in run_ranks(2, equality_case, stage=2, precision="fp32", combos=[(1, 0.0)], steps=steps):
+        # One matrix lies across the boundary of two partitions: four collectives a step.
+        assert set(result[0]["calls"].values()) == {steps}
+        assert len(result[0]["calls"]) == 4
+
+
+@pytest.mark.parametrize(
+    "stage, precision, changes",
+    [
+        (0, "fp32", None),
+        (0, "fp16", None),
+        (1, "bf16", None),
+        (1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),
+        (2, "fp32", None),
+        (2, "fp16", None),
+        (2, "fp32", CPU_OFFLOAD),
+        (3, "fp32", None),
+        (3, "bf16", CPU_OFFLOAD),
+        (3, "fp16", None),
+    ],
+)
+def test_resume_is_bit_identical(stage, precision, changes, tmp_path):
+    arguments = {"stage": stage, "precision": precision, "folder": str(tmp_path), "changes": changes}
+    for differences in run_ranks(2, resume_case, **arguments):
+        assert differences and max(differences.values()) == 0.0, differences
+
+
+def test_a_checkpoint_of_another_rank_is_refused(tmp_path):
+    for text in run_ranks(2, mismatch_case, folder=str(tmp_path)):
+        assert "rank was 4, is 3" in text
+        assert text.endswith("unchanged=True")
+
+
+@pytest.mark.parametrize("door", ["lorapre", "deepspeed"])
+@pytest.mark.parametrize(
+    "changes, params, words",
+    [
+        ({}, {"rnak": 4}, "did you mean 'rank'"),
+        ({}, {"rank": 1000}, "rank=1000"),
+        ({}, {"rank": 0}, "rank=0"),
+        ({}, {"betas": [0.9, 1.0]}, "betas"),
+        ({}, {"target_modules": ["nothing_like_it"]}, "matches no 2-D parameter"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}}, {}, "nvme"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, {}, "zero_hpz_partition_size"),
+        ({"zero_optimization": {"elastic_checkpoint": True}}, {}, "elastic_checkpoint"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {}, "torch_autocast"),
+    ],
+)
+def test_refusals_are_one_clear_line(changes, params, words, door):
+    for text in run_ranks(2, refused_case, changes=changes, params=params, door=door):
+        assert words in text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_real_llama_matches_one_process(stage):
+    """Gradients now depend on the weights, so rounding feeds back; the contract holds all the same."""
+    for error, name, loss in run_ranks(2, llama_case, stage=stage, steps=20):
+        assert error <= 1e-5, name
+        assert loss < 4.5
