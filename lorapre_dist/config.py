@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -71,6 +72,8 @@ class LoRAPreConfig:
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):
             raise ConfigError(f"target_modules={targets!r}: must be a regular expression or a list of names")
+        for entry in [targets] if isinstance(targets, str) else targets or ():
+            check_expression(entry)
 
     def _check_numbers(self) -> None:
         _number("lr", self.lr, low=0.0)
@@ -149,6 +152,14 @@ class LoRAPreConfig:
         if self.gammas is not None:
             return self.gammas
         return 1.0 - math.sqrt(self.betas[0]), 1.0 - self.betas[1] ** 0.25
+
+
+def check_expression(entry: str) -> None:
+    """Raise a ConfigError if an entry of ``target_modules`` is not a regular expression (a name always is one)."""
+    try:
+        re.compile(entry)
+    except re.error as error:
+        raise ConfigError(f"target_modules={entry!r}: not a valid regular expression ({error})") from None
 
 
 def _number(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .config import ConfigError
+from .config import ConfigError, check_expression
 
 # Attention and MLP projections under the names that Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon,
 # BLOOM, BERT, T5 and Meta's own Llama code give them.
@@ -45,11 +45,9 @@ def matches(name: str, target_modules: str | Sequence[str] | None = None) -> boo
     for entry in entries:
         if not isinstance(target_modules, str) and f".{entry}." in padded:
             return True
-        try:
-            if re.fullmatch(entry, name):
-                return True
-        except re.error as error:
-            raise ConfigError(f"target_modules={entry!r}: not a valid regular expression ({error})") from None
+        check_expression(entry)
+        if re.fullmatch(entry, name):
+            return True
     return False
 
 

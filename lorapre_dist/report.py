@@ -7,6 +7,7 @@ from typing import Any
 
 from .core.adam import Memory, buckets, transient_bytes
 from .core.factors import Matrix
+from .core.refresh import CHUNK
 from .layouts.base import Layout
 
 
@@ -66,13 +67,20 @@ class MemoryReport:
 
 
 def _workspace(matrices: list[Matrix], memory: Memory) -> int:
-    """Largest bucket of gathered factors, three row blocks, and the r x n products of one block."""
+    """Largest bucket's gathered factors and Grams, and the temporaries of one row block and of one batch of solves."""
     if not matrices:
         return 0
-    bucket = max(sum(transient_bytes(m) for m in matrices[b]) for b in buckets(matrices, memory.bucket))
-    block = max(max(memory.block, m.interval.shape[1] * m.m.B.element_size()) for m in matrices)
-    rows = max(min(m.interval.rows, max(1, memory.block // (m.interval.shape[1] * 4))) for m in matrices)
+    size = matrices[0].m.B.element_size()
+    squares = [m.m.B.shape[1] ** 2 + m.v.B.shape[1] ** 2 for m in matrices]
+    runs = list(buckets(matrices, memory.bucket))
+    # Of every matrix in a bucket: the Grams of A and of B, and the inverses of both.
+    bucket = max(sum(map(transient_bytes, matrices[b])) + 4 * sum(squares[b]) * size for b in runs)
+    # In fp64: the stacked Grams, their Cholesky factors, the inverses, and a copy that the solver makes.
+    batch = max(sum(squares[b]) for b in runs)
+    if matrices[0].m.B.device.type == "cpu":
+        batch = min(batch, max(CHUNK, max(squares)))
+    # Three temporaries of a row block, two more where the parameter is of another dtype, and one while a buffer grows.
+    block = max(max(memory.block, m.interval.shape[1] * size) for m in matrices)
+    rows = max(min(m.interval.rows, max(1, memory.block // (m.interval.shape[1] * size))) for m in matrices)
     ranks = max(m.m.B.shape[1] + m.v.B.shape[1] for m in matrices)
-    # Per block: raw and solved Y and the new B of both moments, and the solves' copies; r x r Grams in fp64.
-    products = 6 * rows * ranks * 4 + 4 * sum((m.m.B.shape[1] ** 2 + m.v.B.shape[1] ** 2) * 8 for m in matrices[:1])
-    return bucket + 4 * block + products
+    return bucket + 4 * batch * 8 + 6 * block + 3 * rows * ranks * size

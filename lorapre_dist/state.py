@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from .config import ConfigError
 from .core.factors import Matrix
 
@@ -48,7 +50,7 @@ def load_state(saved: dict[str, Any], held: list[tuple[Any, Any]], groups: list[
         for name, tensor in state.tensors().items():
             tensor.copy_(entry["tensors"][name])
     for group, options in zip(groups, saved["param_groups"], strict=True):
-        group.update({k: v for k, v in options.items() if k != "params"})
+        group.update({k: _like(v, group.get(k)) for k, v in options.items() if k != "params"})
 
 
 def _identity(piece: Any, state: Any) -> dict[str, Any]:
@@ -90,3 +92,10 @@ def _differences(saved: dict[str, Any], held: list[tuple[Any, Any]], groups: lis
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _like(value: Any, present: Any) -> Any:
+    """A saved setting in the type of the present one; a tensor (a learning rate) becomes one's own."""
+    if isinstance(value, list) and isinstance(present, tuple):
+        return tuple(value)
+    return value.clone() if isinstance(value, Tensor) else value

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 16  # fp64 elements
+#: Elements of the Grams that are solved at a time on a CPU.
+CHUNK = 1 << 16
 
 
 def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list[Tensor]:
@@ -21,7 +22,7 @@ def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list
     a sixth of the time of triangular solves.
     """
     # A few at a time where the cache counts, all at once where launches count.
-    size = max(1, _CHUNK // grams[0].numel()) if grams and grams[0].device.type == "cpu" else len(grams)
+    size = max(1, CHUNK // grams[0].numel()) if grams and grams[0].device.type == "cpu" else len(grams)
     chunks = [grams[k : k + size] for k in range(0, len(grams), size)] if grams else []
     return [inverse for chunk in chunks for inverse in _damped_inverses(chunk, damping, relative)]
 

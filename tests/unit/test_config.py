@@ -22,6 +22,9 @@ def test_defaults_of_stable():
     assert config.resolved_rank_v == 16
     assert config.resolved_residual == 0.3
     assert config.resolved_damping == 1e-4
+    assert math.isclose(config.resolved_max_update, 0.1 / 0.001**0.5)
+    # Adam moves an element by (1 - beta1) / sqrt(1 - beta2) at most, and by 1 at step 1.
+    assert LoRAPreConfig(betas=(0.9, 0.95)).resolved_max_update == 1
 
 
 def test_defaults_of_paper():
@@ -29,13 +32,14 @@ def test_defaults_of_paper():
     assert config.resolved_rank_v == 24
     assert config.resolved_residual == 0
     assert config.resolved_damping == 1e-6
+    assert config.resolved_max_update == math.inf
 
 
 @pytest.mark.parametrize("variant", ["stable", "paper"])
 def test_given_values_win_over_the_variants_defaults(variant):
-    config = LoRAPreConfig(variant=variant, rank_v=3, residual=0.0, damping=0.5, gammas=(0.25, 1.0))
+    config = LoRAPreConfig(variant=variant, rank_v=3, residual=0.0, damping=0.5, max_update=2.0, gammas=(0.25, 1.0))
     assert (config.resolved_rank_v, config.resolved_residual, config.resolved_damping) == (3, 0.0, 0.5)
-    assert config.resolved_gammas == (0.25, 1.0)
+    assert (config.resolved_max_update, config.resolved_gammas) == (2.0, (0.25, 1.0))
 
 
 def test_rank_v_is_an_eighth_of_the_rank_but_at_least_one():
@@ -59,6 +63,7 @@ BAD = [
     *[("scale", v, "a number in [0, inf)") for v in (*NOT_NUMBERS, -0.25)],
     *[("init_std", v, "a number in (0, inf)") for v in (*NOT_NUMBERS, 0, -0.02)],
     *[("damping", v, "a number in (0, inf)") for v in ("1e-4", True, math.nan, math.inf, 0, -1.0)],
+    *[("max_update", v, "a number in (0, inf)") for v in ("1", True, math.nan, math.inf, 0, -1.0)],
     *[("residual", v, "a number in [0, 1]") for v in ("0.3", True, math.nan, -0.1, 1.1)],
     *[("rank", v, "an integer of at least") for v in (-1, 8.0, "8", None, True, [8])],
     *[("rank_v", v, "an integer of at least 1") for v in (0, -1, 8.0, "8", True)],
@@ -68,6 +73,7 @@ BAD = [
     *[("gammas", v, "two numbers") for v in (0.1, (0.1,), "ab")],
     *[("gammas", v, "a number in (0, 1]") for v in ((0, 0.1), (0.1, 1.5), (0.1, math.nan), [None, 0.1])],
     *[("variant", v, "'stable', 'paper'") for v in ("Stable", "", None, 1, ["stable"])],
+    *[("target_modules", v, "not a valid regular expression") for v in ("*q_proj", ["q_proj", "("], ("[",), "a{2,1}")],
     *[("target_modules", v, "a regular expression or a list of names") for v in ([], [""], [1], 7, {"q_proj": 1})],
 ]
 
@@ -127,6 +133,7 @@ def test_configs_are_immutable_and_hashable():
 
 
 finite = {"allow_nan": False, "allow_infinity": False}
+names = st.text("abz_.*01", min_size=1, max_size=9).filter(lambda name: "**" not in name and name[0] != "*")
 positive = st.floats(0, 1e30, exclude_min=True, **finite)
 valid = st.fixed_dictionaries(
     {},
@@ -141,9 +148,10 @@ valid = st.fixed_dictionaries(
         "variant": st.sampled_from(["stable", "paper"]),
         "residual": st.none() | st.floats(0, 1),
         "damping": st.none() | positive,
+        "max_update": st.none() | positive,
         "init_std": positive,
         "gammas": st.none() | st.lists(st.floats(0, 1, exclude_min=True), min_size=2, max_size=2),
-        "target_modules": st.none() | st.text(max_size=9) | st.lists(st.text(min_size=1, max_size=9), min_size=1),
+        "target_modules": st.none() | names | st.lists(names, min_size=1),
         "seed": st.integers(0, 2**63),
     },
 )
@@ -169,3 +177,4 @@ def test_any_value_is_either_taken_or_refused_in_one_line(params, name, value):
         assert all(0 <= gamma <= 1 for gamma in config.resolved_gammas)
         assert config.resolved_rank_v >= 1
         assert config.resolved_damping > 0
+        assert config.resolved_max_update > 0
