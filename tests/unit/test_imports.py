@@ -1,0 +1,195 @@
+"""The shape of the package: imports go one way, other libraries stay where they belong, files stay readable."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "lorapre_dist"
+
+# An import goes to a lower layer, or stays within its own.
+LAYERS = [
+    {"config", "core", "param_groups"},
+    {"layouts"},
+    {"optimizer", "state", "report"},
+    {"deepspeed", "upstream", "checkpoint"},
+    {"training", "bench", "cli", "planner"},
+]
+# Beside the layers: the oracle, which nothing but its users' front page and measurements may lean on.
+ORACLE = "reference"
+# Modules that name the library deepspeed: the door, the layouts that read its optimizers, and in the training program
+# what builds a model under zero.Init, and what starts the ranks and reads the JSON (there only inside functions).
+DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.training.models", "lorapre_dist.training.app"}
+DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
+DEEPSPEED_LAZILY = {"lorapre_dist.training.app"}
+# The library's own heavy or optional companions.
+TRAINING_ONLY = {"transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def only_for_types(tree: ast.Module) -> set[ast.AST]:
+    """Everything under ``if TYPE_CHECKING:``."""
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
+
+
+def imports(name: str) -> list[tuple[str, bool]]:
+    """What a module imports, in full: our modules and others' (with dots), and whether inside a function."""
+    tree = ast.parse(MODULES[name].read_text())
+    skipped = only_for_types(tree)
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    lazy = {inner for function in functions for inner in ast.walk(function)}
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    found = []
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node in lazy) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            # ``from package import module`` imports the module, ``from module import name`` the module before it.
+            targets = [f"{source}.{alias.name}" for alias in node.names]
+            found += [(t if t in MODULES else source, node in lazy) for t in targets]
+    return found
+
+
+def ours(name: str) -> set[str]:
+    return {target for target, _ in imports(name) if target in MODULES and target != name}
+
+
+def part(name: str) -> str:
+    """The layer's entry that a module belongs to: ``core`` for ``lorapre_dist.core.adam``."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def layer(name: str) -> int:
+    found = [k for k, parts in enumerate(LAYERS) if part(name) in parts]
+    assert found, f"{name} is in no layer: say in LAYERS where it belongs"
+    return found[0]
+
+
+LAYERED = [name for name in MODULES if part(name) not in ("", ORACLE, "__main__")]
+
+
+def test_the_parser_sees_what_is_there():
+    """The other tests would pass on an empty list."""
+    assert ours("lorapre_dist.core.adam") >= {"lorapre_dist.core.factors", "lorapre_dist.core.interval"}
+    assert ours("lorapre_dist.layouts.zero3") >= {"lorapre_dist.layouts.base", "lorapre_dist.core.factors"}
+    assert ours("lorapre_dist.optimizer") >= {"lorapre_dist.config", "lorapre_dist.param_groups", "lorapre_dist.state"}
+    assert ("deepspeed", False) in imports("lorapre_dist.deepspeed")
+    assert ("datasets", True) in imports("lorapre_dist.training.documents")
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_imports_go_one_way(name):
+    for target in ours(name):
+        if target == "lorapre_dist":  # the front page, which imports everything below
+            assert layer(name) == len(LAYERS) - 1, f"{name} imports the package's front page"
+        elif part(target) != ORACLE:
+            assert layer(target) <= layer(name), f"{name} imports {target}, which is above it"
+
+
+def test_there_is_no_cycle():
+    graph = {name: ours(name) - {"lorapre_dist"} for name in MODULES}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if part(n) == "core"])
+def test_core_knows_tensors_and_groups_only(name):
+    assert {part(target) for target in ours(name)} <= {"core"}
+    assert {target.split(".")[0] for target, _ in imports(name)} - {"lorapre_dist", "torch"} <= set(STANDARD)
+
+
+STANDARD = {
+    "__future__",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "functools",
+    "hashlib",
+    "itertools",
+    "math",
+    "typing",
+}
+
+
+def test_reference_imports_the_settings_alone():
+    assert ours("lorapre_dist.reference") == {"lorapre_dist.config"}
+    users = {name for name in MODULES if "lorapre_dist.reference" in ours(name)}
+    assert {part(name) for name in users} <= {"", "bench"}, users
+
+
+def test_config_imports_nothing_of_ours():
+    assert ours("lorapre_dist.config") == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_deepspeed_the_library_stays_behind_its_door(name):
+    uses = [lazy for target, lazy in imports(name) if target.split(".")[0] == "deepspeed"]
+    if uses:
+        assert name in DEEPSPEED or name.startswith(DEEPSPEED_LAYOUTS), f"{name} imports deepspeed"
+    if name in DEEPSPEED_LAZILY:
+        assert all(uses), f"{name} may import deepspeed inside functions only"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if part(n) != "training"])
+def test_models_data_and_plots_stay_in_the_training_program(name):
+    top = {target.split(".")[0] for target, lazy in imports(name) if not (lazy and part(name) == "bench")}
+    assert not top & TRAINING_ONLY
+
+
+COLLECTIVES = (
+    *("all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_reduce", "all_to_all"),
+    *("all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce"),
+    *("reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "scatter", "send", "recv", "isend", "irecv"),
+)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERED if layer(n) <= 2 and n != "lorapre_dist.core.comm"])
+def test_collectives_of_a_step_are_issued_in_comm_alone(name):
+    tree = ast.parse(MODULES[name].read_text())
+    found = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr in COLLECTIVES
+        and ast.unparse(node.value).split(".")[-1] in ("dist", "distributed")
+    ]
+    assert not found
+
+
+# size ---------------------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+SOURCES = [p for folder in ("lorapre_dist", "launch", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_stays_short(path):
+    assert lines(path) < 400
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "layouts").glob("*.py")), ids=lambda p: p.name)
+def test_a_layout_only_translates(path):
+    assert lines(path) < 200
+
+
+def test_the_core_and_the_reference_fit_in_a_head():
+    assert sum(map(lines, [*(PACKAGE / "core").glob("*.py"), PACKAGE / "reference.py"])) < 1200

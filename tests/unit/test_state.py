@@ -1,0 +1,201 @@
+"""Copies, pickles and state_dict: continuing bit for bit, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lorapre_dist import ConfigError, LoRAPre, LoRAPreConfig
+
+from .toy import PAPER, STABLE, STEPS, Toy, assert_same, loss_of, state_tensors, train
+
+# copies and pickles --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_model_and_optimizer_goes_on_alone(steps, how, tmp_path):
+    model = Toy()
+    optimizer = LoRAPre(model.named_parameters(), **STABLE)
+    train(model, optimizer, range(steps))
+    if how == "deepcopy":
+        other, its_optimizer = copy.deepcopy((model, optimizer))
+    else:
+        torch.save((model, optimizer), tmp_path / "both.pt")
+        other, its_optimizer = torch.load(tmp_path / "both.pt", weights_only=False)
+    assert its_optimizer.param_groups[0]["params"][0] is next(other.parameters())
+    before = copy.deepcopy(model.state_dict())
+    train(other, its_optimizer, range(steps, 8))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    train(model, optimizer, range(steps, 8))
+    assert_same(model, other)
+
+
+# state_dict ----------------------------------------------------------------------------------------------------------
+
+
+def plain(value):
+    """Whether ``value`` consists of tensors, numbers, strings, lists and dicts only."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and plain(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(plain, value))
+    return value is None or type(value) in (int, float, str, bool, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "options", [STABLE, PAPER, {**STABLE, "target_modules": ["q_proj", "mlp"], "gammas": (0.1, 0.2)}]
+)
+def test_save_load_and_continue_is_bit_identical(options, tmp_path):
+    straight, model = Toy(), Toy()
+    train(straight, LoRAPre(straight.named_parameters(), **options))
+    optimizer = LoRAPre(model.named_parameters(), **options)
+    train(model, optimizer, range(7))
+    assert plain(optimizer.state_dict())
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = Toy(seed=9)
+    resumed.load_state_dict(saved["model"])
+    optimizer = LoRAPre(resumed.named_parameters(), **options)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(resumed, optimizer, range(7, STEPS))
+    assert_same(straight, resumed)
+
+
+def test_a_loaded_state_is_a_copy_and_settings_keep_their_types():
+    model = Toy()
+    optimizer = LoRAPre(model.named_parameters(), **STABLE, target_modules=("q_proj", "mlp"))
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    other = LoRAPre(Toy().named_parameters(), **STABLE, target_modules=("q_proj", "mlp"))
+    other.load_state_dict(saved)
+    frozen = copy.deepcopy(saved)
+    loss_of(model, 2).backward()
+    for p, q in zip(other.param_groups[0]["params"], model.parameters(), strict=True):
+        p.grad = q.grad.clone()
+    other.step()
+    for name, entry in frozen["state"].items():
+        for key, tensor in entry["tensors"].items():
+            assert torch.equal(saved["state"][name]["tensors"][key], tensor)
+    for group, fresh in zip(other.param_groups, optimizer.param_groups, strict=True):
+        for key in LoRAPreConfig.__dataclass_fields__:
+            assert group[key] == fresh[key]
+            assert type(group[key]) is type(fresh[key])
+
+
+def test_loading_takes_over_the_groups_settings():
+    """As in torch.optim: a schedule goes on where it was."""
+    optimizer = LoRAPre(Toy().named_parameters(), **STABLE)
+    optimizer.param_groups[0].update(lr=0.123, initial_lr=0.5)
+    other = LoRAPre(Toy().named_parameters(), **STABLE)
+    other.load_state_dict(optimizer.state_dict())
+    assert (other.param_groups[0]["lr"], other.param_groups[0]["initial_lr"]) == (0.123, 0.5)
+    assert other.param_groups[0]["params"][0].shape == (11, 8)
+
+
+def test_a_tensor_lr_is_saved_and_loaded_as_a_copy(tmp_path):
+    def made(lr):
+        return LoRAPre(Toy().named_parameters(), **{**STABLE, "lr": torch.tensor(lr)})
+
+    torch.save(made(0.25).state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = made(0.5)
+    other.load_state_dict(saved)
+    assert float(other.param_groups[0]["lr"]) == 0.25
+    other.param_groups[0]["lr"].fill_(9)
+    assert float(saved["param_groups"][0]["lr"]) == 0.25
+
+
+def fit(**changes):
+    """A toy with its optimizer; ``changes`` make it differ from what was saved."""
+    model = changes.pop("model", None) or Toy()
+    named = changes.pop("named", list(model.named_parameters()))
+    optimizer = LoRAPre(named, **{**STABLE, **changes})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def renamed():
+    return [(n.replace("q_proj.weight", "k2_proj.weight"), p) for n, p in Toy().named_parameters()]
+
+
+def reshaped():
+    model = Toy()
+    model.q_proj = nn.Linear(8, 13).double()
+    return model
+
+
+def two_groups():
+    named = list(Toy().named_parameters())
+    return [{"params": named[:3]}, {"params": named[3:]}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (lambda: {"rank": 3}, "group 0: rank was 4, is 3"),
+        (lambda: {"rank_v": 2}, "group 0: rank_v was None, is 2"),
+        (lambda: {"variant": "paper"}, "group 0: variant was 'stable', is 'paper'"),
+        (lambda: {"target_modules": ["q_proj"]}, "group 0: target_modules was None, is"),
+        (lambda: {"named": renamed()}, "k2_proj.weight: not in the saved state"),
+        (lambda: {"named": renamed()}, "q_proj.weight: saved, but not a parameter here"),
+        (lambda: {"named": list(Toy().named_parameters())[1:]}, "embed.weight: saved, but not a parameter here"),
+        (lambda: {"model": reshaped()}, r"q_proj.weight: shape was \[12, 8\], is \[13, 8\]"),
+        (lambda: {"named": two_groups()}, "1 parameter groups were saved, there are 2"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_with_nothing_changed(changes, words):
+    saved = fit().state_dict()
+    optimizer = fit(**changes())
+    optimizer.param_groups[0]["lr"] = 0.77
+    tensors = {k: t.clone() for k, t in state_tensors(optimizer).items()}
+    steps = [b.state.step for b in optimizer.bound()]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    with pytest.raises(ConfigError, match=words) as caught:
+        optimizer.load_state_dict(saved)
+    assert str(caught.value).startswith("the optimizer state does not fit: ")
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(t, tensors[k]) for k, t in state_tensors(optimizer).items())
+    assert [b.state.step for b in optimizer.bound()] == steps
+    assert [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == groups
+
+
+def test_a_damaged_state_is_refused_by_name():
+    optimizer = fit()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"]["mlp.w"]["tensors"]["v_row"]
+    saved["state"]["q_proj.weight"]["tensors"]["m_B"] = torch.zeros(12, 3)
+    with pytest.raises(ConfigError, match=r"mlp.w: v_row was missing, is of shape \(8,\)") as caught:
+        optimizer.load_state_dict(saved)
+    assert "q_proj.weight: m_B was of shape (12, 3), is of shape (12, 4)" in str(caught.value)
+
+
+@pytest.mark.parametrize("made", [lambda m: torch.optim.AdamW(m.parameters()).state_dict(), lambda m: {}])
+def test_another_optimizers_state_is_refused(made):
+    with pytest.raises(ConfigError, match="format None: this version reads format 1"):
+        fit().load_state_dict(made(Toy()))
+
+
+def test_many_differences_are_counted():
+    saved = fit().state_dict()
+    other = fit(named=[(f"other.{n}", p) for n, p in Toy().named_parameters()])
+    with pytest.raises(ConfigError, match=r"\(and \d+ more\)$") as caught:
+        other.load_state_dict(saved)
+    assert len(str(caught.value)) < 400
+
+
+def test_state_exists_before_the_first_step():
+    """Allocated up front: a checkpoint may be loaded into a fresh optimizer, and memory is known at once."""
+    optimizer = LoRAPre(Toy().named_parameters(), **STABLE)
+    saved = optimizer.state_dict()
+    assert set(saved["state"]) == {n for n, _ in Toy().named_parameters()}
+    assert {e["step"] for e in saved["state"].values()} == {0}
+    assert saved["state"]["mlp.w"]["kind"] == "lorapre"
+    assert saved["state"]["head.weight"]["kind"] == "adamw"
