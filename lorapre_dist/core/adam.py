@@ -132,6 +132,9 @@ def _invert(works: list[Work], hyper: Hyper) -> None:
             Y, Yv = work.edge[:, 2 : 2 + work.m.rank], work.edge[:, 2 + work.m.rank :]
             Y.copy_(Y @ work.m.inverse)
             Yv.copy_(Yv @ work.v.inverse)
+        if work.matrix.interval.rows >= work.matrix.interval.shape[1]:
+            for moment in work.moments:
+                moment.W = moment.At @ moment.inverse
 
 
 class Scratch:
@@ -162,7 +165,9 @@ def _local_pass(work: Work, hyper: Hyper, scratch: Scratch) -> None:
     """Update theta and ``B`` row block by row block while the gradient block is hot; sum up Z and S."""
     matrix, interval = work.matrix, work.matrix.interval
     for moment in work.moments:
-        moment.Zt = moment.At.new_zeros(matrix.block_size * matrix.parts, moment.rank)
+        shape = matrix.block_size * matrix.parts, moment.rank
+        # The first block of a matrix held whole writes Z; everywhere else blocks add to it.
+        moment.Zt = moment.At.new_zeros(shape) if matrix.peers else moment.At.new_empty(shape)
     if not hyper.stable:
         _row_grams(work)
     for segment in interval.segments():
@@ -209,17 +214,17 @@ def _update_block(
 
     # Y and Yv: regression of g and |g| on the old A.
     if edge is None:
-        Y = _regress(g, At, work.m, "Y", scratch)
-        Yv = _regress(a, vAt, work.v, "Yv", scratch)
+        Y = _regress(g, work.m, columns, "Y", scratch)
+        Yv = _regress(a, work.v, columns, "Yv", scratch)
     else:
         Y, Yv = edge[:, 2 : 2 + work.m.rank], edge[:, 2 + work.m.rank :]
 
     # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
     left = torch.mul(B, beta1 / bias1, out=scratch.take("left", (B.shape[0], B.shape[1]), At))
-    torch.mm(left.add_(Y, alpha=-hyper.residual), At.T, out=m)
-    m.add_(g, alpha=(1 - beta1) / bias1 + hyper.residual)
+    left.add_(Y, alpha=-hyper.residual)
+    torch.addmm(g, left, At.T, beta=(1 - beta1) / bias1 + hyper.residual, out=m)
     # w = beta2 (vB vA)^2 + (1 - beta2) g^2
-    torch.mm(torch.mul(vB, math.sqrt(beta2)), vAt.T, out=w)
+    torch.addmm(w, vB, vAt.T, beta=0, alpha=math.sqrt(beta2), out=w)
     w.mul_(w).addcmul_(g, g, value=1 - beta2)
     if matrix.row is not None:
         _calibrate(w, g, edge, matrix.row[rows], hyper, bias2, matrix.interval.shape[1])
@@ -228,21 +233,33 @@ def _update_block(
     _apply(theta, m, w, hyper)
 
     # Alternating refresh: A is regressed with the new B; the printed form uses the old one.
+    first = matrix.peers is None and rows.start == 0
     if not hyper.stable:
-        work.m.Zt[columns].addmm_(g.T, B)
-        work.v.Zt[columns].addmm_(a.T, vB)
+        _add_product(work.m.Zt[columns], g, B, first)
+        _add_product(work.v.Zt[columns], a, vB, first)
     B.lerp_(Y, gamma1)
     vB.lerp_(Yv, gamma2)
     if hyper.stable:
-        work.m.Zt[columns].addmm_(g.T, B)
-        work.v.Zt[columns].addmm_(a.T, vB)
+        _add_product(work.m.Zt[columns], g, B, first)
+        _add_product(work.v.Zt[columns], a, vB, first)
 
 
-def _regress(g: Tensor, At: Tensor, moment: Moment, label: str, scratch: Scratch) -> Tensor:
+def _regress(g: Tensor, moment: Moment, columns: slice, label: str, scratch: Scratch) -> Tensor:
     """``g At (A A^T + d)^-1``: n x r."""
     shape = g.shape[0], moment.rank
-    product = torch.mm(g, At, out=scratch.take("left", shape, At))
-    return torch.mm(product, moment.inverse, out=scratch.take(label, shape, At))
+    Y = scratch.take(label, shape, moment.At)
+    if moment.W is not None:
+        return torch.mm(g, moment.W[columns], out=Y)
+    product = torch.mm(g, moment.At[columns], out=scratch.take("left", shape, moment.At))
+    return torch.mm(product, moment.inverse, out=Y)
+
+
+def _add_product(Zt: Tensor, g: Tensor, B: Tensor, first: bool) -> None:
+    """``Zt += g^T B``, or ``Zt = g^T B`` if it is the first."""
+    if first:
+        torch.mm(g.T, B, out=Zt)
+    else:
+        Zt.addmm_(g.T, B)
 
 
 def _calibrate(w: Tensor, g: Tensor, edge: Tensor | None, energy: Tensor, hyper: Hyper, bias2: float, q: int) -> None:
@@ -275,4 +292,4 @@ def _refresh(works: list[Work], hyper: Hyper) -> None:
     for moments, gamma in (([w.m for w in works], hyper.gammas[0]), ([w.v for w in works], hyper.gammas[1])):
         inverses = damped_inverses([moment.S for moment in moments], hyper.damping, hyper.stable)
         for moment, inverse in zip(moments, inverses, strict=True):
-            moment.factors.At.lerp_(moment.Zt @ inverse, gamma)
+            moment.factors.At.addmm_(moment.Zt, inverse, beta=1 - gamma, alpha=gamma)

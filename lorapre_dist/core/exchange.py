@@ -36,6 +36,7 @@ class Moment:
         At: q x r, whole, of the step before.
         gram: ``A A^T``, r x r.
         inverse: of the damped ``gram``.
+        W: ``At inverse`` (q x r) where that is cheaper than to multiply rows by ``inverse``, else None.
         Zt: ``g^T B``, q x r (padded to whole blocks); after the reduction, this rank's columns x r.
         S: ``B^T B``, r x r.
     """
@@ -44,6 +45,7 @@ class Moment:
     At: Tensor
     gram: Tensor = field(init=False)
     inverse: Tensor = field(init=False)
+    W: Tensor | None = field(init=False, default=None)
     Zt: Tensor = field(init=False)
     S: Tensor = field(init=False)
 

@@ -1,4 +1,4 @@
-"""The small solves: damped r x r Gram matrices, factored by Cholesky in fp64."""
+"""The small solves: damped r x r Gram matrices, factored by Cholesky."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list
 
     A zero Gram with relative damping becomes the identity: what it multiplies is zero as well.
 
-    The inverse comes from a Cholesky factor in fp64, where even r = 1024 and one dominant direction (condition 1e7)
-    leave nine digits, and is rounded once. What it multiplies has as many rows as the matrix; as one GEMM that takes
-    a sixth of the time of triangular solves.
+    The condition of a damped Gram is at most ``r / damping``. Cholesky runs in G's dtype where that leaves it a digit
+    at least, as at r = 128 in fp32 with the default damping, else in fp64. The result multiplies as many rows as the
+    matrix has: one GEMM, in a sixth of the time of triangular solves.
     """
     # A few at a time where the cache counts, all at once where launches count.
     size = max(1, CHUNK // grams[0].numel()) if grams and grams[0].device.type == "cpu" else len(grams)
@@ -28,7 +28,9 @@ def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list
 
 
 def _damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list[Tensor]:
-    wide = torch.stack(grams).double()
+    wide = torch.stack(grams)
+    if not (relative and wide.shape[-1] / damping * torch.finfo(wide.dtype).eps / 2 < 0.1):
+        wide = wide.double()
     diagonal = wide.diagonal(dim1=-2, dim2=-1)
     if relative:
         delta = damping * diagonal.mean(-1)
