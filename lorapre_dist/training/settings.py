@@ -80,12 +80,19 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see --help)")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """States defaults, but not that there is none: the help text then says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every default is shown by ``--help``."""
     parser = _Parser(
         prog="pretrain.py",
         description="Pre-train a causal LM under DeepSpeed with the optimizer of the DeepSpeed JSON.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     _add_model_options(parser.add_argument_group("model"))
