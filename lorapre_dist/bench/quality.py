@@ -143,8 +143,9 @@ ROWS = {
     "adamw": Row("AdamW", adamw, (0.0005, 0.001, 0.002)),
     "stable-r16": lorapre_row("LoRAPre stable", LORAPRE_LRS, rank=16),
     "stable-r4": lorapre_row("LoRAPre stable", LORAPRE_LRS, rank=4),
-    "paper-r16": lorapre_row("LoRAPre paper", (0.0002, 0.001, 0.0025), rank=16, variant="paper"),
-    "galore-r16": Row("GaLore", galore(16), (0.00125, 0.0025, 0.005), 16),
+    # Both bracket the best lr and hold 0.0025, the scale of 0.25 that the two papers train with.
+    "paper-r16": lorapre_row("LoRAPre paper", (0.0001, 0.0002, 0.0025), rank=16, variant="paper"),
+    "galore-r16": Row("GaLore", galore(16), (0.0025, 0.005, 0.01), 16),
 }
 
 
@@ -267,7 +268,7 @@ def table(runs: list[Run]) -> str:
     for run in runs:
         row, is_best = ROWS[run.row], run is best[run.row]
         loss = f"**{_nats(run.val_loss)}**" if is_best else _nats(run.val_loss)
-        behind = f"{run.val_loss - best['adamw'].val_loss:+.3f}" if "adamw" in best else "-"
+        behind = _signed(run.val_loss - best["adamw"].val_loss) if "adamw" in best else "-"
         cells = [
             row.label,
             row.rank or "-",
@@ -290,7 +291,7 @@ def remarks(runs: list[Run]) -> list[str]:
         if name in best and "adamw" in best:
             behind = best[name].val_loss - best["adamw"].val_loss
             verdict = "met" if behind <= limit else "NOT MET"
-            lines.append(f"{name}: {behind:+.3f} nats against AdamW, limit {limit:+.2f}: {verdict}")
+            lines.append(f"{name}: {_signed(behind)} nats against AdamW, limit {limit:+.2f}: {verdict}")
     for name, run in best.items():
         lrs = sorted(r.matrix_lr for r in runs if r.row == name)
         if len(lrs) > 1 and run.matrix_lr in (lrs[0], lrs[-1]):
@@ -304,6 +305,11 @@ def _edge(lr: float, lrs: list[float]) -> str:
 
 def _nats(loss: float) -> str:
     return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
+
+
+def _signed(difference: float) -> str:
+    # Adding 0 turns a rounded -0 into 0; of two diverged runs there is no difference.
+    return f"{round(difference, 3) + 0.0:+.3f}" if math.isfinite(difference) else "-"
 
 
 def main(argv: list[str]) -> None:
