@@ -32,8 +32,8 @@ class LoRAPreConfig:
         variant: ``"stable"`` (relative damping, alternating refresh, row energies, residual) or ``"paper"`` (literal).
         residual: weight of the fresh gradient's part outside the tracked subspace; default 0.3, in ``paper`` 0.
         damping: of the r x r Gram solves; default 1e-4 times the mean eigenvalue, in ``paper`` 1e-6 absolute.
-        max_update: bound on each element of the normalised update, before ``lr`` and ``scale``; default in ``stable``:
-            as far as Adam can move an element at all, ``max(1, (1 - beta1) / sqrt(1 - beta2))``; in ``paper``: none.
+        max_update: bound on each element of the normalised update, before ``lr`` and ``scale``; default 3 (AdamW itself
+            stays near 1, and seldom goes to 3), in ``paper`` none.
         init_std: standard deviation of the initial ``A`` factors.
         gammas: refresh rates of the first and second moment's factors, each in (0, 1];
             default ``1 - sqrt(beta1)`` and ``1 - beta2 ** (1/4)``.
@@ -143,8 +143,7 @@ class LoRAPreConfig:
         """Bound on an element of the normalised update with the variant's default filled in."""
         if self.max_update is not None:
             return self.max_update
-        beta1, beta2 = self.betas
-        return math.inf if self.variant == "paper" else max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
+        return math.inf if self.variant == "paper" else 3.0
 
     @property
     def resolved_gammas(self) -> tuple[float, float]:
