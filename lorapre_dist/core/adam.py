@@ -54,7 +54,7 @@ class Memory:
         bucket: bytes of gathered factors and their gradients that are in flight at a time.
     """
 
-    block: int = 1 << 20
+    block: int = 2 << 20
     bucket: int = 32 << 20
 
 
