@@ -47,20 +47,48 @@ def test_equals_the_reference_in_fp64(options):
     assert_matches(model, wanted, FP64)
 
 
-def test_equals_the_reference_in_fp32():
-    """On the same gradients: the reference's own path through the model would differ by the forward's rounding."""
+def fp32_error(noise, **options):
+    """Largest relative error of a parameter after training in fp32, on the gradients that the fp64 reference gets."""
     model, wanted = Toy(torch.float32), Toy()
     for p, q in zip(model.parameters(), wanted.parameters(), strict=True):
         q.data.copy_(p.data)
-    optimizer, oracle = LoRAPre(model.named_parameters(), **STABLE), Reference(wanted.named_parameters(), **STABLE)
+    optimizer, oracle = LoRAPre(model.named_parameters(), **options), Reference(wanted.named_parameters(), **options)
     for step in range(STEPS):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
         for p, q in zip(model.parameters(), wanted.parameters(), strict=True):
+            p.grad = rank_one_and_noise(p.shape, step, noise)
             q.grad = p.grad.double()
         optimizer.step()
         oracle.step()
-    assert_matches(model, wanted, FP32)
+    wanted = wanted.state_dict()
+    return max(float((p - wanted[n]).norm() / wanted[n].norm()) for n, p in model.double().state_dict().items())
+
+
+def rank_one_and_noise(shape, step, noise):
+    """A constant signal, and heavy-tailed noise of that strength."""
+    rows, columns = shape[0], shape[1] if len(shape) > 1 else 1
+    fixed = torch.Generator().manual_seed(rows * columns)
+    signal = torch.randn(rows, 1, generator=fixed) @ torch.randn(1, columns, generator=fixed)
+    fresh = torch.Generator().manual_seed(1000 * step + rows * columns)
+    return (signal + noise * torch.randn(rows, columns, generator=fresh).pow(3)).reshape(shape)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_the_reference_in_fp32(seed):
+    assert fp32_error(noise=1.0, **STABLE, seed=seed) <= FP32
+    assert fp32_error(noise=1.0, **STABLE, seed=seed, residual=0.0, rank_v=3) <= FP32
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nearly_low_rank_gradients_in_fp32_stay_near_the_reference(seed):
+    """The gradient is of lower rank than the optimizer, but for 0.1%: a regression that the damping alone holds."""
+    assert fp32_error(noise=1e-3, **STABLE, seed=seed, damping=1e-2) <= FP32
+    # With the default damping the condition is 4e4, and fp32 sums of g A^T and B^T g are amplified by its root.
+    assert fp32_error(noise=1e-3, **STABLE, seed=seed) <= 1e-3
+
+
+@pytest.mark.xfail(strict=True, reason="fp32 sums in g A^T, B^T g and the Grams, amplified by solves of condition 4e4")
+def test_nearly_low_rank_gradients_in_fp32_meet_the_contract():
+    assert fp32_error(noise=1e-3, **STABLE) <= FP32
 
 
 def test_state_equals_the_references():
