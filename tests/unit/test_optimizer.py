@@ -105,6 +105,31 @@ def test_state_equals_the_references():
             assert (tensor - want).norm() <= FP64 * want.norm(), (bound.piece.name, name)
 
 
+@pytest.mark.parametrize(
+    "decayed",
+    [
+        1e-8,
+        pytest.param(
+            1e-17, marks=pytest.mark.xfail(strict=True, reason="B grows by what A lost; B^T B overflows fp32")
+        ),
+    ],
+)
+def test_a_matrix_that_was_without_signal_for_long_wakes_up(decayed):
+    """At each step with a zero gradient A shrinks by sqrt(beta1), by 1e-17 in 740 of them; B makes up for it."""
+    parameter = nn.Parameter(torch.zeros(32, 48))
+    optimizer = LoRAPre([("q_proj", parameter)], rank=8)
+    optimizer.factors()["q_proj"]["m_A"].mul_(decayed)
+    generator = torch.Generator().manual_seed(0)
+    signal = 1e3 * torch.randn(32, 3, generator=generator) @ torch.randn(3, 48, generator=generator)
+    for _ in range(60):
+        parameter.grad = signal.clone()
+        optimizer.step()
+    factors = optimizer.factors()["q_proj"]
+    assert parameter.isfinite().all()
+    momentum = factors["m_B"] @ factors["m_A"]
+    assert (momentum - signal).norm() < 0.01 * signal.norm()
+
+
 @pytest.mark.parametrize("memory", [{"block": 64}, {"block": 1}, {"bucket": 1}, {"block": 300, "bucket": 2000}])
 def test_sizes_of_blocks_and_buckets_change_nothing(memory):
     model, wanted = Toy(), Toy()
