@@ -70,10 +70,11 @@ def peak_transient_bytes(step):
     [
         ([(1024, 1376)], {"rank": 64}),
         ([(300, 200)] * 12, {"rank": 64, "rank_v": 64}),  # many small matrices in one bucket
+        ([(130, 131)] * 60, {"rank": 128, "rank_v": 128}),  # their Grams outweigh their factors
         ([(64, 4000), (4000, 64)], {"rank": 16}),
         ([(512, 512)] * 3, {"rank": 32, "variant": "paper"}),
     ],
-    ids=["large", "many", "thin", "paper"],
+    ids=["large", "many", "grams", "thin", "paper"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_workspace_bounds_what_a_step_allocates(shapes, options, dtype):
