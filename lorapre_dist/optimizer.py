@@ -230,7 +230,7 @@ class LoRAPre(torch.optim.Optimizer):
             if isinstance(bound.state, Matrix):
                 items.append(Item(bound.state, local, local_grad, None if tensor.is_contiguous() else tensor))
             else:
-                adamw.step(bound.state, local, local_grad, hyper)
+                adamw.step(bound.state, local, local_grad, hyper, self.memory.block)
                 if not tensor.is_contiguous():
                     tensor.copy_(local.view(tensor.shape))
         return items

@@ -11,7 +11,6 @@ from lorapre_dist.config import ConfigError
 BENCHES = {
     "quality": "validation loss after equal training, against AdamW and GaLore",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
-    "equality": "distance to the dense reference, by ZeRO stage, world size and precision",
     "memory": "bytes of optimizer state and workspace per rank",
 }
 USAGE = "usage: python -m lorapre_dist.bench NAME [options]   (NAME --help lists the options)\n\n" + "\n".join(

@@ -28,6 +28,9 @@ from .factors import Matrix
 from .interval import Segment
 from .refresh import damped_inverses
 
+# Mean eigenvalue of ``A A^T`` below which ``A`` is brought back to size: far below what training comes to.
+TINY = 1e-12
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -96,6 +99,8 @@ def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, scratch: Scratch) 
     for work in works:
         _edge_sums(work, hyper)
     exchange.sum_edges(works, comm)
+    if hyper.stable:  # damping is relative there, so that the factors' size does not matter
+        _rescale(works)
     _invert(works, hyper)
     for work in works:
         _local_pass(work, hyper, scratch)
@@ -119,6 +124,28 @@ def _edge_sums(work: Work, hyper: Hyper) -> None:
         line[1] += (beta2 * u.square() + (1 - beta2) * g.square()).sum()
         line[2 : 2 + r] += (g @ work.m.At[columns])[0]
         line[2 + r :] += (g.abs() @ work.v.At[columns])[0]
+
+
+def _rescale(works: list[Work]) -> None:
+    """Bring an ``A`` that has shrunk to almost nothing back to size, at the expense of ``B``; the product stays.
+
+    At every step without gradient ``A`` shrinks by ``1 - gamma``. Were it left at 1e-17, after some hundred of them,
+    the next gradient would make ``B`` so large that ``B^T B`` overflows. Powers of two, so nothing is rounded.
+    """
+    levels = torch.stack([moment.gram.diagonal().mean() for work in works for moment in work.moments]).tolist()
+    for k, work in enumerate(works):
+        r = work.m.rank
+        for moment, edge, level in zip(
+            work.moments, (work.edge[:, 2 : 2 + r], work.edge[:, 2 + r :]), levels[2 * k : 2 * k + 2], strict=True
+        ):
+            if 0 < level < TINY:
+                factor = 2.0 ** round(-0.5 * math.log2(level))
+                moment.gram.mul_(factor).mul_(factor)
+                moment.factors.At.mul_(factor)
+                moment.factors.B.div_(factor)
+                edge.mul_(factor)
+                if moment.At is not moment.factors.At:
+                    moment.At.mul_(factor)
 
 
 def _invert(works: list[Work], hyper: Hyper) -> None:

