@@ -1,1 +1,1 @@
-"""Measurements: ``python -m lorapre_dist.bench {quality,step,equality,memory}``."""
+"""Measurements: ``python -m lorapre_dist.bench {quality,step,memory}``."""
