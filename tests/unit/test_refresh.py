@@ -101,7 +101,7 @@ def test_one_dominant_direction_in_fp32_leaves_a_bounded_inverse(rank, strength)
     wide = inverse.double()
     delta = 1e-4 * float(gram.double().trace()) / rank
     values = torch.linalg.eigvalsh((wide + wide.T) / 2) * delta
-    # Rounding of the Gram, 6e-8 of its trace at most, is up to 30% of the damping at rank 512; of the inverse, 6e-8 of 1.
+    # Rounding of the Gram, 6e-8 of its trace at most, is up to 30% of the damping at rank 512; of the inverse, 6e-8.
     assert values.min() > -1e-6
     assert values.max() < 1.5
     if strength >= 1e4:  # and the damping was not raised though Cholesky could do without
