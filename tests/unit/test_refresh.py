@@ -104,7 +104,7 @@ def test_one_dominant_direction_in_fp32_leaves_a_bounded_inverse(rank, strength)
     # Rounding of the Gram, 6e-8 of its trace at most, is up to 30% of the damping at rank 512; of the inverse, 6e-8.
     assert values.min() > -1e-6
     assert values.max() < 1.5
-    if strength >= 1e4:  # and the damping was not raised though Cholesky could do without
+    if strength == 1e6:  # the others are far below the damping, which was not raised where Cholesky can do without
         assert values.max() > 0.7
 
 
