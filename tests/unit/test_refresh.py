@@ -114,7 +114,7 @@ def test_one_dominant_direction_in_fp32_leaves_a_bounded_inverse(rank, strength)
         # Condition below 1e3: a few units in fp32's last place.
         *[(0, 1e-5), (1e2, 1e-5)],
         # Condition up to r / damping = 2.6e6, of which the rounded inverse costs up to all: 2.6e6 * 6e-8 = 0.15. (The
-        # Cholesky factor's inverse, applied twice, would cost its root only: 1e-4 and 6e-6 were measured at the last two.)
+        # Cholesky factor's inverse, applied twice, costs its root only: 1e-4 and 6e-6 were measured at the last two.)
         *[(1e3, 1e-3), (1e4, 2e-2), (1e6, 0.15)],
     ],
 )
