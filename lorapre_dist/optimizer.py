@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .core.comm import Comm
 from .core.exchange import Item
 from .core.factors import Matrix, allocate
 from .core.interval import RowInterval
+from .core.workspace import Workspace
 from .layouts import whole
 from .layouts.base import Layout, Piece, Unit
 from .report import MemoryReport
@@ -59,7 +60,7 @@ class LoRAPre(torch.optim.Optimizer):
         given = dict(lr=_number(lr), betas=betas, eps=eps, weight_decay=weight_decay, **options)
         self.config = LoRAPreConfig.from_params(given)
         self.comm = Comm()
-        self.memory = adam.Memory()
+        self.workspace = Workspace()
         self.layout: Layout | None = None
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
         self.awaiting_layout = _engine_is_building
@@ -101,8 +102,9 @@ class LoRAPre(torch.optim.Optimizer):
             raise ConfigError("a parameter appears twice in one of the optimizer's groups")
 
     def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only
-        own = {name: getattr(self, name) for name in ("config", "comm", "memory", "layout", "awaiting_layout")}
-        return {**super().__getstate__(), **own, "_bound": list(self._bound.values())}
+        own = {name: getattr(self, name) for name in ("config", "comm", "layout", "awaiting_layout")}
+        empty = replace(self.workspace)  # the limits without the buffers
+        return {**super().__getstate__(), **own, "workspace": empty, "_bound": list(self._bound.values())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         bound = state["_bound"]
@@ -209,7 +211,7 @@ class LoRAPre(torch.optim.Optimizer):
             items: list[Item] = []
             for tensor in group["params"]:
                 items += self._step_vectors(tensor, hyper)
-            adam.step(items, hyper, self.comm, self.memory)
+            adam.step(items, hyper, self.comm, self.workspace)
             for item in items:
                 _write_back(item)
         return loss
@@ -230,7 +232,7 @@ class LoRAPre(torch.optim.Optimizer):
             if isinstance(bound.state, Matrix):
                 items.append(Item(bound.state, local, local_grad, None if tensor.is_contiguous() else tensor))
             else:
-                adamw.step(bound.state, local, local_grad, hyper, self.memory.block)
+                adamw.step(bound.state, local, local_grad, hyper, self.workspace.block)
                 if not tensor.is_contiguous():
                     tensor.copy_(local.view(tensor.shape))
         return items
@@ -254,7 +256,7 @@ class LoRAPre(torch.optim.Optimizer):
         """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""
         self._ensure_bound()
         assert self.layout is not None
-        return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, self.memory)
+        return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, self.workspace)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """This rank's state by parameter name: tensors, and plain numbers that say what they belong to."""

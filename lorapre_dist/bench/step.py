@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     options = {"lr": 1e-5, "rank": args.rank, "rank_v": args.rank_v, "variant": args.variant}
     optimizer = LoRAPre(named, **options)
     if args.block_bytes:
-        optimizer.memory = type(optimizer.memory)(args.block_bytes, optimizer.memory.bucket)
+        optimizer.workspace = replace(optimizer.workspace, block=args.block_bytes)
     adamw = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=1e-5, fused=True)
     for p, q in zip(adamw.param_groups[0]["params"], params, strict=True):
         p.grad = q.grad

@@ -27,6 +27,7 @@ from .exchange import Item, Moment, Work
 from .factors import Matrix
 from .interval import Segment
 from .refresh import damped_inverses
+from .workspace import Workspace
 
 # Mean eigenvalue of ``A A^T`` below which ``A`` is brought back to size: far below what training comes to.
 TINY = 1e-12
@@ -48,24 +49,10 @@ class Hyper:
     stable: bool
 
 
-@dataclass(frozen=True)
-class Memory:
-    """How large the transient tensors of a step may be.
-
-    Attributes:
-        block: bytes of one row block's p x q temporary; three of them exist at a time.
-        bucket: bytes of gathered factors and their gradients that are in flight at a time.
-    """
-
-    block: int = 2 << 20
-    bucket: int = 32 << 20
-
-
-def step(items: list[Item], hyper: Hyper, comm: Comm, memory: Memory) -> None:
+def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     """One step of every matrix in ``items``, in place. Collective over each matrix's peers, in the order of items."""
-    scratch = Scratch(memory.block)
-    for bucket in buckets([item.matrix for item in items], memory.bucket):
-        _step_bucket(items[bucket], hyper, comm, scratch)
+    for bucket in buckets([item.matrix for item in items], workspace.bucket):
+        _step_bucket(items[bucket], hyper, comm, workspace)
 
 
 def buckets(matrices: list[Matrix], limit: int) -> Iterator[slice]:
@@ -86,13 +73,14 @@ def buckets(matrices: list[Matrix], limit: int) -> Iterator[slice]:
 
 
 def transient_bytes(matrix: Matrix) -> int:
-    """Bytes of gathered factors, their gradients and the packed collectives of one matrix in a step."""
-    r = matrix.m.B.shape[1] + matrix.v.B.shape[1]
+    """Bytes of one matrix in a step: gathered factors, their gradients, packed collectives, Grams and inverses."""
+    r, rv = matrix.m.B.shape[1], matrix.v.B.shape[1]
     q = matrix.block_size * matrix.parts
-    return (2 if matrix.peers is None else 5) * q * r * matrix.m.B.element_size()
+    factors = (1 if matrix.peers is None else 5) * q * (r + rv)
+    return (factors + 4 * (r * r + rv * rv)) * matrix.m.B.element_size()
 
 
-def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, scratch: Scratch) -> None:
+def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     for item in items:
         item.matrix.step += 1
     works = exchange.gather(items, comm)
@@ -103,7 +91,7 @@ def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, scratch: Scratch) 
         _rescale(works)
     _invert(works, hyper)
     for work in works:
-        _local_pass(work, hyper, scratch)
+        _local_pass(work, hyper, workspace)
     exchange.reduce(works, comm)
     _refresh(works, hyper)
 
@@ -159,39 +147,19 @@ def _invert(works: list[Work], hyper: Hyper) -> None:
             Y, Yv = work.edge[:, 2 : 2 + work.m.rank], work.edge[:, 2 + work.m.rank :]
             Y.copy_(Y @ work.m.inverse)
             Yv.copy_(Yv @ work.v.inverse)
-        if work.matrix.interval.rows >= work.matrix.interval.shape[1]:
-            for moment in work.moments:
-                moment.W = moment.At @ moment.inverse
-
-
-class Scratch:
-    """Flat temporaries that every block of a step reuses: three of a row block, and three of its products with A."""
-
-    def __init__(self, block_bytes: int) -> None:
-        self.block_bytes = block_bytes
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def rows(self, columns: int, like: Tensor) -> int:
-        """Rows of that many columns in a block."""
-        return max(1, self.block_bytes // (columns * like.element_size()))
-
-    def take(self, label: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """An uninitialised tensor of ``like``'s dtype and device."""
-        key, numel = (label, like.dtype, like.device), shape[0] * shape[1]
-        have = self.buffers.get(key)
-        if have is None or have.numel() < numel:
-            have = self.buffers[key] = like.new_empty(numel)
-        return have[:numel].view(shape)
 
 
 def _view(flat: Tensor, segment: Segment) -> Tensor:
     return flat[segment.offset : segment.offset + segment.numel].view(segment.rows, -1)
 
 
-def _local_pass(work: Work, hyper: Hyper, scratch: Scratch) -> None:
+def _local_pass(work: Work, hyper: Hyper, workspace: Workspace) -> None:
     """Update theta and ``B`` row block by row block while the gradient block is hot; sum up Z and S."""
     matrix, interval = work.matrix, work.matrix.interval
-    for moment in work.moments:
+    for label, moment in zip(("W", "Wv"), work.moments, strict=True):
+        if interval.rows >= interval.shape[1]:
+            moment.W = workspace.take(label, interval.shape[1], moment.rank, moment.At)
+            torch.mm(moment.At, moment.inverse, out=moment.W)
         shape = matrix.block_size * matrix.parts, moment.rank
         # The first block of a matrix held whole writes Z; everywhere else blocks add to it.
         moment.Zt = moment.At.new_zeros(shape) if matrix.peers else moment.At.new_empty(shape)
@@ -201,12 +169,12 @@ def _local_pass(work: Work, hyper: Hyper, scratch: Scratch) -> None:
         theta, grad = _view(work.item.theta, segment), _view(work.item.grad, segment)
         edge = work.edge[work.cut[segment.row]][None] if segment.row in work.cut else None
         columns = slice(segment.col, segment.col_stop)
-        size = scratch.rows(segment.col_stop - segment.col, work.m.At)
+        size = workspace.rows(segment.rows, segment.col_stop - segment.col, work.m.At)
         for low in range(0, segment.rows, size):
             high = min(segment.rows, low + size)
             at = segment.row - interval.first_row
             _update_block(
-                work, theta[low:high], grad[low:high], slice(at + low, at + high), columns, edge, hyper, scratch
+                work, theta[low:high], grad[low:high], slice(at + low, at + high), columns, edge, hyper, workspace
             )
     if hyper.stable:
         _row_grams(work)
@@ -227,7 +195,7 @@ def _update_block(
     columns: slice,
     edge: Tensor | None,
     hyper: Hyper,
-    scratch: Scratch,
+    workspace: Workspace,
 ) -> None:
     """One block: theta and grad n x c, ``rows`` of B, ``columns`` of A; ``edge`` (1 x ...) if the row is cut."""
     matrix = work.matrix
@@ -235,27 +203,32 @@ def _update_block(
     beta1, beta2 = hyper.betas
     gamma1, gamma2 = hyper.gammas
     bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step
-    m, w, a = (scratch.take(label, (grad.shape[0], grad.shape[1]), At) for label in "mwa")
+    m, w, a = (workspace.take(label, grad.shape[0], grad.shape[1], At) for label in "mwa")
     g = grad.to(At.dtype)
     torch.abs(g, out=a)
 
     # Y and Yv: regression of g and |g| on the old A.
     if edge is None:
-        Y = _regress(g, work.m, columns, "Y", scratch)
-        Yv = _regress(a, work.v, columns, "Yv", scratch)
+        Y = _regress(g, work.m, columns, "Y", workspace)
+        Yv = _regress(a, work.v, columns, "Yv", workspace)
     else:
         Y, Yv = edge[:, 2 : 2 + work.m.rank], edge[:, 2 + work.m.rank :]
 
-    # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
-    left = torch.mul(B, beta1 / bias1, out=scratch.take("left", (B.shape[0], B.shape[1]), At))
-    left.add_(Y, alpha=-hyper.residual)
-    torch.addmm(g, left, At.T, beta=(1 - beta1) / bias1 + hyper.residual, out=m)
     # w = beta2 (vB vA)^2 + (1 - beta2) g^2
     torch.addmm(w, vB, vAt.T, beta=0, alpha=math.sqrt(beta2), out=w)
     w.mul_(w).addcmul_(g, g, value=1 - beta2)
+    # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
+    left = torch.mul(B, beta1 / bias1, out=workspace.take("left", B.shape[0], B.shape[1], At))
+    left.add_(Y, alpha=-hyper.residual)
+    fresh = (1 - beta1) / bias1 + hyper.residual
     if matrix.row is not None:
-        _calibrate(w, g, edge, matrix.row[rows], hyper, bias2, matrix.interval.shape[1])
+        # m_hat / (sqrt(f w) + floor) = m_hat / sqrt(f) / (sqrt(w) + floor / sqrt(f)): rows of the factor are scaled,
+        # not those of the product.
+        shrink, floor = _calibrate(w, g, edge, matrix.row[rows], hyper, bias2, matrix.interval.shape[1])
+        torch.mul(g, shrink * fresh, out=m).addmm_(left.mul_(shrink), At.T)
+        w.sqrt_().add_(floor)
     else:
+        torch.addmm(g, left, At.T, beta=fresh, out=m)
         w.div_(bias2).sqrt_().add_(hyper.eps)
     _apply(theta, m, w, hyper)
 
@@ -271,13 +244,12 @@ def _update_block(
         _add_product(work.v.Zt[columns], a, vB, first)
 
 
-def _regress(g: Tensor, moment: Moment, columns: slice, label: str, scratch: Scratch) -> Tensor:
+def _regress(g: Tensor, moment: Moment, columns: slice, label: str, workspace: Workspace) -> Tensor:
     """``g At (A A^T + d)^-1``: n x r."""
-    shape = g.shape[0], moment.rank
-    Y = scratch.take(label, shape, moment.At)
+    Y = workspace.take(label, g.shape[0], moment.rank, moment.At)
     if moment.W is not None:
         return torch.mm(g, moment.W[columns], out=Y)
-    product = torch.mm(g, moment.At[columns], out=scratch.take("left", shape, moment.At))
+    product = torch.mm(g, moment.At[columns], out=workspace.take("left", g.shape[0], moment.rank, moment.At))
     return torch.mm(product, moment.inverse, out=Y)
 
 
@@ -289,16 +261,23 @@ def _add_product(Zt: Tensor, g: Tensor, B: Tensor, first: bool) -> None:
         Zt.addmm_(g.T, B)
 
 
-def _calibrate(w: Tensor, g: Tensor, edge: Tensor | None, energy: Tensor, hyper: Hyper, bias2: float, q: int) -> None:
-    """``w <- sqrt(v_hat) + eps`` with the row energies ``s`` (updated): ``v_hat = s / bias2 * w / mean(w)``."""
+def _calibrate(
+    w: Tensor, g: Tensor, edge: Tensor | None, energy: Tensor, hyper: Hyper, bias2: float, q: int
+) -> tuple[Tensor, Tensor]:
+    """Update the row energies ``s``; ``1 / sqrt(f)`` and ``floor / sqrt(f)`` (n x 1) of ``sqrt(v_hat) + eps``.
+
+    ``v_hat = f w`` with ``f = s / bias2 / mean(w)``, so that the denominator is ``sqrt(f w) + eps``; in a row where all
+    of ``w`` is 0 it is ``sqrt(s / bias2) + eps``.
+    """
     sum_g2 = edge[:, 0] if edge is not None else torch.linalg.vector_norm(g, dim=1).square_()
     sum_w = edge[:, 1] if edge is not None else w.sum(1)
     energy.mul_(hyper.betas[1]).add_(sum_g2, alpha=(1 - hyper.betas[1]) / q)
     level = energy / bias2
     some = sum_w > 0
-    factor = torch.where(some, level * q / sum_w, torch.zeros_like(level))
-    floor = torch.where(some, torch.zeros_like(level), level.sqrt()).add_(hyper.eps)
-    w.mul_(factor[:, None]).sqrt_().add_(floor[:, None])
+    shrink = (sum_w / level.clamp_min(torch.finfo(level.dtype).tiny)).div_(q).sqrt_()
+    shrink = torch.where(some, shrink, torch.ones_like(level))
+    floor = torch.where(some, torch.zeros_like(level), level.sqrt()).add_(hyper.eps).mul_(shrink)
+    return shrink[:, None], floor[:, None]
 
 
 def _apply(theta: Tensor, m: Tensor, denom: Tensor, hyper: Hyper) -> None:

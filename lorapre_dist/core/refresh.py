@@ -39,7 +39,7 @@ def _damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> lis
         delta = torch.full((len(grams),), damping, dtype=wide.dtype, device=wide.device)
     rounding = torch.finfo(grams[0].dtype).eps * diagonal.mean(-1)  # an absolute damping may be far below it
     diagonal.add_(delta[:, None])
-    lower, info = torch.linalg.cholesky_ex(wide)
+    upper, info = torch.linalg.cholesky_ex(wide, upper=True)
     for _ in range(4):
         # Rounding in the Gram itself can still leave it indefinite; every rank sees the same bits and agrees.
         failed = (info > 0) & torch.isfinite(delta)
@@ -48,5 +48,5 @@ def _damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> lis
         more = torch.where(failed, torch.maximum(99 * delta, rounding), torch.zeros_like(delta))
         diagonal.add_(more[:, None])
         delta = delta + more
-        lower, info = torch.linalg.cholesky_ex(wide)
-    return list(torch.cholesky_inverse(lower).to(grams[0].dtype).unbind())
+        upper, info = torch.linalg.cholesky_ex(wide, upper=True)
+    return list(torch.cholesky_inverse(upper, upper=True).to(grams[0].dtype).unbind())

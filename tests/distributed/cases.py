@@ -81,7 +81,7 @@ def core_case(
     optimizer.param_groups[0]["params"] = [flat]
     optimizer.bind(Layout("test", [Unit(flat, 0, pieces)], world_size))
     if bucket:
-        optimizer.memory = replace(optimizer.memory, bucket=bucket, block=256)
+        optimizer.workspace = replace(optimizer.workspace, bucket=bucket, block=256)
     for step in range(steps):
         flat.grad = torch.cat(
             [gradient(n, s, step, kind).reshape(-1)[slice(*ranges[rank])] for n, s, ranges in matrices]

@@ -121,7 +121,7 @@ def test_a_matrix_that_was_without_signal_for_long_wakes_up(decayed):
 def test_sizes_of_blocks_and_buckets_change_nothing(memory):
     model, wanted = Toy(), Toy()
     optimizer = LoRAPre(model.named_parameters(), **STABLE)
-    optimizer.memory = replace(optimizer.memory, **memory)
+    optimizer.workspace = replace(optimizer.workspace, **memory)
     train(model, optimizer)
     train(wanted, LoRAPre(wanted.named_parameters(), **STABLE))
     assert_matches(model, wanted, FP64)
