@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from . import upstream
+from .checkpoint import engine as checkpoints
 from .config import ConfigError, LoRAPreConfig
 from .layouts import whole, zero3, zero12
 from .layouts.base import Layout
@@ -151,6 +152,7 @@ def _binding(configure: Any) -> Any:
             optimizer.check_matches([(n, tuple(getattr(p, "ds_shape", p.shape))) for p, n in trainable.items()])
             optimizer.bind(engine_layout(engine))
             _mend(engine)
+            checkpoints.install(engine)
         return result
 
     return configure_and_bind

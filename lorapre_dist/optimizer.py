@@ -19,9 +19,11 @@ from .core.exchange import Item
 from .core.factors import Matrix, allocate
 from .core.interval import RowInterval
 from .core.workspace import Workspace
+from .gather import all_ranks, gather, scatter
 from .layouts import whole
 from .layouts.base import Layout, Piece, Unit
 from .report import MemoryReport
+from .shards import OPTIMIZER, state_shards
 from .state import load_state, save_state
 
 _OPTIONS = tuple(f.name for f in fields(LoRAPreConfig))
@@ -272,6 +274,45 @@ class LoRAPre(torch.optim.Optimizer):
         """
         self._ensure_bound()
         load_state(state_dict, [(b.piece, b.state) for b in self.bound()], self.param_groups)
+
+    def full_state_dict(self) -> dict[str, dict[str, Any]]:
+        """The whole state in host memory of rank 0, ``{}`` on the others; a collective, streamed tensor by tensor.
+
+        ``{name: {"m_B": p x r, "m_A": r x q, "v_B", "v_A", "v_row": p, "step": int}}``, and ``exp_avg``,
+        ``exp_avg_sq`` (in the parameter's shape) and ``step`` for the parameters under AdamW.
+        """
+        held = [(b.piece, b.state) for b in self.bound()]
+        shapes, full = self._shapes_and_steps(), {}
+        for key, tensor in gather(state_shards(held)):
+            name, part = key.removeprefix(OPTIMIZER).rsplit(".", 1)
+            if tensor is not None:
+                shape, step = shapes[name]
+                entry = full.setdefault(name, {"step": step})
+                entry[part] = tensor.view(shape) if part.startswith("exp_avg") else tensor
+        return full
+
+    @torch.no_grad()
+    def load_full_state_dict(self, full: dict[str, dict[str, Any]]) -> None:
+        """Load what :meth:`full_state_dict` gave, into any layout; a collective. ``full`` counts on rank 0 alone.
+
+        Raises:
+            ConfigError: on every rank: names, shapes or ranks differ; nothing has been loaded then.
+        """
+        held = [(b.piece, b.state) for b in self.bound()]
+        tensors, steps = {}, {name: entry.get("step", 0) for name, entry in full.items()}
+        for name, entry in full.items():
+            for part, tensor in entry.items():
+                if part != "step":
+                    tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape(-1) if part.startswith("exp_") else tensor
+        scatter(state_shards(held), tensors)
+        steps = all_ranks(steps)[0]
+        for piece, state in held:
+            state.step = steps[piece.name]
+
+    def _shapes_and_steps(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Of every parameter on any rank."""
+        mine = {b.piece.name: (b.piece.shape, b.state.step) for b in self.bound()}
+        return {name: entry for part in all_ranks(mine) for name, entry in part.items()}
 
 
 _UNNAMED = "unnamed."

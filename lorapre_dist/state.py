@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .config import ConfigError
@@ -24,12 +25,22 @@ _SHAPING = ("rank", "rank_v", "variant", "target_modules")
 def save_state(held: list[tuple[Any, Any]], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The state of this rank's pieces; the tensors are not copied."""
     state = {piece.name: {**_identity(piece, s), "step": s.step, "tensors": s.tensors()} for piece, s in held}
-    packed, count = [], 0
-    for group in groups:
-        options = {k: _plain(v) for k, v in group.items() if k not in ("params", "param_names")}
-        packed.append({**options, "params": list(range(count, count + len(group["params"])))})
+    packed, count = plain_groups(groups), 0
+    for options, group in zip(packed, groups, strict=True):
+        options["params"] = list(range(count, count + len(group["params"])))
         count += len(group["params"])
     return {"format": FORMAT, "state": state, "param_groups": packed}
+
+
+def plain_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The options of parameter groups in lists, numbers and strings."""
+    return [{k: _plain(v) for k, v in group.items() if k not in ("params", "param_names")} for group in groups]
+
+
+def restore_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Set the options of parameter groups to what :func:`plain_groups` gave; each keeps its type."""
+    for group, options in zip(groups, saved, strict=True):
+        group.update({k: _like(v, group.get(k)) for k, v in options.items() if k != "params"})
 
 
 def load_state(saved: dict[str, Any], held: list[tuple[Any, Any]], groups: list[dict[str, Any]]) -> None:
@@ -49,8 +60,7 @@ def load_state(saved: dict[str, Any], held: list[tuple[Any, Any]], groups: list[
         state.step = entry["step"]
         for name, tensor in state.tensors().items():
             tensor.copy_(entry["tensors"][name])
-    for group, options in zip(groups, saved["param_groups"], strict=True):
-        group.update({k: _like(v, group.get(k)) for k, v in options.items() if k != "params"})
+    restore_groups(groups, saved["param_groups"])
 
 
 def _identity(piece: Any, state: Any) -> dict[str, Any]:
@@ -91,11 +101,13 @@ def _differences(saved: dict[str, Any], held: list[tuple[Any, Any]], groups: lis
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
     return list(value) if isinstance(value, tuple) else value
 
 
 def _like(value: Any, present: Any) -> Any:
-    """A saved setting in the type of the present one; a tensor (a learning rate) becomes one's own."""
+    """A saved setting in the type of the present one."""
     if isinstance(value, list) and isinstance(present, tuple):
         return tuple(value)
-    return value.clone() if isinstance(value, Tensor) else value
+    return torch.full_like(present, value) if isinstance(present, Tensor) else value

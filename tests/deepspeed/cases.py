@@ -8,6 +8,7 @@ are exact in fp32, bf16 and fp16 alike. What is left to differ from the dense re
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +99,14 @@ def dense(
     config: LoRAPreConfig, steps: int, world_size: int, accumulation: int, clip: float, skip: set[int], schedule: bool
 ) -> dict[str, torch.Tensor]:
     """The reference's parameters after ``steps``, by name."""
+    *_, last = dense_path(config, steps, world_size, accumulation, clip, skip, schedule)
+    return last
+
+
+def dense_path(
+    config: LoRAPreConfig, steps: int, world_size: int, accumulation: int, clip: float, skip: set[int], schedule: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The reference's parameters at the start and after each step; the same tensors every time."""
     model = Net()
     theta = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
     state: dict[str, Any] = {}
@@ -110,6 +119,7 @@ def dense(
             zeros = torch.zeros_like(p)
             state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.int64)}
     taken = 0
+    yield theta
     for step in range(steps):
         if step in skip:
             continue
@@ -123,11 +133,11 @@ def dense(
             update = reference.lorapre_adam_step if "m_B" in state[name] else reference.adamw_step
             update(p, grads[name], state[name], now)
         taken += 1
-    return theta
+        yield theta
 
 
 def factor_at(step: int) -> float:
-    return (step + 1) / 10 if step < 10 else 1 - 0.03 * (step - 10)
+    return (step + 1) / 10 if step < 10 else max(0.1, 1 - 0.03 * (step - 10))
 
 
 def ds_config(stage: int, precision: str, accumulation: int, clip: float, params: dict[str, Any]) -> dict[str, Any]:
@@ -298,66 +308,6 @@ def client_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[
     error, name = worst(full_parameters(engine), want)
     engine.destroy()
     return error, name
-
-
-def resume_case(
-    rank: int, world_size: int, *, stage: int, precision: str, folder: str, changes: dict[str, Any] | None = None
-) -> dict[str, float]:
-    """Ten steps, a checkpoint, a fresh engine that loads it, ten more: the distance to twenty steps without a break."""
-    config = merge(ds_config(stage, precision, 2, 0.5, PARAMS), changes or {})
-
-    def scheduler(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
-
-    def run(steps: range, load: bool, save: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        engine = build(config, lr_scheduler=scheduler)
-        if load:
-            path, client = engine.load_checkpoint(folder)
-            assert path is not None and client["note"] == "kept", path
-        train(engine, rank, world_size, steps, 2, overflow_at=6 if precision == "fp16" else -1)
-        if save:
-            engine.save_checkpoint(folder, tag="ten", client_state={"note": "kept"})
-        base = lorapre_dist.deepspeed.base_optimizer(engine)
-        state = {f"{b.piece.name}.{k}": t.clone() for b in base.bound() for k, t in b.state.tensors().items()}
-        weights = full_parameters(engine)
-        engine.destroy()
-        dist.barrier()
-        return weights, state
-
-    whole = run(range(20), load=False, save=False)
-    run(range(10), load=False, save=True)
-    resumed = run(range(10, 20), load=True, save=False)
-    return {
-        name: float((resumed[k][name] - value).abs().max())
-        for k in (0, 1)
-        for name, value in whole[k].items()
-        if value.numel()
-    }
-
-
-def mismatch_case(rank: int, world_size: int, *, folder: str) -> str:
-    """Load a checkpoint into an engine of another rank; the error's text, and whether anything was changed."""
-    engine = build(ds_config(2, "fp32", 1, 0.0, PARAMS))
-    train(engine, rank, world_size, range(2), 1)
-    engine.save_checkpoint(folder)
-    engine.destroy()
-    dist.barrier()
-    other = build(ds_config(2, "fp32", 1, 0.0, {**PARAMS, "rank": 3}))
-    base = lorapre_dist.deepspeed.base_optimizer(other)
-    before = {b.piece.name: [t.clone() for t in b.state.tensors().values()] for b in base.bound()}
-    try:
-        other.load_checkpoint(folder)
-    except lorapre_dist.ConfigError as error:
-        same = all(
-            torch.equal(x, y)
-            for b in base.bound()
-            for x, y in zip(before[b.piece.name], b.state.tensors().values(), strict=True)
-        )
-        return f"{error} unchanged={same}"
-    finally:
-        other.destroy()
-        dist.barrier()
-    return "loaded"
 
 
 class Projections(torch.nn.Module):

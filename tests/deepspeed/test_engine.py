@@ -1,4 +1,4 @@
-"""Around the step: state per rank, collectives, checkpoints, refusals, and a real Llama."""
+"""Around the step: state per rank, collectives, refusals, and a real Llama."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from tests.distributed.harness import run_ranks
 from .cases import (
     equality_case,
     llama_case,
-    mismatch_case,
     refused_case,
-    resume_case,
     state_bytes_case,
 )
-
-CPU_OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -41,33 +37,6 @@ def test_no_collective_for_matrices_owned_whole():
         # One matrix lies across the boundary of two partitions: four collectives a step.
         assert set(result[0]["calls"].values()) == {steps}
         assert len(result[0]["calls"]) == 4
-
-
-@pytest.mark.parametrize(
-    "stage, precision, changes",
-    [
-        (0, "fp32", None),
-        (0, "fp16", None),
-        (1, "bf16", None),
-        (1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),
-        (2, "fp32", None),
-        (2, "fp16", None),
-        (2, "fp32", CPU_OFFLOAD),
-        (3, "fp32", None),
-        (3, "bf16", CPU_OFFLOAD),
-        (3, "fp16", None),
-    ],
-)
-def test_resume_is_bit_identical(stage, precision, changes, tmp_path):
-    arguments = {"stage": stage, "precision": precision, "folder": str(tmp_path), "changes": changes}
-    for differences in run_ranks(2, resume_case, **arguments):
-        assert differences and max(differences.values()) == 0.0, differences
-
-
-def test_a_checkpoint_of_another_rank_is_refused(tmp_path):
-    for text in run_ranks(2, mismatch_case, folder=str(tmp_path)):
-        assert "rank was 4, is 3" in text
-        assert text.endswith("unchanged=True")
 
 
 @pytest.mark.parametrize("door", ["lorapre", "deepspeed"])

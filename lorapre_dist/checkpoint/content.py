@@ -1,0 +1,130 @@
+"""What a checkpoint says about its tensors, and whether they fit an optimizer.
+
+``checkpoint.json`` in a checkpoint:
+
+    {"format": 1, "version": "0.1.0", "layout": "ZeRO-2", "world_size": 4, "step": 1000,
+     "variant": "stable", "aliases": {NAME: NAME of the tensor it is tied to},
+     "parameters": {NAME: {"kind": "lorapre", "shape": [p, q], "rank": r, "rank_v": s, "step": n}
+                          | {"kind": "adamw", "shape": [...], "step": n}
+                          | {"kind": "untrained", "shape": [...]}},
+     "param_groups": [{"lr": ..., "rank": ..., ...}]}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..core.factors import Matrix
+from ..optimizer import LoRAPre
+from ..state import plain_groups
+from .folder import CheckpointError
+
+FILE = "checkpoint.json"
+FORMAT = 1
+TENSORS = "tensors"
+
+
+def parameters(optimizer: LoRAPre) -> dict[str, dict[str, Any]]:
+    """What this rank's optimizer holds, by parameter name."""
+    found = {}
+    for bound in optimizer.bound():
+        entry: dict[str, Any] = {"shape": list(bound.piece.shape), "step": bound.state.step}
+        if isinstance(bound.state, Matrix):
+            ranks = {"rank": bound.state.m.B.shape[1], "rank_v": bound.state.v.B.shape[1]}
+            variant = "stable" if bound.state.row is not None else "paper"
+            entry = {"kind": "lorapre", "variant": variant, **ranks, **entry}
+        else:
+            entry = {"kind": "adamw", **entry}
+        found[bound.piece.name] = entry
+    return found
+
+
+def describe(optimizer: LoRAPre, held: list[dict[str, dict[str, Any]]], **more: Any) -> dict[str, Any]:
+    """The content of ``checkpoint.json``; ``held`` is :func:`parameters` of every rank."""
+    assert optimizer.layout is not None
+    merged: dict[str, dict[str, Any]] = {}
+    for part in held:
+        merged.update(part)
+    return {
+        "format": FORMAT,
+        "layout": optimizer.layout.name,
+        "world_size": len(held),
+        "parameters": merged,
+        "param_groups": plain_groups(optimizer.param_groups),
+        **more,
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """``checkpoint.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
+    try:
+        content: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {FILE} cannot be read ({error})") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} holds tensors in format {content.get('format')!r}; this version reads {FORMAT}"
+        )
+    return content
+
+
+def differences(saved: dict[str, Any], present: dict[str, dict[str, Any]], groups: int, resize: bool) -> list[str]:
+    """How the optimizer (``present``: :func:`parameters`, of all ranks) differs from what was saved, in words.
+
+    With ``resize``, other ranks of the factors are no difference.
+    """
+    then = {name: entry for name, entry in saved["parameters"].items() if entry["kind"] != "untrained"}
+    found = [f"{name} is not in it" for name in sorted(present.keys() - then.keys())]
+    found += [f"{name} is in it, but no trained parameter here" for name in sorted(then.keys() - present.keys())]
+    for name in sorted(then.keys() & present.keys()):
+        for key, now in present[name].items():
+            was = then[name].get(key)
+            if key != "step" and was != now and not (resize and key in ("rank", "rank_v")):
+                hint = " (resize_rank would adapt it)" if key in ("rank", "rank_v") else ""
+                found.append(f"{name}: {key} was {was}, is {now}{hint}")
+                break
+    if len(saved["param_groups"]) != groups:
+        found.append(f"it has {len(saved['param_groups'])} parameter groups, the optimizer {groups}")
+    return found
+
+
+def weight_differences(saved: dict[str, Any], present: dict[str, dict[str, Any]]) -> list[str]:
+    """As :func:`differences`, for the weights alone."""
+    found = []
+    for name, entry in present.items():
+        then = saved["parameters"].get(name)
+        if then is None:
+            found.append(f"{name} is not in it")
+        elif then["shape"] != entry["shape"]:
+            found.append(f"{name}: shape was {then['shape']}, is {entry['shape']}")
+    return found
+
+
+def missing(saved: dict[str, Any], untrained: dict[str, Any]) -> list[str]:
+    """Tensors beside the optimizer's that are not in the checkpoint as they are here."""
+    found = []
+    for name, tensor in untrained.items():
+        entry = saved["parameters"].get(name)
+        if entry is None or entry["kind"] != "untrained":
+            found.append(f"{name} is not in it" if entry is None else f"{name} was trained, is not any more")
+        elif entry["shape"] != list(tensor.shape):
+            found.append(f"{name}: shape was {entry['shape']}, is {list(tensor.shape)}")
+    return found
+
+
+def ranks(entry: dict[str, Any]) -> tuple[Any, Any]:
+    """Ranks of the factors of a parameter, ``(None, None)`` where it has none."""
+    return entry.get("rank"), entry.get("rank_v")
+
+
+def complain(folder: Path, found: list[str]) -> None:
+    """Raise a CheckpointError that lists the differences, if there are any."""
+    if found:
+        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        raise CheckpointError(f"checkpoint {folder} does not fit: " + "; ".join(found[:8]) + more)

@@ -1,0 +1,284 @@
+"""``save_checkpoint`` and ``load_checkpoint`` of a DeepSpeed engine that steps with LoRAPre.
+
+DeepSpeed's own partition files hold AdamW's state, fit one world size and stage, and carry pickled objects. Here a tag
+holds ours (see :mod:`lorapre_dist.checkpoint.run`) and, beside them, the model-state file that DeepSpeed writes, so
+that its ``load_module_only`` goes on working. Loading needs ours alone. This file imports no DeepSpeed: it works on
+the attributes of its engine and optimizers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..optimizer import LoRAPre
+from ..param_groups import clean_name
+from ..shards import Shard, Untrained
+from . import content, folder, run
+from .folder import CheckpointError
+from .team import Team
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def install(engine: Any) -> None:
+    """Replace the engine's ``save_checkpoint`` and ``load_checkpoint``; see :func:`save` and :func:`load`."""
+    original = engine.load_checkpoint
+    engine.save_checkpoint = functools.wraps(engine.save_checkpoint)(functools.partial(save, engine))
+    engine.load_checkpoint = functools.wraps(original)(functools.partial(load, engine, original))
+    destroy = engine.destroy
+
+    @functools.wraps(destroy)
+    def wait_and_destroy(*args: Any, **kwargs: Any) -> Any:
+        try:
+            wait(engine)
+        finally:
+            group = engine.__dict__.pop("_lorapre_group", None)
+            if group is not None:
+                torch.distributed.destroy_process_group(group)
+            destroy(*args, **kwargs)
+
+    engine.destroy = wait_and_destroy
+
+
+def save(
+    engine: Any,
+    save_dir: str | Path,
+    tag: str | None = None,
+    client_state: dict[str, Any] | None = None,
+    save_latest: bool = True,
+    exclude_frozen_parameters: bool = False,
+    *,
+    keep_last: int | None = None,
+    background: bool = False,
+) -> bool:
+    """DeepSpeed's ``save_checkpoint``, all or nothing; a collective.
+
+    Args:
+        client_state: tensors and plain values in lists and dicts; rank 0's counts.
+        keep_last: delete all but this many of the newest complete checkpoints.
+        background: return once the tensors are copied to host memory, and write them while training goes on. The
+            next save or load, ``engine.destroy`` and :func:`wait` wait for it and raise what went wrong. DeepSpeed's
+            model-state file is left out.
+
+    Raises:
+        CheckpointError: on every rank, if one could not write; training can go on.
+    """
+    if not save_dir:
+        raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+    wait(engine)
+    tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
+    team = Team()
+    if len(set(team.gather(tag))) > 1:
+        raise CheckpointError(f"the ranks disagree on the tag of the checkpoint: {sorted(set(team.gather(tag)))}")
+    with _partitioned(engine):
+        job = run.Job(
+            engine.basic_optimizer,
+            engine.global_steps,
+            untrained(engine, frozen=not exclude_frozen_parameters),
+            _aliases(engine),
+            {"engine": _state(engine), "client_state": client_state or {}},
+            "excluded" if exclude_frozen_parameters else "saved",
+            None if background else functools.partial(_deepspeed_files, engine, exclude_frozen_parameters),
+        )
+        if not background:
+            run.save(job, save_dir, tag, save_latest=save_latest, keep_last=keep_last)
+            return True
+        if not hasattr(engine, "_lorapre_group"):
+            engine._lorapre_group = run.background_group()
+        engine._lorapre_pending = run.save_in_background(
+            job, save_dir, tag, group=engine._lorapre_group, save_latest=save_latest, keep_last=keep_last
+        )
+    return True
+
+
+def wait(engine: Any) -> None:
+    """Wait until a background save of the engine is complete; a collective.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    pending = engine.__dict__.pop("_lorapre_pending", None)
+    if pending is not None:
+        pending.wait()
+
+
+def load(
+    engine: Any,
+    original: Any,
+    load_dir: str | Path,
+    tag: str | None = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Any = None,
+    *,
+    resize_rank: bool = False,
+) -> tuple[str | None, dict[str, Any] | None]:
+    """DeepSpeed's ``load_checkpoint``, from any ZeRO stage and world size; a collective.
+
+    Args:
+        tag: which; default: what ``latest`` names.
+        load_optimizer_states: False leaves the optimizer as it is.
+        load_module_only: weights alone; then a checkpoint of another optimizer is left to DeepSpeed.
+        resize_rank: adapt factors that were saved with another ``rank`` or ``rank_v``.
+
+    Returns:
+        The checkpoint's folder and the client state; ``(None, None)`` if ``load_dir`` holds none.
+
+    Raises:
+        CheckpointError: damaged, not ours, or it does not fit; nothing has been loaded then.
+    """
+    wait(engine)
+    directory, team = Path(load_dir), Team()
+    chosen = team.gather(None if team.rank else _chosen(directory, tag))[0]
+    if isinstance(chosen, str):
+        raise CheckpointError(chosen)
+    if not chosen:
+        return None, None
+    path = directory / chosen[0]
+    foreign = not (path / folder.MANIFEST).is_file() and not (path / content.FILE).is_file()
+    if load_module_only and foreign:
+        return original(load_dir, tag, load_module_strict, load_module_only=True, custom_load_fn=custom_load_fn)
+    if custom_load_fn is not None or not load_module_strict:
+        raise CheckpointError("custom_load_fn and load_module_strict=False are not supported with LoRAPre")
+    states = load_optimizer_states and not load_module_only
+    with _partitioned(engine):
+        wanted = untrained(engine)
+        if (path / content.FILE).is_file() and content.read(path).get("frozen") == "excluded":
+            wanted = {n: t for n, t in wanted.items() if n in content.read(path)["parameters"]}
+        extra = run.load(path, engine.basic_optimizer, untrained=wanted, states=states, resize_rank=resize_rank)
+        _refresh(engine.optimizer, engine.basic_optimizer)
+    if not load_module_only:
+        _restore(engine, extra["engine"], states, load_lr_scheduler_states)
+    return str(path), extra["client_state"]
+
+
+def _chosen(directory: Path, tag: str | None) -> list[str] | str:
+    """The tag in a list, which is empty if there is nothing to load; a complaint as a string."""
+    present = [p.name for p in folder.checkpoints(directory)]
+    if tag is None:
+        tag = folder.latest(directory)
+        if tag is None:
+            return f"{directory} has no file {folder.LATEST!r}; name one of: {', '.join(present)}" if present else []
+    if tag not in present:
+        return f"no checkpoint {tag!r} in {directory}; there: {', '.join(present) or 'none'}"
+    return [str(tag)]
+
+
+def untrained(engine: Any, frozen: bool = True) -> dict[str, Untrained]:
+    """Frozen parameters and persistent buffers, by name."""
+    trained = _trained(engine)
+    found = {}
+    for name, p in engine.module.named_parameters():
+        name = clean_name(name)
+        if name in trained or not frozen:
+            continue
+        shape = tuple(getattr(p, "ds_shape", p.shape))
+        if hasattr(p, "ds_tensor"):
+            part = p.partition_numel()
+            start = min(p.ds_numel, Team(p.ds_process_group).rank * part)
+            local = p.ds_tensor.data.view(-1)[: max(0, min(part, p.ds_numel - start))]
+        else:
+            start, local = 0, p.detach().view(-1)
+        found[name] = Untrained(shape, Shard((torch.Size(shape).numel(),), start, local))
+    persistent = set(engine.module.state_dict().keys())
+    for name, buffer in engine.module.named_buffers():
+        if name in persistent:
+            found[clean_name(name)] = Untrained(tuple(buffer.shape), Shard((buffer.numel(),), 0, buffer.view(-1)))
+    return found
+
+
+def _trained(engine: Any) -> set[str]:
+    """Names of all parameters that any rank steps."""
+    return {clean_name(name) for p, name in engine.param_names.items() if p.requires_grad}
+
+
+def _aliases(engine: Any) -> dict[str, str]:
+    """Names of tied parameters and the name under which each is saved."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, p in engine.module.named_parameters(remove_duplicate=False):
+        name = clean_name(name)
+        if first.setdefault(id(p), name) != name:
+            found[name] = first[id(p)]
+    return found
+
+
+def _state(engine: Any) -> dict[str, Any]:
+    """Counters, lr schedule and loss scale."""
+    state: dict[str, Any] = {name: getattr(engine, name) for name in _COUNTERS}
+    scheduler = engine.lr_scheduler
+    state["lr_scheduler"] = scheduler.state_dict() if scheduler is not None else None
+    scaler = _scaler(engine)
+    state["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
+    return state
+
+
+def _restore(engine: Any, state: dict[str, Any], states: bool, schedule: bool) -> None:
+    for name in _COUNTERS:
+        setattr(engine, name, state[name])
+    if schedule and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if states and engine.dynamic_loss_scale():
+        scaler = _scaler(engine)
+        for name, value in state["loss_scaler"].items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+
+def _scaler(engine: Any) -> Any:
+    """Where the dynamic loss scale lives; None without fp16."""
+    if not engine.fp16_enabled():
+        return None
+    return getattr(engine.optimizer, "loss_scaler", engine.optimizer)
+
+
+def _refresh(wrapper: Any, optimizer: LoRAPre) -> None:
+    """Bring the fp32 weights that were loaded to the copies that the model computes with."""
+    if wrapper is optimizer:
+        return
+    if hasattr(wrapper, "fp16_partitioned_groups_flat"):  # ZeRO-3
+        for i, masters in enumerate(wrapper.fp32_partitioned_groups_flat):
+            if masters.numel():
+                wrapper.fp16_partitioned_groups_flat[i].data.copy_(masters.data)
+                parts = wrapper.fp16_partitioned_groups[i]
+                loaded = wrapper.unflatten(wrapper.fp16_partitioned_groups_flat[i], parts)
+                for part, values in zip(parts, loaded, strict=True):
+                    part.data = values.data
+    elif hasattr(wrapper, "update_lp_params"):  # ZeRO-1, ZeRO-2, BF16
+        wrapper.update_lp_params()
+    else:  # fp16 under ZeRO-0
+        for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for p, master in zip(low, high, strict=True):
+                p.data.copy_(master.data)
+
+
+@contextmanager
+def _partitioned(engine: Any) -> Iterator[None]:
+    """Under ZeRO-3, with every parameter in its partitions; those that are kept whole are gathered again afterwards."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "checkpoint_event_prologue"):
+        wrapper.checkpoint_event_prologue()
+    try:
+        yield
+    finally:
+        if hasattr(wrapper, "checkpoint_event_epilogue"):
+            wrapper.checkpoint_event_epilogue()
+
+
+def _deepspeed_files(engine: Any, exclude_frozen: bool, path: Path) -> None:
+    """The model-state file of DeepSpeed, without optimizer state, in folder ``path``."""
+    wrapper = engine.optimizer
+    wrapper.state_dict = dict
+    try:
+        engine._save_checkpoint(str(path.parent), path.name, exclude_frozen_parameters=exclude_frozen)
+    finally:
+        del wrapper.state_dict

@@ -1,0 +1,308 @@
+"""Save and load an optimizer with the weights it steps: whole or not at all, from any layout to any other.
+
+A checkpoint's folder holds ``tensors/`` (torch.distributed.checkpoint), ``checkpoint.json`` (what they are),
+``extra.pt`` (whatever else the caller gives; readable with ``weights_only=True``) and ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..optimizer import LoRAPre
+from ..shards import UNTRAINED, Shard, Untrained, Weights, state_shards
+from ..state import restore_groups
+from . import content, dcp, folder
+from .folder import CheckpointError, Manifest
+from .resize import load_resized
+from .team import Team
+
+EXTRA = "extra.pt"
+
+
+@dataclass
+class Pending:
+    """A checkpoint that is being written in the background."""
+
+    directory: Path
+    tag: str
+    _published: Future[Path]
+    _thread: ThreadPoolExecutor
+
+    def wait(self) -> Path:
+        """Its folder, once it is complete; a collective over the ranks that save.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        try:
+            return self._published.result()
+        finally:
+            self._thread.shutdown()
+
+
+@dataclass
+class Job:
+    """What to save.
+
+    Attributes:
+        step: of the run; orders checkpoints by age.
+        untrained: tensors beside those of the optimizer, by name.
+        aliases: name of a tied tensor to the name under which it is saved.
+        extra: anything that ``torch.load(weights_only=True)`` reads; rank 0's counts.
+        frozen: "saved", or "excluded" if frozen parameters were left out.
+        also: called with the folder on every rank, to add files of its own; may issue collectives.
+    """
+
+    optimizer: LoRAPre
+    step: int
+    untrained: dict[str, Untrained] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    frozen: str = "saved"
+    also: Callable[[Path], None] | None = None
+
+
+def save(
+    job: Job,
+    directory: str | Path,
+    tag: str,
+    *,
+    group: Any = None,
+    save_latest: bool = True,
+    keep_last: int | None = None,
+) -> Path:
+    """Write checkpoint ``directory/tag``; a collective over ``group`` (default: all ranks).
+
+    Args:
+        keep_last: delete all but this many of the newest complete checkpoints afterwards.
+
+    Raises:
+        CheckpointError: on every rank, if it could not be written on one (a full disk, say); the earlier
+            checkpoints, and what is in memory, are as they were.
+    """
+    team = Team(group)
+    path = _begin(job, Path(directory), tag, keep_last, team)
+    with _cleaned_up(path, team), team.together(f"saving checkpoint {path.parent / tag}"):
+        dcp.save(path / content.TENSORS, _shards(job), group)
+    return _finish(job.step, path, tag, team, save_latest, keep_last)
+
+
+def save_in_background(
+    job: Job,
+    directory: str | Path,
+    tag: str,
+    *,
+    group: Any,
+    save_latest: bool = True,
+    keep_last: int | None = None,
+) -> Pending:
+    """As :func:`save`, but return as soon as the tensors are copied to host memory.
+
+    Args:
+        group: a gloo group of all ranks that serves nothing else until ``wait`` returns; None in a single process.
+    """
+    team = Team(group)
+    path = _begin(job, Path(directory), tag, keep_last, team)
+    with _cleaned_up(path, team):
+        written = dcp.save_in_background(path / content.TENSORS, _shards(job), group)
+
+    def finish() -> Path:
+        with _cleaned_up(path, team), team.together(f"saving checkpoint {path.parent / tag}"):
+            written.result()
+        return _finish(job.step, path, tag, team, save_latest, keep_last)
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    return Pending(Path(directory), tag, thread.submit(finish), thread)
+
+
+def _shards(job: Job) -> dict[str, Shard]:
+    optimizer = job.optimizer
+    held = [(bound.piece, bound.state) for bound in optimizer.bound()]
+    assert optimizer.layout is not None
+    return {**Weights.of(optimizer.layout.units).shards, **state_shards(held), **_keyed(job.untrained)}
+
+
+def _keyed(untrained: dict[str, Untrained]) -> dict[str, Shard]:
+    return {UNTRAINED + name: tensor.shard for name, tensor in untrained.items()}
+
+
+def _begin(job: Job, directory: Path, tag: str, keep_last: int | None, team: Team) -> Path:
+    if not tag or "/" in tag or tag.startswith("."):
+        raise CheckpointError(f"tag {tag!r}: must be a plain folder name that does not begin with a dot")
+    if keep_last is not None and keep_last < 1:
+        raise CheckpointError(f"keep_last={keep_last}: must be at least 1")
+    path = folder.partial(directory, tag)
+    with team.together(f"saving checkpoint {directory / tag}"):
+        if team.rank == 0:
+            folder.start(directory, tag)
+    with _cleaned_up(path, team), team.together(f"saving checkpoint {directory / tag}"):
+        if not path.is_dir():
+            raise CheckpointError(f"{directory} must be on storage that all ranks share")
+        held = team.gather(content.parameters(job.optimizer))
+        if team.rank == 0:
+            untrained = {n: {"kind": "untrained", "shape": list(t.shape)} for n, t in job.untrained.items()}
+            described = content.describe(job.optimizer, held, step=job.step, aliases=job.aliases, frozen=job.frozen)
+            described["parameters"].update(untrained)
+            folder.write_json(path / content.FILE, described)
+            (path / EXTRA).write_bytes(_readable(job.extra))
+    if job.also is not None:
+        with _cleaned_up(path, team), team.together(f"saving checkpoint {directory / tag}"):
+            job.also(path)
+    return path
+
+
+def _readable(extra: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(extra, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # pickle's own, with advice over many lines
+        kind = str(error).split("Unsupported")[-1].strip().splitlines()[0]
+        raise CheckpointError(
+            "the client state holds something that weights_only=True cannot load; use tensors and plain values "
+            f"({kind})"
+        ) from error
+    return buffer.getvalue()
+
+
+def _finish(step: int, path: Path, tag: str, team: Team, save_latest: bool, keep_last: int | None) -> Path:
+    directory = path.parent
+    with _cleaned_up(path, team):
+        described: dict[str, Any] = {}
+        with team.together(f"saving checkpoint {directory / tag}"):
+            names = folder.files_in(path)
+            described = {name: folder.describe(path / name) for name in names[team.rank :: team.size]}
+        files = {name: entry for part in team.gather(described) for name, entry in part.items()}
+        with team.together(f"saving checkpoint {directory / tag}"):
+            if team.rank == 0:
+                folder.publish(directory, Manifest(tag, step, dict(sorted(files.items()))), save_latest)
+    if keep_last is not None and team.rank == 0:
+        folder.prune(directory, keep_last, tag)
+    return directory / tag
+
+
+class _cleaned_up:
+    """If the block fails (on every rank alike), rank 0 removes what was written."""
+
+    def __init__(self, path: Path, team: Team) -> None:
+        self.path, self.team = path, team
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None and self.team.rank == 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def verify(path: str | Path, *, group: Any = None) -> Manifest:
+    """Read every file of a checkpoint through, each rank its part; a collective.
+
+    Raises:
+        CheckpointError: on every rank: each file that is missing, superfluous, truncated or changed.
+    """
+    team, path = Team(group), Path(path)
+    manifest, problems = None, []
+    try:
+        manifest = Manifest.read(path)
+        problems = folder.damage(path, manifest, slice(team.rank, None, team.size))
+    except CheckpointError as error:
+        problems = [str(error)]
+    found = sorted({problem for part in team.gather(problems) for problem in part})
+    if found or manifest is None:
+        if manifest is None or found[0].startswith("checkpoint "):
+            raise CheckpointError(found[0])
+        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        raise CheckpointError(f"checkpoint {path} is damaged: " + "; ".join(found[:8]) + more)
+    return manifest
+
+
+def newest_whole(directory: str | Path, *, group: Any = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in ``directory`` that is whole, and what is wrong with each newer one; a collective."""
+    team = Team(group)
+    candidates = team.gather([str(p) for p in folder.checkpoints(Path(directory))] if team.rank == 0 else None)[0]
+    complaints = []
+    for path in candidates:
+        try:
+            verify(path, group=group)
+        except CheckpointError as error:
+            complaints.append(str(error))
+            continue
+        pointed = folder.latest(Path(directory))
+        if pointed is None:
+            complaints.append(f"{directory} has no file {folder.LATEST!r}")
+        elif pointed != Path(path).name and not complaints:
+            complaints.append(f"{directory}/{folder.LATEST} names {pointed!r}, older than {Path(path).name!r}")
+        return Path(path), complaints
+    return None, complaints
+
+
+def load(
+    path: str | Path,
+    optimizer: LoRAPre,
+    *,
+    untrained: dict[str, Untrained] | None = None,
+    states: bool = True,
+    resize_rank: bool = False,
+    group: Any = None,
+) -> dict[str, Any]:
+    """Load a checkpoint of any layout and world size; a collective. Returns what was saved as ``extra``.
+
+    Args:
+        untrained: tensors to fill beside those of the optimizer, by name.
+        states: False to load weights alone.
+        resize_rank: adapt factors of another rank (:func:`lorapre_dist.checkpoint.resize.resize`).
+
+    Raises:
+        CheckpointError: it is damaged, or does not fit: everything that differs. Nothing has been loaded then.
+    """
+    path, team = Path(path), Team(group)
+    verify(path, group=group)
+    with team.together(f"loading checkpoint {path}"):
+        saved = content.read(path)
+        extra: dict[str, Any] = torch.load(path / EXTRA, weights_only=True, map_location="cpu")
+    mine = content.parameters(optimizer)
+    present = {name: entry for part in team.gather(mine) for name, entry in part.items()}
+    present = dict(sorted(present.items()))
+    if states:
+        found = content.differences(saved, present, len(optimizer.param_groups), resize_rank)
+    else:
+        found = content.weight_differences(saved, present)
+    with team.together(f"loading checkpoint {path}"):
+        content.complain(path, found + content.missing(saved, untrained or {}))
+    assert optimizer.layout is not None
+    weights = Weights.of(optimizer.layout.units)
+    shards = {**weights.shards, **_keyed(untrained or {})}
+    changed: dict[str, dict[str, Any]] = {}
+    if states:
+        factors = state_shards([(bound.piece, bound.state) for bound in optimizer.bound()])
+        changed = {n: e for n, e in present.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
+        resized = tuple(f"optimizer.{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA")
+        shards.update({name: shard for name, shard in factors.items() if name not in resized})
+    with team.together(f"loading checkpoint {path}"):
+        dcp.load(path / content.TENSORS, shards, group)
+        weights.write_back()
+    if states:
+        if changed:
+            options = {"init_std": optimizer.config.init_std, "seed": optimizer.config.seed}
+            load_resized(path / content.TENSORS, changed, factors, options, team)
+        for bound in optimizer.bound():
+            bound.state.step = saved["parameters"][bound.piece.name]["step"]
+        kept = ("rank", "rank_v") if resize_rank else ()
+        groups = [{k: v for k, v in g.items() if k not in kept} for g in saved["param_groups"]]
+        restore_groups(optimizer.param_groups, groups)
+    return extra
+
+
+def background_group() -> Any:
+    """A gloo group of all ranks for :func:`save_in_background`; None in a single process. A collective."""
+    return dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None

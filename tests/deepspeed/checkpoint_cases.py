@@ -1,0 +1,197 @@
+"""What runs on the ranks of the checkpoint tests."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import lorapre_dist
+from lorapre_dist.checkpoint import CheckpointError
+from lorapre_dist.config import LoRAPreConfig
+
+from .cases import PARAMS, build, dense_path, ds_config, factor_at, full_parameters, merge, slopes, worst
+
+
+def scheduler(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
+
+
+def engine_of(
+    stage: int, precision: str, changes: dict[str, Any] | None = None, params: dict[str, Any] | None = None
+) -> Any:
+    config = merge(ds_config(stage, precision, 1, 0.5, {**PARAMS, **(params or {})}), changes or {})
+    return build(config, lr_scheduler=scheduler)
+
+
+def train_alike(engine: Any, steps: range, overflow_at: int = -1) -> None:
+    """Steps whose gradients are the same on every rank, so that they do not depend on the world size."""
+    for step in steps:
+        batch = slopes(step, 0, 0, 1)
+        if step == overflow_at:
+            batch = {name: slope * 1e6 for name, slope in batch.items()}
+        engine.backward(engine(batch))
+        engine.step()
+
+
+def snapshot(engine: Any) -> dict[str, torch.Tensor]:
+    """Copies of everything that training changes on this rank."""
+    base = lorapre_dist.deepspeed.base_optimizer(engine)
+    found = {f"{b.piece.name}.{k}": t.clone() for b in base.bound() for k, t in b.state.tensors().items()}
+    found.update({f"{b.piece.name}.step": torch.tensor(b.state.step) for b in base.bound()})
+    return found | full_parameters(engine)
+
+
+def write_reference(folder: str, steps: int) -> None:
+    """The reference's parameters after each step, for :func:`visit_case`."""
+    for step, theta in enumerate(dense_path(LoRAPreConfig(**PARAMS), steps, 1, 1, 0.5, set(), True)):
+        torch.save(theta, Path(folder) / f"reference{step}.pt")
+
+
+def visit_case(
+    rank: int, world_size: int, *, stage: int, precision: str, folder: str, step: int, changes: Any = None
+) -> tuple[float, str]:
+    """Go on from the checkpoint of ``step``, take one step, save; the distance to the reference."""
+    engine = engine_of(stage, precision, changes)
+    try:
+        if step:
+            path, client = engine.load_checkpoint(folder)
+            assert path is not None and client == {"step": step}, (path, client)
+            assert engine.global_steps == step
+        train_alike(engine, range(step, step + 1))
+        engine.save_checkpoint(folder, client_state={"step": step + 1}, keep_last=2)
+        return worst(full_parameters(engine), torch.load(Path(folder) / f"reference{step + 1}.pt"))
+    finally:
+        engine.destroy()
+        dist.barrier()
+
+
+def resume_case(
+    rank: int,
+    world_size: int,
+    *,
+    stage: int,
+    precision: str,
+    folder: str,
+    changes: dict[str, Any] | None = None,
+    background: bool = False,
+) -> dict[str, float]:
+    """Ten steps, a checkpoint, a fresh engine that loads it, ten more: the distance to twenty steps without a break."""
+    overflow_at = 6 if precision == "fp16" else -1
+    engine = engine_of(stage, precision, changes)
+    train_alike(engine, range(10), overflow_at)
+    engine.save_checkpoint(folder, client_state={"note": "kept"}, background=background)
+    train_alike(engine, range(10, 20))  # also shows that a background save sees the state as it was
+    whole, counters = snapshot(engine), (engine.global_steps, engine.skipped_steps, engine.get_lr())
+    scale = engine.optimizer.loss_scale if precision == "fp16" else 1
+    engine.destroy()
+    dist.barrier()
+    engine = engine_of(stage, precision, changes)
+    path, client = engine.load_checkpoint(folder)
+    assert path is not None and client == {"note": "kept"}, path
+    train_alike(engine, range(10, 20))
+    resumed = snapshot(engine)
+    assert counters == (engine.global_steps, engine.skipped_steps, engine.get_lr())
+    assert scale == (engine.optimizer.loss_scale if precision == "fp16" else 1)
+    engine.destroy()
+    dist.barrier()
+    return {n: float((resumed[n] - value).abs().max()) for n, value in whole.items() if value.numel()}
+
+
+def save_case(rank: int, world_size: int, *, stage: int, folder: str, steps: int = 3) -> None:
+    """Train a little and save."""
+    engine = engine_of(stage, "fp32")
+    train_alike(engine, range(steps))
+    engine.save_checkpoint(folder, tag="three")
+    engine.destroy()
+    dist.barrier()
+
+
+def load_case(
+    rank: int,
+    world_size: int,
+    *,
+    stage: int,
+    folder: str,
+    tag: str | None = None,
+    options: Any = None,
+    params: Any = None,
+) -> str:
+    """Load what may not fit or be damaged: the error's text, and whether anything was changed."""
+    engine = engine_of(stage, "fp32", params=params)
+    before = snapshot(engine)
+    try:
+        path, _ = engine.load_checkpoint(folder, tag, **(options or {}))
+        return f"loaded {Path(path).name if path else None}"
+    except (CheckpointError, lorapre_dist.ConfigError) as error:
+        after = snapshot(engine)
+        return f"{error} unchanged={all(torch.equal(before[n], after[n]) for n in before)}"
+    finally:
+        engine.destroy()
+        dist.barrier()
+
+
+def full_disk_case(rank: int, world_size: int, *, stage: int, folder: str, background: bool) -> tuple[str, bool, str]:
+    """One rank cannot write: what is raised, whether training went on as if nothing had been, and what is left."""
+    engine, twin = engine_of(stage, "fp32"), engine_of(stage, "fp32")
+    for e in (engine, twin):
+        train_alike(e, range(2))
+    # The first background save makes a process group, which writes to the store that the ranks met in.
+    engine.save_checkpoint(folder, tag="good", background=background)
+    lorapre_dist.checkpoint.wait(engine)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == world_size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    text = "saved"
+    try:
+        engine.save_checkpoint(folder, tag="bad", background=background)
+        lorapre_dist.checkpoint.wait(engine)
+    except CheckpointError as error:
+        text = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for e in (engine, twin):
+        train_alike(e, range(2, 4))
+    ours, want = snapshot(engine), snapshot(twin)
+    same = all(torch.equal(ours[n], want[n]) for n in want)
+    left = sorted(p.name for p in Path(folder).iterdir())
+    engine.save_checkpoint(folder, tag="after")
+    for e in (engine, twin):
+        e.destroy()
+    dist.barrier()
+    return text, same, " ".join(left)
+
+
+def resized_case(
+    rank: int, world_size: int, *, stage: int, folder: str, params: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Load with ``resize_rank`` into other ranks, train on; every matrix's product ``B A`` as it was loaded."""
+    engine = engine_of(stage, "fp32", params=params)
+    engine.load_checkpoint(folder, resize_rank=True)
+    whole = lorapre_dist.deepspeed.base_optimizer(engine).full_state_dict()
+    train_alike(engine, range(3, 6))
+    assert all(t.isfinite().all() for t in snapshot(engine).values())
+    assert lorapre_dist.deepspeed.base_optimizer(engine).param_groups[0]["rank"] == params["rank"]
+    engine.destroy()
+    dist.barrier()
+    return {f"{n}.{m}": s[f"{m}_B"] @ s[f"{m}_A"] for n, s in whole.items() if "m_B" in s for m in "mv"}
+
+
+def gathered_case(rank: int, world_size: int, *, stage: int, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``full_state_dict`` after three steps, and again after it was loaded into a fresh engine."""
+    engine = engine_of(stage, "fp32")
+    train_alike(engine, range(3))
+    base = lorapre_dist.deepspeed.base_optimizer(engine)
+    first = base.full_state_dict()
+    engine.destroy()
+    dist.barrier()
+    engine = engine_of(stage, "fp32")
+    base = lorapre_dist.deepspeed.base_optimizer(engine)
+    base.load_full_state_dict(first)
+    second = base.full_state_dict()
+    engine.destroy()
+    dist.barrier()
+    return first, second
