@@ -14,6 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["lorapre_dist", "lorapre_dist.*"]),
+    entry_points={"console_scripts": ["lorapre = lorapre_dist.cli:main"]},
     python_requires=">=3.10",
     # Lower bounds are the major versions whose interfaces are used; older ones have not been tried.
     install_requires=[

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import sys
+from pathlib import Path
 from typing import Any
 
 from . import reference
@@ -12,6 +15,10 @@ from .param_groups import param_groups
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "LoRAPre", "LoRAPreConfig", "initialize", "param_groups", "reference"]
+
+if Path((sys.argv or [""])[0]).name in ("lorapre", "-m"):
+    # The command ``lorapre`` prints results on stdout, where DeepSpeed says at import that it finds no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to" not in record.getMessage())
 
 if importlib.util.find_spec("deepspeed"):
     from . import deepspeed

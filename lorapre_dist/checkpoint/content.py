@@ -67,6 +67,8 @@ def read(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder}: {FILE} cannot be read ({error})") from error
+    if not isinstance(content, dict) or "parameters" not in content:
+        raise CheckpointError(f"checkpoint {folder}: {FILE} does not describe one")
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint {folder} holds tensors in format {content.get('format')!r}; this version reads {FORMAT}"

@@ -9,7 +9,7 @@ the attributes of its engine and optimizers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def save(
     *,
     keep_last: int | None = None,
     background: bool = False,
+    also: Callable[[Path], None] | None = None,
 ) -> bool:
     """DeepSpeed's ``save_checkpoint``, all or nothing; a collective.
 
@@ -66,6 +67,7 @@ def save(
         background: return once the tensors are copied to host memory, and write them while training goes on. The
             next save or load, ``engine.destroy`` and :func:`wait` wait for it and raise what went wrong. DeepSpeed's
             model-state file is left out.
+        also: called on every rank with the folder, before it is published, to add files of one's own.
 
     Raises:
         CheckpointError: on every rank, if one could not write; training can go on.
@@ -85,7 +87,7 @@ def save(
             _aliases(engine),
             {"engine": _state(engine), "client_state": client_state or {}},
             "excluded" if exclude_frozen_parameters else "saved",
-            None if background else functools.partial(_deepspeed_files, engine, exclude_frozen_parameters),
+            functools.partial(_more_files, engine, exclude_frozen_parameters, not background, also),
         )
         if not background:
             run.save(job, save_dir, tag, save_latest=save_latest, keep_last=keep_last)
@@ -121,6 +123,8 @@ def load(
     custom_load_fn: Any = None,
     *,
     resize_rank: bool = False,
+    verify: bool = True,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """DeepSpeed's ``load_checkpoint``, from any ZeRO stage and world size; a collective.
 
@@ -129,6 +133,8 @@ def load(
         load_optimizer_states: False leaves the optimizer as it is.
         load_module_only: weights alone; then a checkpoint of another optimizer is left to DeepSpeed.
         resize_rank: adapt factors that were saved with another ``rank`` or ``rank_v``.
+        verify: False if the files have been read through already (:func:`lorapre_dist.checkpoint.verify`).
+        check: called with the client state before anything is loaded; what it raises ends the load.
 
     Returns:
         The checkpoint's folder and the client state; ``(None, None)`` if ``load_dir`` holds none.
@@ -154,7 +160,15 @@ def load(
         wanted = untrained(engine)
         if (path / content.FILE).is_file() and content.read(path).get("frozen") == "excluded":
             wanted = {n: t for n, t in wanted.items() if n in content.read(path)["parameters"]}
-        extra = run.load(path, engine.basic_optimizer, untrained=wanted, states=states, resize_rank=resize_rank)
+        extra = run.load(
+            path,
+            engine.basic_optimizer,
+            untrained=wanted,
+            states=states,
+            resize_rank=resize_rank,
+            intact=not verify,
+            check=(lambda extra: check(extra["client_state"])) if check is not None else None,
+        )
         _refresh(engine.optimizer, engine.basic_optimizer)
     if not load_module_only:
         _restore(engine, extra["engine"], states, load_lr_scheduler_states)
@@ -274,11 +288,16 @@ def _partitioned(engine: Any) -> Iterator[None]:
             wrapper.checkpoint_event_epilogue()
 
 
-def _deepspeed_files(engine: Any, exclude_frozen: bool, path: Path) -> None:
-    """The model-state file of DeepSpeed, without optimizer state, in folder ``path``."""
-    wrapper = engine.optimizer
-    wrapper.state_dict = dict
-    try:
-        engine._save_checkpoint(str(path.parent), path.name, exclude_frozen_parameters=exclude_frozen)
-    finally:
-        del wrapper.state_dict
+def _more_files(
+    engine: Any, exclude_frozen: bool, deepspeeds: bool, also: Callable[[Path], None] | None, path: Path
+) -> None:
+    """The model-state file of DeepSpeed, without optimizer state, and the caller's files in folder ``path``."""
+    if also is not None:
+        also(path)
+    if deepspeeds:
+        wrapper = engine.optimizer
+        wrapper.state_dict = dict
+        try:
+            engine._save_checkpoint(str(path.parent), path.name, exclude_frozen_parameters=exclude_frozen)
+        finally:
+            del wrapper.state_dict

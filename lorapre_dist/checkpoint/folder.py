@@ -6,7 +6,7 @@ a folder without leading dot is whole, or was damaged afterwards, and then the m
 
     manifest.json  {"format": 1, "tag": TAG, "step": n, "files": {NAME: {"bytes": n, "blake2b": hex}}}
 
-Nothing here is collective; :mod:`lorapre_dist.checkpoint.transaction` divides the work among ranks.
+Nothing here is collective; :mod:`lorapre_dist.checkpoint.run` divides the work among ranks.
 """
 
 from __future__ import annotations

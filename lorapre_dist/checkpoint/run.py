@@ -93,7 +93,7 @@ def save(
     path = _begin(job, Path(directory), tag, keep_last, team)
     with _cleaned_up(path, team), team.together(f"saving checkpoint {path.parent / tag}"):
         dcp.save(path / content.TENSORS, _shards(job), group)
-    return _finish(job.step, path, tag, team, save_latest, keep_last)
+    return seal(job.step, path, tag, team, save_latest, keep_last)
 
 
 def save_in_background(
@@ -118,7 +118,7 @@ def save_in_background(
     def finish() -> Path:
         with _cleaned_up(path, team), team.together(f"saving checkpoint {path.parent / tag}"):
             written.result()
-        return _finish(job.step, path, tag, team, save_latest, keep_last)
+        return seal(job.step, path, tag, team, save_latest, keep_last)
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     return Pending(Path(directory), tag, thread.submit(finish), thread)
@@ -175,7 +175,12 @@ def _readable(extra: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _finish(step: int, path: Path, tag: str, team: Team, save_latest: bool, keep_last: int | None) -> Path:
+def seal(step: int, path: Path, tag: str, team: Team, save_latest: bool, keep_last: int | None) -> Path:
+    """Sync and checksum the files in the partial folder ``path`` and publish it as ``tag``; a collective.
+
+    Raises:
+        CheckpointError: on every rank, if one could not; what was written is removed.
+    """
     directory = path.parent
     with _cleaned_up(path, team):
         described: dict[str, Any] = {}
@@ -253,6 +258,8 @@ def load(
     untrained: dict[str, Untrained] | None = None,
     states: bool = True,
     resize_rank: bool = False,
+    intact: bool = False,
+    check: Callable[[dict[str, Any]], None] | None = None,
     group: Any = None,
 ) -> dict[str, Any]:
     """Load a checkpoint of any layout and world size; a collective. Returns what was saved as ``extra``.
@@ -261,15 +268,20 @@ def load(
         untrained: tensors to fill beside those of the optimizer, by name.
         states: False to load weights alone.
         resize_rank: adapt factors of another rank (:func:`lorapre_dist.checkpoint.resize.resize`).
+        intact: it has been verified already.
+        check: called with ``extra`` before anything is loaded; what it raises ends the load.
 
     Raises:
         CheckpointError: it is damaged, or does not fit: everything that differs. Nothing has been loaded then.
     """
     path, team = Path(path), Team(group)
-    verify(path, group=group)
+    if not intact:
+        verify(path, group=group)
     with team.together(f"loading checkpoint {path}"):
         saved = content.read(path)
         extra: dict[str, Any] = torch.load(path / EXTRA, weights_only=True, map_location="cpu")
+    if check is not None:
+        check(extra)
     mine = content.parameters(optimizer)
     present = {name: entry for part in team.gather(mine) for name, entry in part.items()}
     present = dict(sorted(present.items()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import random
 import sys
 import time
 import warnings
@@ -13,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training import ranks
-from lorapre_dist.training.files import write_atomically
 from lorapre_dist.training.settings import Settings, describe, load_settings
 
 if TYPE_CHECKING:
@@ -26,14 +25,17 @@ BUILD_SECONDS = 900.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; exit code 0, 2 after one line on stderr about bad input, 1 where training diverged."""
+    """Run the program.
+
+    Exit code 0; 2 after one line on stderr about bad input; 1 where training diverged or could not save its end.
+    """
     try:
         ranks.fill_launch_environment()
         settings = load_settings(argv, ranks.world_size())
         _quiet()
         _check_optimizer(settings)
-        tag = _find_checkpoint(settings)
-        return _train(settings, tag)
+        _check_resume(settings)
+        return _train(settings)
     except ConfigError as error:
         return ranks.report(error)
     except KeyboardInterrupt:
@@ -65,29 +67,27 @@ def _check_optimizer(settings: Settings) -> None:
         raise ConfigError(f"optimizer.type {name!r} is unknown: did you mean {near[0] if near else 'LoRAPre'}?")
 
 
-def _find_checkpoint(settings: Settings) -> str | None:
-    from lorapre_dist.training.checkpoints import find_checkpoint, read_manifest
+def _check_resume(settings: Settings) -> None:
+    from lorapre_dist.training.checkpoints import check_named
 
-    tag = find_checkpoint(settings)
-    if tag is not None:
-        read_manifest(settings, tag)
-    return tag
+    check_named(settings)
 
 
-def _train(settings: Settings, tag: str | None) -> int:
+def _train(settings: Settings) -> int:
     import deepspeed
 
     _check_deepspeed_config(settings)
     _check_build_lock()
     deepspeed.init_distributed(verbose=False)
+    from lorapre_dist.checkpoint import CheckpointError
     from lorapre_dist.training.loop import DivergedError
 
     try:
-        trainer = _set_up(settings, tag)
+        trainer = _set_up(settings)
         trainer.run()
         _finish(trainer)
         trainer.engine.destroy()
-    except DivergedError as error:
+    except (DivergedError, CheckpointError) as error:
         if ranks.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -123,7 +123,7 @@ def _check_build_lock() -> None:
         raise ConfigError(f"{lock} was left by a killed build of DeepSpeed's CPU op; delete it and start again")
 
 
-def _set_up(settings: Settings, tag: str | None) -> Trainer:
+def _set_up(settings: Settings) -> Trainer:
     from lorapre_dist.training import checkpoints, engines, models
     from lorapre_dist.training.batches import BatchPlan
     from lorapre_dist.training.data import prepare_data
@@ -131,27 +131,29 @@ def _set_up(settings: Settings, tag: str | None) -> Trainer:
     from lorapre_dist.training.metrics import MetricsWriter
 
     plan = BatchPlan(settings.batch.global_batch, settings.batch.micro_batch, ranks.world_size(), ranks.rank())
-    ranks.agree_on("the checkpoint to resume from", tag)
     with ranks.together():
         config = models.model_config(settings)
         data = prepare_data(settings, plan, config.vocab_size)
         models.fit_vocabulary(config, settings, data.vocab_size)
-        if tag is not None:
-            checkpoints.check_checkpoint(settings, data, tag, checkpoints.read_manifest(settings, tag))
         _make_output_folder(settings)
     ranks.agree_on("the text or the tokenizer", data.fingerprint)
+    with ranks.together():
+        path, complaints = checkpoints.choose(settings)
     engine = engines.build_engine(config, settings)
-    _seed(settings.seed)
+    checkpoints.seed_everything(settings.seed, ranks.rank())
     step = tokens = 0
-    if tag is not None:
-        step, tokens = checkpoints.load(engine, settings, data, tag)
-    elif ranks.rank() == 0:
-        checkpoints.forget_latest(settings)
+    if path is not None:
+        step, tokens = checkpoints.load(engine, settings, data, path)
     writer = None
     if ranks.rank() == 0:
+        aside = checkpoints.set_aside(settings) if path is None else None
         print(engines.start_table(engine, settings, plan, data), flush=True)
-        if tag is not None:
-            print(f"resuming from {tag} at step {step}", flush=True)
+        for line in complaints:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+        if path is not None:
+            print(f"resuming from {path.name} at step {step}", flush=True)
+        if aside is not None:
+            print(f"starting afresh; earlier checkpoints are now in {aside}", flush=True)
         writer = MetricsWriter(settings, step)
         write_atomically(Path(settings.output_dir) / "settings.json", json.dumps(describe(settings), indent=1))
     return Trainer(engine, settings, data, plan, writer, step, tokens)
@@ -166,17 +168,6 @@ def _make_output_folder(settings: Settings) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
-
-
-def _seed(seed: int) -> None:
-    """Each rank draws its own dropout masks; weights and data have seeds of their own."""
-    import numpy as np
-    import torch
-
-    own = seed * 1_000_003 + ranks.rank()
-    random.seed(own)
-    np.random.seed(own % 2**32)
-    torch.manual_seed(own)
 
 
 def _finish(trainer: Trainer) -> None:

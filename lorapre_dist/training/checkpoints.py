@@ -1,10 +1,13 @@
-"""Checkpoints of a run: what they hold beside DeepSpeed's own files, and which one to resume from."""
+"""Checkpoints of a run: what they hold beside the engine's state, and which one to resume from.
+
+With LoRAPre the engine saves and loads for any ZeRO stage and world size. Another optimizer's checkpoints are
+DeepSpeed's own, for the same stage and world size, but complete or not there just the same.
+"""
 
 from __future__ import annotations
 
-import json
+import copy
 import random
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +15,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lorapre_dist.checkpoint import CheckpointError, newest_whole, verify
+from lorapre_dist.checkpoint import engine as engine_checkpoints
+from lorapre_dist.checkpoint.folder import LATEST, checkpoints, partial, start
+from lorapre_dist.checkpoint.run import seal
+from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training import ranks
 from lorapre_dist.training.data import Data, Stream
 from lorapre_dist.training.ds_json import precision, zero_stage
-from lorapre_dist.training.files import write_atomically
 from lorapre_dist.training.settings import Settings
 from lorapre_dist.training.streaming import merge_states
 
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-LATEST = "latest"
-FORMAT = 1
+# Of a Hugging Face model, in every checkpoint: its configuration and tokenizer.
+HF_FOLDER = "hf"
 
 
 def checkpoint_folder(settings: Settings) -> Path:
@@ -33,10 +39,7 @@ def checkpoint_folder(settings: Settings) -> Path:
 
 def identity(settings: Settings, data: Data) -> dict[str, Any]:
     """What must be the same in a resumed run for it to continue the interrupted one."""
-    return {
-        "world_size": ranks.world_size(),
-        "zero_stage": zero_stage(settings.ds_config),
-        "precision": precision(settings.ds_config),
+    same = {
         "optimizer": settings.ds_config["optimizer"]["type"],
         "model": settings.model or settings.model_config,
         "dataset": data.fingerprint,
@@ -45,129 +48,145 @@ def identity(settings: Settings, data: Data) -> dict[str, Any]:
         "train_batch_size": settings.batch.global_batch,
         "seed": settings.seed,
     }
+    if not _ours(settings):
+        same["world_size"] = ranks.world_size()
+        same["zero_stage"] = zero_stage(settings.ds_config)
+        same["precision"] = precision(settings.ds_config)
+    return same
 
 
-def find_checkpoint(settings: Settings) -> str | None:
-    """The tag to resume from, ``None`` to start afresh.
+def _ours(settings: Settings) -> bool:
+    return settings.ds_config["optimizer"]["type"].startswith("LoRAPre")
+
+
+def check_named(settings: Settings) -> None:
+    """Raise a ConfigError if ``--resume`` names a checkpoint that is not there; needs no other rank."""
+    if settings.resume in ("auto", "none"):
+        return
+    present = [p.name for p in checkpoints(checkpoint_folder(settings))]
+    if settings.resume not in present:
+        raise ConfigError(
+            f"--resume {settings.resume}: no checkpoint {settings.resume!r} in {checkpoint_folder(settings)}; "
+            f"there: {', '.join(present) or 'none'}"
+        )
+
+
+def choose(settings: Settings) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, read through, and what is wrong with newer ones; a collective.
 
     Raises:
-        ConfigError: the named tag is not there, or its manifest or that of the latest is missing or damaged.
+        ConfigError: the named one is damaged, or there are checkpoints and none is whole.
     """
     folder = checkpoint_folder(settings)
     if settings.resume == "none":
-        return None
-    if settings.resume == "auto":
-        if not (folder / LATEST).is_file():
-            return None
-        tag = (folder / LATEST).read_text(encoding="utf-8").strip()
-    else:
-        tag = settings.resume
-    if not tag or not (folder / tag).is_dir():
-        known = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        raise ConfigError(
-            f"--resume {settings.resume}: no checkpoint {tag!r} in {folder}; there: {', '.join(known) or 'none'}"
-        )
-    return tag
+        return None, []
+    if settings.resume != "auto":
+        try:
+            verify(folder / settings.resume)
+        except CheckpointError as error:
+            raise ConfigError(f"cannot resume: {error}") from error
+        return folder / settings.resume, []
+    path, complaints = newest_whole(folder)
+    if path is None and complaints:
+        more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+        raise ConfigError(f"cannot resume: {complaints[0]}{more}; --resume none starts afresh")
+    return path, complaints
 
 
-def read_manifest(settings: Settings, tag: str) -> dict[str, Any]:
-    """The manifest of checkpoint ``tag``.
+def save(engine: Any, settings: Settings, data: Data, step: int, tokens: int) -> None:
+    """Save everything at ``step``; a collective.
 
     Raises:
-        ConfigError: missing or damaged: the checkpoint was not completed by this program.
+        CheckpointError: it could not be written (or, in the background, the one before); training can go on.
     """
-    path = checkpoint_folder(settings) / tag / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ConfigError(f"checkpoint {tag}: format {manifest['format']}, this version reads {FORMAT}")
-        if not isinstance(manifest["step"], int) or not manifest["files"] or not manifest["identity"]:
-            raise KeyError("step")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"checkpoint {path.parent} is incomplete or corrupt: no usable {MANIFEST}") from error
-    return manifest
+    folder, tag = checkpoint_folder(settings), f"step{step:07d}"
+    trainer = {"step": step, "tokens": tokens, "data": _gathered_position(data.train), "rng": _gathered(rng_state())}
+    client_state = {"trainer": {**trainer, "identity": identity(settings, data)}}
+
+    def hugging_face_files(path: Path) -> None:
+        if ranks.rank() == 0:
+            config = copy.deepcopy(engine.module.config)
+            config.architectures = [type(engine.module).__name__]
+            config.save_pretrained(path / HF_FOLDER)
+            data.tokenizer.save_pretrained(path / HF_FOLDER)
+
+    if _ours(settings):
+        background = settings.background_save
+        options = {"keep_last": settings.keep_last, "background": background, "also": hugging_face_files}
+        engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, **options)
+        return
+    team = Team()
+    with team.together(f"saving checkpoint {folder / tag}"):
+        if team.rank == 0:
+            start(folder, tag)
+            hugging_face_files(partial(folder, tag))
+    engine.save_checkpoint(str(folder), tag=partial(folder, tag).name, client_state=client_state, save_latest=False)
+    seal(step, partial(folder, tag), tag, team, save_latest=True, keep_last=settings.keep_last)
 
 
-def check_checkpoint(settings: Settings, data: Data, tag: str, manifest: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` if the checkpoint is of another run or damaged.
+def load(engine: Any, settings: Settings, data: Data, path: Path) -> tuple[int, int]:
+    """Load a checkpoint that :func:`choose` gave into the engine, the data stream and the RNGs; its step and tokens.
 
-    Each rank reads its part of the files through, so that together they check all of them.
+    Raises:
+        ConfigError: it is of another run, or does not fit; then nothing of the engine has changed with LoRAPre.
     """
     wanted = identity(settings, data)
-    for name, value in wanted.items():
-        saved = manifest["identity"].get(name)
-        if saved != value:
-            raise ConfigError(f"cannot resume {tag}: its {name} is {saved!r}, this run's is {value!r}")
-    if manifest["step"] > settings.max_steps:
-        raise ConfigError(
-            f"cannot resume {tag}: it stands at step {manifest['step']}, --max_steps is {settings.max_steps}"
-        )
-    folder = checkpoint_folder(settings) / tag
-    for name in sorted(manifest["files"])[ranks.rank() :: ranks.world_size()]:
-        problem = _damage(folder / name, manifest["files"][name])
-        if problem:
-            raise ConfigError(f"checkpoint {folder} is corrupt: {name} {problem}")
 
+    def check(client_state: dict[str, Any]) -> None:
+        _check_identity(path, client_state, wanted, settings.max_steps)
 
-def _damage(path: Path, size: int) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != size:
-        return f"has {path.stat().st_size} bytes instead of {size}"
-    if path.suffix == ".pt":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                bad = archive.testzip()
-        except (zipfile.BadZipFile, OSError) as error:
-            return f"cannot be read ({error})"
-        if bad is not None:
-            return "has a wrong checksum"
-    return None
-
-
-def save(engine: Any, settings: Settings, data: Data, step: int, tokens: int) -> str:
-    """Save everything at ``step``; a collective. The pointer to the latest is written last, so a kill loses nothing."""
-    folder, tag = checkpoint_folder(settings), f"step{step:07d}"
-    state = {"step": step, "tokens": tokens, "data": _gathered_position(data.train), "rng": _gathered(rng_state())}
-    if ranks.rank() == 0:
-        (folder / tag / MANIFEST).unlink(missing_ok=True)
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"trainer": state}, save_latest=False)
-    dist.barrier()
-    if ranks.rank() == 0:
-        files = {str(p.relative_to(folder / tag)): p.stat().st_size for p in (folder / tag).rglob("*") if p.is_file()}
-        manifest = {"format": FORMAT, "step": step, "identity": identity(settings, data), "files": files}
-        write_atomically(folder / tag / MANIFEST, json.dumps(manifest, indent=1))
-        write_atomically(folder / LATEST, tag)
-    dist.barrier()
-    return tag
-
-
-def load(engine: Any, settings: Settings, data: Data, tag: str) -> tuple[int, int]:
-    """Load checkpoint ``tag`` into the engine, the data stream and the RNGs; returns its step and tokens so far.
-
-    Raises:
-        ConfigError: the files cannot be loaded into this run.
-    """
-    folder = checkpoint_folder(settings)
     try:
-        path, client_state = engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise ConfigError(f"checkpoint {folder / tag} cannot be loaded: DeepSpeed found no files in it")
+        if _ours(settings):
+            options = {"verify": False, "resize_rank": settings.resize_rank, "check": check}
+            _, client_state = engine.load_checkpoint(str(path.parent), tag=path.name, **options)
+        else:
+            loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+            if loaded is None:
+                raise ConfigError(f"checkpoint {path} cannot be loaded: DeepSpeed found no files in it")
+            check(client_state)
         state = client_state["trainer"]
         data.train.load_state_dict(state["data"])
-        set_rng_state(state["rng"][ranks.rank()])
+        _restore_rng(state["rng"], settings.seed, state["step"])
+    except CheckpointError as error:
+        raise ConfigError(f"cannot resume: {error}") from error
     except ConfigError:
         raise
     except Exception as error:  # torch and DeepSpeed raise many kinds on a damaged or foreign file
-        raise ConfigError(f"checkpoint {folder / tag} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"checkpoint {path} cannot be loaded: {type(error).__name__}: {error}") from error
     return int(state["step"]), int(state["tokens"])
 
 
-def forget_latest(settings: Settings) -> None:
-    """Before a fresh start in a used folder: no later ``--resume auto`` may find the earlier run."""
-    (checkpoint_folder(settings) / LATEST).unlink(missing_ok=True)
+def _check_identity(path: Path, client_state: dict[str, Any], wanted: dict[str, Any], max_steps: int) -> None:
+    state = client_state.get("trainer")
+    if not isinstance(state, dict) or "identity" not in state:
+        raise ConfigError(f"cannot resume {path.name}: it was not written by this program")
+    for name, value in wanted.items():
+        saved = state["identity"].get(name)
+        if saved != value:
+            raise ConfigError(f"cannot resume {path.name}: its {name} is {saved!r}, this run's is {value!r}")
+    if state["step"] > max_steps:
+        raise ConfigError(f"cannot resume {path.name}: it stands at step {state['step']}, --max_steps is {max_steps}")
+
+
+def wait(engine: Any) -> None:
+    """Wait for a background save; a collective.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    engine_checkpoints.wait(engine)
+
+
+def set_aside(settings: Settings) -> Path | None:
+    """Before a fresh start in a used folder: move its checkpoints away, so that no later resume finds them."""
+    folder = checkpoint_folder(settings)
+    if not (checkpoints(folder) or (folder / LATEST).exists()):
+        return None
+    count = 1
+    while (aside := folder.with_name(f"{FOLDER}.{count}")).exists():
+        count += 1
+    folder.rename(aside)
+    return aside
 
 
 def _gathered_position(stream: Stream) -> dict[str, Any]:
@@ -197,6 +216,22 @@ def _plain_numpy_state() -> tuple[Any, ...]:
     """NumPy's legacy state with a tensor for its array, so that the file holds nothing but tensors and plain values."""
     name, key, *rest = np.random.get_state()
     return (name, torch.from_numpy(key.astype(np.int64)), *rest)
+
+
+def _restore_rng(saved: list[dict[str, Any]], seed: int, step: int) -> None:
+    """This rank's generators as they were; on a rank that was not there, seeded by where the run stands."""
+    if ranks.rank() < len(saved):
+        set_rng_state(saved[ranks.rank()])
+    else:
+        seed_everything(seed + step, ranks.rank())
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Each rank draws its own dropout masks; weights and data have seeds of their own."""
+    own = seed * 1_000_003 + rank
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -41,12 +41,14 @@ class Data:
         train: sequences to train on.
         held_out: sequences to evaluate on, ``(n, seq_len)``, the same on every rank.
         vocab_size: number of token ids.
+        tokenizer: what made them.
         fingerprint: of the text, the split and the tokenizer; a resumed run must have the same.
     """
 
     train: Stream
     held_out: np.ndarray
     vocab_size: int
+    tokenizer: PreTrainedTokenizerBase
     fingerprint: str
 
 
@@ -73,8 +75,8 @@ def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
         held_out = None
     if held_out is None:
         held_out = _held_out_tokens(settings, source, evaluation, split, encoder, key, cache)
-    count = len(encoder.tokenizer)
-    return Data(train, _sequences(settings, held_out), count, f"{key}-{split.tail}")
+    held = _sequences(settings, held_out)
+    return Data(train, held, len(encoder.tokenizer), encoder.tokenizer, f"{key}-{split.tail}")
 
 
 def _open(settings: Settings, name: str, split: str) -> Source:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.training import checkpoints, ranks
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import Data
@@ -84,10 +85,22 @@ class Trainer:
             bar.set_postfix_str(_summary(row), refresh=False)
         bar.update()
         if settings.save_every and (last or self.step % settings.save_every == 0):
-            checkpoints.save(self.engine, settings, self.data, self.step, self.tokens)
+            self._save(last)
             if not last:
                 self._plot()
             self._restart_clock()
+
+    def _save(self, last: bool) -> None:
+        """A checkpoint that cannot be written ends the run only if it is the last one."""
+        try:
+            checkpoints.save(self.engine, self.settings, self.data, self.step, self.tokens)
+            if last:
+                checkpoints.wait(self.engine)
+        except CheckpointError as error:
+            if last:
+                raise
+            if ranks.rank() == 0:
+                tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
 
     def _train_step(self, batch: torch.Tensor) -> tuple[torch.Tensor, float | None]:
         """One optimizer step on this rank's sequences; the mean loss over its micro-batches, and the gradient norm."""

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.training.files import write_atomically
+from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.training.settings import Settings, describe
 
 METRICS_FILE = "metrics.jsonl"

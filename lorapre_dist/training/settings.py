@@ -51,9 +51,12 @@ class Settings:
     eval_every: int
     eval_batches: int
     save_every: int
+    keep_last: int | None
+    background_save: bool
     log_every: int
     output_dir: str
     resume: str
+    resize_rank: bool
     seed: int
     gradient_checkpointing: bool
     wandb: bool
@@ -138,9 +141,12 @@ def _add_run_options(group: Any) -> None:
         "--eval_batches", type=int, default=16, help="global batches per evaluation; 0: all held-out text"
     )
     group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints; 0: none at all")
+    group.add_argument("--keep_last", type=int, help="keep this many of the newest checkpoints (default: all)")
+    group.add_argument("--background_save", action="store_true", help="write checkpoints while training goes on")
     group.add_argument(
-        "--resume", default="auto", help="'auto' (latest checkpoint if any), 'none', or a checkpoint tag"
+        "--resume", default="auto", help="'auto' (the newest whole checkpoint if any), 'none', or a checkpoint tag"
     )
+    group.add_argument("--resize_rank", action="store_true", help="resume although the JSON's rank or rank_v changed")
     group.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order")
     group.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
 
@@ -258,6 +264,8 @@ def _check_run(args: dict[str, Any]) -> None:
     ):
         if args[name] < least:
             raise ConfigError(f"--{name} {args[name]}: must be at least {least}")
+    if args["keep_last"] is not None and args["keep_last"] < 1:
+        raise ConfigError(f"--keep_last {args['keep_last']}: must be at least 1")
     if args["warmup_steps"] > args["max_steps"]:
         raise ConfigError(f"--warmup_steps {args['warmup_steps']}: more than --max_steps {args['max_steps']}")
     if args["lr"] is not None and not 0.0 < args["lr"] < float("inf"):

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lorapre_dist"
 LAYERS = [
     {"config", "core", "param_groups"},
     {"layouts"},
-    {"optimizer", "state", "report"},
+    {"optimizer", "state", "report", "shards", "gather"},
     {"deepspeed", "upstream", "checkpoint"},
     {"training", "bench", "cli", "planner"},
 ]
@@ -139,6 +139,23 @@ def test_models_data_and_plots_stay_in_the_training_program(name):
     assert not top & TRAINING_ONLY
 
 
+# What ``lorapre`` does with a checkpoint works in one process, on a machine where no rank could start.
+OFFLINE = [f"lorapre_dist.checkpoint.{name}" for name in ("stored", "safetensors_files", "consolidate", "inspect")]
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_offline_work_joins_no_group(name):
+    used = {target for target, _ in imports(name) if target.startswith("torch.distributed")}
+    assert {target for target in used if not target.startswith("torch.distributed.checkpoint.")} == set()
+    assert "lorapre_dist.checkpoint.team" not in ours(name)
+
+
+def test_the_command_line_imports_what_a_command_needs_when_it_runs():
+    light = {"lorapre_dist", "lorapre_dist.config", "lorapre_dist.checkpoint"}
+    for target, lazy in imports("lorapre_dist.cli"):
+        assert lazy or target in light or target.split(".")[0] in sys.stdlib_module_names, target
+
+
 COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "all_reduce", "all_to_all"),
     *("all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce"),
@@ -146,7 +163,11 @@ COLLECTIVES = (
 )
 
 
-@pytest.mark.parametrize("name", [n for n in LAYERED if layer(n) <= 2 and n != "lorapre_dist.core.comm"])
+# ``gather`` collects the whole state on request, outside of steps.
+ISSUES_COLLECTIVES = ("lorapre_dist.core.comm", "lorapre_dist.gather")
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERED if layer(n) <= 2 and n not in ISSUES_COLLECTIVES])
 def test_collectives_of_a_step_are_issued_in_comm_alone(name):
     tree = ast.parse(MODULES[name].read_text())
     found = [

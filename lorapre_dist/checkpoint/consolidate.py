@@ -1,0 +1,220 @@
+"""A checkpoint as one folder that other programs read: weights and optimizer state in safetensors, by parameter name.
+
+One process, no ``torch.distributed``; no more than one part of one tensor is in memory at a time. The folder:
+
+    model-00001-of-0000N.safetensors, model.safetensors.index.json, config.json, the tokenizer's files
+        what ``AutoModelForCausalLM.from_pretrained`` loads; tied tensors under one of their names
+    optimizer-00001-of-0000N.safetensors, optimizer.safetensors.index.json
+        ``NAME.m_B`` (p x r), ``NAME.m_A`` (r x q), ``NAME.v_B``, ``NAME.v_A``, ``NAME.v_row`` (p), or ``NAME.exp_avg``
+        and ``NAME.exp_avg_sq`` in the parameter's shape
+    optimizer.json
+        {"format": 1, "step": n, "layout": "ZeRO-2", "world_size": 4, "aliases": {...}, "param_groups": [...],
+         "parameters": {NAME: {"kind": "lorapre", "variant": "stable", "rank": r, "rank_v": s, "shape": [p, q],
+                               "step": n} | {"kind": "adamw", "shape": [...], "step": n}}}
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ConfigError
+from ..shards import MODEL, OPTIMIZER, UNTRAINED
+from . import content, folder, run, stored
+from .folder import CheckpointError
+from .safetensors_files import Entry, write
+
+#: Sub-folder of a checkpoint with config.json and the tokenizer's files.
+HF = "hf"
+DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CONFIG = "config.json"
+FORMAT = 1
+WEIGHTS_INDEX = "model.safetensors.index.json"
+# Files of a model folder that hold weights: not to be copied with its configuration.
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclass
+class Result:
+    """What :func:`consolidate` wrote.
+
+    Attributes:
+        bytes: of weights and of optimizer state.
+        notes: what the user should know, a line each.
+    """
+
+    source: Path
+    out: Path
+    weights: int = 0
+    optimizer_tensors: int = 0
+    bytes: tuple[int, int] = (0, 0)
+    notes: list[str] = field(default_factory=list)
+
+
+def consolidate(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "keep",
+    optimizer: bool = True,
+    config: str | Path | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Write a checkpoint as one folder of safetensors files; the folder appears when it is complete.
+
+    Args:
+        source: the checkpoint, or a run's folder, which means its latest one.
+        dtype: of floating-point weights: "fp32", "bf16", "fp16", or "keep" for what was saved (fp32 masters).
+        optimizer: False leaves the optimizer state out.
+        config: ``config.json`` or a model folder, where the checkpoint holds none or another is wanted.
+        overwrite: replace what an earlier call wrote to ``out``.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or ``out`` is not empty.
+        ConfigError: an unknown ``dtype``, or ``config`` is not usable.
+        OSError: ``out`` cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    path, target = stored.locate(Path(source)), Path(out).resolve()
+    _check_target(target, path.resolve(), overwrite)
+    config_files = _config_files(path, config)
+    run.verify(path)
+    described, tensors = content.read(path), stored.tensors(path)
+    shapes = stored.expected(described["parameters"])
+    if missing := stored.incomplete(tensors, shapes):
+        raise CheckpointError(f"checkpoint {path} is damaged: " + "; ".join(missing[:8]))
+
+    result = Result(path, Path(out))
+    # Not named as a partial checkpoint: the next save in the same folder would remove it.
+    partial = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, file in config_files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, partial / name)
+        entries = list(_weights(shapes, tensors, DTYPES[dtype]))
+        entries += _untied(partial, described.get("aliases", {}), entries)
+        write(partial, "model", entries)
+        result.weights, result.bytes = len(entries), (sum(e.bytes for e in entries), 0)
+        _note(result, described, partial, entries)
+        if optimizer:
+            states = list(_states(shapes, tensors))
+            write(partial, "optimizer", states)
+            folder.write_json(partial / "optimizer.json", _summary(described))
+            result.optimizer_tensors, result.bytes = len(states), (result.bytes[0], sum(e.bytes for e in states))
+        _publish(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+def _check_target(target: Path, path: Path, overwrite: bool) -> None:
+    if target == path or target in path.parents or path in target.parents:
+        raise CheckpointError(f"{target}: the result cannot lie in the checkpoint {path}, nor the other way round")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} is not empty; name another folder, or replace it with --overwrite")
+    if not (target / WEIGHTS_INDEX).is_file():
+        # Replacing means deleting: not what a slip of the finger names.
+        raise CheckpointError(f"{target} holds something else than an earlier result: delete it yourself")
+
+
+def _config_files(path: Path, config: str | Path | None) -> dict[str, Path]:
+    """config.json and what belongs to it: name in the result, and where to copy it from."""
+    if config is None:
+        beside = (p for p in sorted((path / HF).rglob("*")) if p.is_file() and not p.name.endswith(_WEIGHTS))
+        return {p.relative_to(path / HF).as_posix(): p for p in beside}
+    given = Path(config)
+    file = given / CONFIG if given.is_dir() else given
+    try:
+        if "model_type" not in json.loads(file.read_text(encoding="utf-8")):
+            raise ValueError("it has no 'model_type'")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"config {config}: not a usable {CONFIG} ({error})") from error
+    if not given.is_dir():
+        return {CONFIG: file}
+    return {p.name: p for p in sorted(given.iterdir()) if p.is_file() and not p.name.endswith(_WEIGHTS)}
+
+
+def _weights(
+    shapes: dict[str, tuple[int, ...]], tensors: dict[str, stored.StoredTensor], dtype: torch.dtype | None
+) -> Iterator[Entry]:
+    for name, shape in shapes.items():
+        if not name.startswith(OPTIMIZER):
+            # What no rank wrote has no elements.
+            source = tensors.get(name) or stored.StoredTensor((0,), torch.float32, ())
+            to = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
+            yield Entry(name.removeprefix(MODEL if name.startswith(MODEL) else UNTRAINED), shape, to, source)
+
+
+def _untied(partial: Path, aliases: dict[str, str], entries: list[Entry]) -> list[Entry]:
+    """Tied tensors under their other names too, where config.json says that the model does not tie them itself."""
+    config = _json(partial / CONFIG)
+    if config.get("tie_word_embeddings") is not False:
+        return []
+    found = {entry.name: entry for entry in entries}
+    copies = [(alias, found[name]) for alias, name in aliases.items() if name in found]
+    return [Entry(alias, entry.shape, entry.dtype, entry.source) for alias, entry in copies]
+
+
+def _states(shapes: dict[str, tuple[int, ...]], tensors: dict[str, stored.StoredTensor]) -> Iterator[Entry]:
+    for name, shape in shapes.items():
+        if name.startswith(OPTIMIZER) and name in tensors:
+            yield Entry(name.removeprefix(OPTIMIZER), shape, tensors[name].dtype, tensors[name])
+
+
+def _summary(described: dict[str, Any]) -> dict[str, Any]:
+    trained = {n: entry for n, entry in described["parameters"].items() if entry["kind"] != "untrained"}
+    kept = {key: described[key] for key in ("step", "layout", "world_size", "aliases", "param_groups")}
+    return {"format": FORMAT, **kept, "parameters": trained}
+
+
+def _note(result: Result, described: dict[str, Any], partial: Path, entries: list[Entry]) -> None:
+    """Say in ``config.json`` what type the weights have, and in the result's notes what is missing."""
+    if (partial / CONFIG).is_file():
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in entries:
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] += entry.bytes
+        config = _json(partial / CONFIG)
+        for key in ("dtype", "torch_dtype") if "torch_dtype" in config else ("dtype",):
+            config[key] = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    else:
+        result.notes.append(
+            f"no {CONFIG}: the checkpoint holds none; give one with --config, or copy it to {result.out} "
+            "before from_pretrained"
+        )
+    if described.get("frozen") == "excluded":
+        result.notes.append("frozen parameters were left out when the checkpoint was saved, and are not there")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{file.name} cannot be read ({error})") from error
+    return found
+
+
+def _publish(partial: Path, target: Path) -> None:
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)

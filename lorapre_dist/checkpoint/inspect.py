@@ -1,0 +1,176 @@
+"""What is in a checkpoint, and whether it is whole; one process, no ``torch.distributed``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..shards import OPTIMIZER
+from . import content, folder, run, stored
+from .consolidate import WEIGHTS_INDEX
+from .folder import CheckpointError, Manifest
+
+KINDS = {"lorapre": "low-rank", "adamw": "AdamW", "untrained": "untrained"}
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A checkpoint's content in plain values; what cannot be read is left out and named in ``problems``.
+
+    Keys: ``path``, ``tag``, ``whole``, ``problems``, ``files`` (bytes by name), ``step``, ``layout``, ``world_size``,
+    ``lr`` (of each parameter group), ``ranks``, ``count`` (of tensors by kind), ``aliases``, ``frozen``, ``bytes``
+    (``weights``, ``optimizer``), ``extra`` (keys), ``parameters``.
+    """
+    problems = stored.problems(path)
+    found: dict[str, Any] = {"path": str(path), "tag": path.name, "whole": not problems, "problems": problems}
+    found["files"] = {name: (path / name).stat().st_size for name in folder.files_in(path)}
+    # Each part by itself: a damaged checkpoint shows whatever is left of it.
+    for part in (_content, _bytes, _extra):
+        try:
+            found.update(part(path))
+        except Exception as error:  # anything may be in a damaged file
+            if not problems:
+                raise CheckpointError(f"checkpoint {path} cannot be described: {error}") from error
+    return found
+
+
+def _content(path: Path) -> dict[str, Any]:
+    described = content.read(path)
+    parameters = described["parameters"]
+    held = Counter((e["variant"], e["rank"], e["rank_v"]) for e in parameters.values() if e["kind"] == "lorapre")
+    counts = Counter(entry["kind"] for entry in parameters.values())
+    return {
+        **{key: described[key] for key in ("step", "layout", "world_size")},
+        "lr": [group.get("lr") for group in described["param_groups"]],
+        "ranks": [{"variant": v, "rank": r, "rank_v": s, "tensors": n} for (v, r, s), n in sorted(held.items())],
+        "count": {kind: counts[kind] for kind in KINDS},
+        "aliases": described.get("aliases", {}),
+        "frozen": described.get("frozen", "saved"),
+        "parameters": parameters,
+    }
+
+
+def _bytes(path: Path) -> dict[str, Any]:
+    sizes = {"weights": 0, "optimizer": 0}
+    for name, tensor in stored.tensors(path).items():
+        sizes["optimizer" if name.startswith(OPTIMIZER) else "weights"] += tensor.bytes
+    return {"bytes": sizes}
+
+
+def _extra(path: Path) -> dict[str, Any]:
+    extra = torch.load(path / run.EXTRA, weights_only=True, map_location="cpu")
+    return {"extra": {str(key): sorted(map(str, v)) if isinstance(v, dict) else [] for key, v in extra.items()}}
+
+
+def overview(directory: Path) -> list[dict[str, Any]]:
+    """The checkpoints in a folder, newest first: ``tag``, ``latest``, ``whole``, ``problems``, ``bytes`` of all files,
+    and, where they can be read, ``step``, ``layout`` and ``world_size``.
+    """
+    latest, found = folder.latest(directory), []
+    for path in folder.checkpoints(directory):
+        if (path / WEIGHTS_INDEX).is_file() and not (path / folder.MANIFEST).is_file():
+            continue  # what ``consolidate`` wrote
+        problems = stored.problems(path)
+        line: dict[str, Any] = {"tag": path.name, "latest": path.name == latest, "whole": not problems}
+        line["problems"] = problems
+        line["bytes"] = sum((path / name).stat().st_size for name in folder.files_in(path))
+        with contextlib.suppress(Exception):  # anything may be in a damaged file; ``problems`` names it
+            line["step"] = Manifest.read(path).step
+            line.update({key: content.read(path)[key] for key in ("step", "layout", "world_size")})
+        found.append(line)
+    return found
+
+
+# text ---------------------------------------------------------------------------------------------------------------
+
+
+def render(found: dict[str, Any], tensors: bool = False) -> str:
+    """Lines for the terminal about what :func:`describe` found."""
+    lines = [f"{found['path']}: {'whole' if found['whole'] else 'DAMAGED'}"]
+    lines += [f"  problem        {problem}" for problem in found["problems"]]
+    if "step" in found:
+        lines += _content_lines(found)
+    if "bytes" in found:
+        sizes = found["bytes"]
+        lines.append(f"  weights        {readable(sizes['weights'])}, optimizer state {readable(sizes['optimizer'])}")
+    lines += _file_lines(found["files"])
+    for key, inner in found.get("extra", {}).items():
+        lines.append(f"  {key:<14} {', '.join(inner) or '-'}")
+    if tensors and "parameters" in found:
+        lines += ["", *_tensor_lines(found["parameters"])]
+    return "\n".join(lines)
+
+
+def _content_lines(found: dict[str, Any]) -> list[str]:
+    ranks = f"{found['world_size']} rank" + "s" * (found["world_size"] != 1)
+    lines = [f"  step           {found['step']}, written by {ranks}, layout {found['layout']}"]
+    for entry in found["ranks"]:
+        several = f" ({entry['tensors']} tensors)" if len(found["ranks"]) > 1 else ""
+        lines.append(f"  LoRAPre        {entry['variant']}, rank {entry['rank']}, rank_v {entry['rank_v']}{several}")
+    lines.append(f"  lr             {', '.join(dict.fromkeys(_number(lr) for lr in found['lr']))}")
+    lines.append("  tensors        " + ", ".join(f"{found['count'][kind]} {word}" for kind, word in KINDS.items()))
+    if found["frozen"] == "excluded":
+        lines.append("  frozen         parameters were left out when it was saved")
+    lines += [f"  tied           {alias} is {name}" for alias, name in found["aliases"].items()]
+    return lines
+
+
+def _file_lines(files: dict[str, int]) -> list[str]:
+    places: dict[str, list[int]] = {}
+    for name, size in files.items():
+        top, slash, _ = name.partition("/")
+        places.setdefault(top + slash, []).append(size)
+    total = f"  files          {len(files)}, {readable(sum(files.values()))}"
+    width = max([len(name) for name in places], default=0)
+    return [total] + [
+        f"    {name:<{width}}  {readable(sum(sizes)):>10}" + (f" in {len(sizes)} files" if len(sizes) > 1 else "")
+        for name, sizes in places.items()
+    ]
+
+
+def _tensor_lines(parameters: dict[str, dict[str, Any]]) -> list[str]:
+    rows = [("tensor", "kind", "shape", "rank", "step")]
+    for name, entry in parameters.items():
+        rank = f"{entry['rank']}, {entry['rank_v']}" if entry["kind"] == "lorapre" else "-"
+        shape = " x ".join(map(str, entry["shape"])) or "scalar"
+        rows.append((name, KINDS[entry["kind"]], shape, rank, str(entry.get("step", "-"))))
+    return columns(rows)
+
+
+def render_overview(directory: Path, found: list[dict[str, Any]]) -> str:
+    """A table for the terminal of what :func:`overview` found."""
+    rows = [("tag", "step", "layout", "size", "state")]
+    for line in found:
+        layout = f"{line['layout']} x {line['world_size']}" if "layout" in line else "?"
+        state = "whole" if line["whole"] else "; ".join(line["problems"][:2])
+        more = f"; and {len(line['problems']) - 2} more" if len(line["problems"]) > 2 else ""
+        tag = line["tag"] + " (latest)" * line["latest"]
+        rows.append((tag, str(line.get("step", "?")), layout, readable(line["bytes"]), state + more))
+    lines = columns(rows)
+    latest = folder.latest(directory)
+    if latest is None:
+        lines.append(f"{directory} has no file {folder.LATEST!r}")
+    elif not any(line["latest"] for line in found):
+        lines.append(f"{directory / folder.LATEST} names {latest!r}, which is not there")
+    return "\n".join(lines)
+
+
+def columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows as lines with aligned columns."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def readable(count: int) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, (int, float)) else str(value)

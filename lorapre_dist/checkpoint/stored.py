@@ -1,0 +1,165 @@
+"""A checkpoint as it lies on storage, read by one process and part by part: nothing here is collective."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from ..shards import MODEL, OPTIMIZER, UNTRAINED
+from . import content, dcp, folder
+from .folder import CheckpointError, Manifest
+
+#: Where the training program puts checkpoints in a run's folder.
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank wrote of a tensor: elements from ``offsets``, of ``shape``, in a slice of a file."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    bytes: int
+
+    def read(self) -> Tensor:
+        """The elements, in host memory."""
+        with open(self.file, "rb") as file:
+            view: Any = _create_file_view(file, self.start, self.bytes)
+            tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+            return tensor
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint, whole.
+
+    Attributes:
+        shape: as stored; weights and ``exp_avg`` are 1-D, in row-major order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size in the stored type."""
+        return self.numel * self.dtype.itemsize
+
+
+def tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of checkpoint ``path`` by its name there (``model.NAME``, ``optimizer.NAME.m_B``, ...).
+
+    Raises:
+        CheckpointError: the list of tensors cannot be read.
+    """
+    try:
+        metadata = dcp.Reader(path / content.TENSORS).read_metadata()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: the list of tensors cannot be read ({error})") from error
+    found = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            parts = []
+            for chunk in entry.chunks:
+                at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                file = path / content.TENSORS / at.relative_path
+                parts.append(Part(tuple(chunk.offsets), tuple(chunk.sizes), file, at.offset, at.length))
+            found[name] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(parts))
+    return found
+
+
+def expected(parameters: dict[str, dict[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Real shape of every tensor that a checkpoint with these ``parameters`` must hold, by its name there."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, entry in parameters.items():
+        shape = tuple(entry["shape"])
+        found[(UNTRAINED if entry["kind"] == "untrained" else MODEL) + name] = shape
+        if entry["kind"] == "lorapre":
+            factors = {"m": entry["rank"], "v": entry["rank_v"]}
+            for moment, rank in factors.items():
+                found[f"{OPTIMIZER}{name}.{moment}_B"] = (shape[0], rank)
+                found[f"{OPTIMIZER}{name}.{moment}_A"] = (rank, shape[1])
+            if entry["variant"] == "stable":
+                found[f"{OPTIMIZER}{name}.v_row"] = (shape[0],)
+        elif entry["kind"] == "adamw":
+            found[f"{OPTIMIZER}{name}.exp_avg"] = found[f"{OPTIMIZER}{name}.exp_avg_sq"] = shape
+    return found
+
+
+def incomplete(stored: dict[str, StoredTensor], wanted: dict[str, tuple[int, ...]]) -> list[str]:
+    """Tensors of ``wanted`` (:func:`expected`) that are not there in full, in words."""
+    found = []
+    for name, shape in wanted.items():
+        numel, tensor = math.prod(shape), stored.get(name)
+        if tensor is None:
+            # A tensor without elements is written by no rank.
+            found += [f"tensor {name} is missing"] if numel else []
+        elif tensor.numel != numel:
+            found.append(f"tensor {name} has {tensor.numel} elements instead of {numel}")
+        elif (held := sum(math.prod(part.shape) for part in tensor.parts)) != numel:
+            found.append(f"tensor {name} has {held} of its {numel} elements")
+    return found
+
+
+def problems(path: Path) -> list[str]:
+    """All that is wrong with a checkpoint, in words; every file is read through."""
+    try:
+        found = folder.damage(path, Manifest.read(path))
+        if not found:
+            found = incomplete(tensors(path), expected(content.read(path)["parameters"]))
+    except CheckpointError as error:
+        return [str(error).removeprefix(f"checkpoint {path} ").removeprefix(f"checkpoint {path}: ")]
+    return found
+
+
+def tags_in(path: Path) -> Path | None:
+    """The folder of checkpoints that ``path`` is, or has as a run's folder; None where ``path`` is a checkpoint.
+
+    Raises:
+        CheckpointError: it is none of these.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    if any((path / name).exists() for name in (folder.MANIFEST, content.FILE, content.TENSORS)):
+        return None
+    for directory in (path, path / CHECKPOINTS):
+        if (directory / folder.LATEST).is_file() or any(_looks_saved(p) for p in folder.checkpoints(directory)):
+            return directory
+    raise CheckpointError(f"{path}: neither a checkpoint nor a folder that holds some")
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that ``path`` is, or the latest one of a run's folder.
+
+    Raises:
+        CheckpointError: there is none, or nothing says which is the latest.
+    """
+    directory = tags_in(path)
+    if directory is None:
+        return path
+    tag = folder.latest(directory)
+    there = ", ".join(p.name for p in folder.checkpoints(directory)) or "none"
+    if tag is None:
+        raise CheckpointError(f"{directory} has no file {folder.LATEST!r}; name one of: {there}")
+    if not (directory / tag).is_dir():
+        raise CheckpointError(f"{directory / folder.LATEST} names {tag!r}, which is not there; there: {there}")
+    return directory / tag
+
+
+def _looks_saved(path: Path) -> bool:
+    return any((path / name).exists() for name in (folder.MANIFEST, content.FILE))

@@ -1,0 +1,209 @@
+"""The command ``lorapre``: what is done with checkpoints and data outside a training run.
+
+A command is an entry of ``COMMANDS``: its options, and a function that runs it and returns the exit code. What is
+slow to import is imported there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lorapre_dist import __version__
+from lorapre_dist.checkpoint import CheckpointError
+from lorapre_dist.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command.
+
+    Attributes:
+        what: in half a line.
+        example: of its arguments.
+        options: adds them to a parser.
+        run: does it; the exit code.
+    """
+
+    what: str
+    example: str
+    options: Callable[[argparse.ArgumentParser], Any]
+    run: Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage, and names the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        marker = "unrecognized arguments: "
+        if marker in message:
+            wanted = message.split(marker, 1)[1].split()[0].split("=")[0]
+            near = difflib.get_close_matches(wanted, [o for a in self._actions for o in a.option_strings], n=1)
+            raise ConfigError(f"unknown option {wanted}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+# consolidate --------------------------------------------------------------------------------------------------------
+
+
+def _consolidate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's: then its latest one")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "fp32", "bf16", "fp16"),
+        default="keep",
+        help="of the weights (default: keep, what was saved; the optimizer state always stays as it was saved)",
+    )
+    parser.add_argument("--no-optimizer", action="store_true", help="weights alone")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="config.json, or a model folder with it and the tokenizer (default: the checkpoint's)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
+
+
+def _consolidate(options: argparse.Namespace) -> int:
+    from lorapre_dist.checkpoint.consolidate import consolidate
+    from lorapre_dist.checkpoint.inspect import readable
+
+    source = _announced(options.checkpoint)
+    result = consolidate(
+        source,
+        options.out,
+        dtype=options.dtype,
+        optimizer=not options.no_optimizer,
+        config=options.config,
+        overwrite=options.overwrite,
+    )
+    weights, states = result.bytes
+    print(f"{result.out}: {result.weights} weights, {readable(weights)}", end="")
+    print(f"; {result.optimizer_tensors} tensors of optimizer state, {readable(states)}" * (not options.no_optimizer))
+    for note in result.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def _announced(path: Path) -> Path:
+    """The checkpoint that ``path`` stands for; says which, where it is a run's folder."""
+    from lorapre_dist.checkpoint.stored import locate
+
+    found = locate(path)
+    if found != path:
+        print(f"latest checkpoint: {found}", flush=True)
+    return found
+
+
+# inspect ------------------------------------------------------------------------------------------------------------
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="a checkpoint's folder, or one that holds several, or a run's")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor (of one checkpoint)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lorapre_dist.checkpoint import inspect, stored
+
+    directory = stored.tags_in(options.path)
+    if directory is not None:
+        tags = inspect.overview(directory)
+        if options.tensors:
+            raise ConfigError(f"--tensors: name one checkpoint of {directory}: {', '.join(tag['tag'] for tag in tags)}")
+        print(json.dumps(tags, indent=1) if options.json else inspect.render_overview(directory, tags))
+        return 0 if all(tag["whole"] for tag in tags) else 1
+    found = inspect.describe(options.path)
+    if options.json and not options.tensors:
+        found.pop("parameters", None)
+    print(json.dumps(found, indent=1) if options.json else inspect.render(found, options.tensors))
+    return 0 if found["whole"] else 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "consolidate": Command(
+        "write a checkpoint as safetensors: a model folder for transformers, and the optimizer state",
+        "runs/llama/checkpoints/step0010000 llama-hf --dtype bf16",
+        _consolidate_options,
+        _consolidate,
+    ),
+    "inspect": Command(
+        "show what is in a checkpoint and whether it is whole (exit code 1 if not)",
+        "runs/llama/checkpoints",
+        _inspect_options,
+        _inspect,
+    ),
+}
+
+
+def _top_parser() -> _Parser:
+    width = max(map(len, COMMANDS))
+    shown = [
+        f"  {name:<{width}}  {c.what}\n{'':<{width + 4}}lorapre {name} {c.example}" for name, c in COMMANDS.items()
+    ]
+    parser = _Parser(
+        prog="lorapre",
+        usage="lorapre COMMAND ...   (lorapre COMMAND --help lists its options)",
+        description="Work with LoRA-Pre checkpoints and data outside a training run.",
+        epilog="commands, each with an example:\n" + "\n".join(shown),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lorapre {__version__}")
+    return parser
+
+
+def _parser_of(name: str) -> _Parser:
+    command = COMMANDS[name]
+    parser = _Parser(
+        prog=f"lorapre {name}",
+        description=command.what[0].upper() + command.what[1:] + ".",
+        epilog=f"example:\n  lorapre {name} {command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that ``argv`` names; the exit code.
+
+    0, 1 where ``inspect`` finds a checkpoint damaged, and 2 after one line on stderr about what went wrong.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not given or given[0] not in COMMANDS:
+            return _no_command(given)
+        code = COMMANDS[given[0]].run(_parser_of(given[0]).parse_args(given[1:]))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader (head, say) has seen enough; nothing may be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _no_command(given: list[str]) -> int:
+    if given and given[0].startswith("-"):
+        _top_parser().parse_args(given)
+    if not given or given[0].startswith("-"):
+        raise ConfigError(f"name a command: {', '.join(COMMANDS)} (see lorapre --help)")
+    near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+    raise ConfigError(f"unknown command {given[0]!r}: {hint}")
