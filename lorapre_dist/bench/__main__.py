@@ -12,9 +12,10 @@ BENCHES = {
     "quality": "validation loss after equal training, against AdamW and GaLore",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
     "memory": "bytes of optimizer state and workspace per rank",
+    "checkpoint": "memory and time of saving, loading and consolidating",
 }
 USAGE = "usage: python -m lorapre_dist.bench NAME [options]   (NAME --help lists the options)\n\n" + "\n".join(
-    f"  {name:<9} {what}" for name, what in BENCHES.items()
+    f"  {name:<11} {what}" for name, what in BENCHES.items()
 )
 
 

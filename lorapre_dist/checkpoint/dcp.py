@@ -102,6 +102,8 @@ class _Staged:
 
 def save_in_background(folder: Path, shards: dict[str, Shard], group: Any) -> Future[Any]:
     """Copy the shards to host memory and write them in a thread; ``group`` (gloo) must serve nothing else meanwhile."""
+    if _alone():  # said in the thread, where a context would not reach
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     saved: Any = dcp.async_save(
         shards,
         storage_writer=Writer(folder),

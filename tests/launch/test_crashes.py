@@ -1,0 +1,63 @@
+"""A run that is killed fifty times ends where the one ends that was never touched."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorapre_dist.checkpoint import dcp
+from tests.launch.conftest import REPO, ds_json, environment, finish, launch
+
+KILLS = 50
+STEPS = 160
+
+
+@pytest.mark.timeout(900)
+def test_fifty_kills_change_nothing(base_options, tmp_path):
+    """SIGKILL on both ranks, half of them inside a save (in the foreground and in the background, in turn)."""
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 400,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "model.json").write_text(json.dumps(shape))
+    config = ds_json(tmp_path / "ds.json", params={"rank": 8})
+    steps = ["--max_steps", str(STEPS), "--warmup_steps", "5", "--save_every", "2", "--keep_last", "3"]
+    options = [*base_options, *steps, "--model_config", str(tmp_path / "model.json"), "--deepspeed_config", config]
+    options += ["--eval_every", "0", "--no_tensorboard", "--output_dir"]
+    code, _, err = finish(launch(2, *options, str(tmp_path / "whole"), "--save_every", "0"))
+    assert code == 0, err
+
+    job = {
+        "world_size": 2,
+        "argv": [*options, str(tmp_path / "killed")],
+        "options": [[], ["--background_save"]],
+        "output_dir": str(tmp_path / "killed"),
+        "kills": KILLS,
+        "seed": 1,
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    script, result = Path(__file__).with_name("crashing.py"), tmp_path / "result.json"
+    command = [sys.executable, str(script), str(tmp_path / "job.json"), str(result)]
+    subprocess.run(command, env=environment(), cwd=REPO, timeout=800, check=True)
+    found, log = json.loads(result.read_text()), result.with_suffix(".log").read_text(errors="replace")
+    assert found["error"] is None, (found, log[-3000:])
+    assert found["killed"] + found["killed in a save"] >= KILLS, found
+    assert found["killed in a save"] >= KILLS // 2, found
+
+    def rows(name: str) -> list[dict]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+
+    assert rows("killed") == rows("whole")  # every loss, lr and gradient norm of every step, to the last bit
+    tags = sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.is_dir())
+    assert tags == [f"step{n:07d}" for n in (STEPS - 4, STEPS - 2, STEPS)]
+    assert dcp.shapes(tmp_path / "killed" / "checkpoints" / tags[-1] / "tensors")
