@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import ConfigError
-from .shards import Shard
+from .shards import OPTIMIZER, Shard, state_shards
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,40 @@ class Extent:
     def part(self, length: int) -> tuple[int, ...]:
         """Shape of a run of ``length`` along ``dim``."""
         return tuple(length if d == self.dim else size for d, size in enumerate(self.shape))
+
+
+def full_state(held: list[tuple[Any, Any]], group: Any = None) -> dict[str, dict[str, Any]]:
+    """The state of all ranks' ``(piece, state)`` pairs in host memory of rank 0, ``{}`` elsewhere; a collective.
+
+    By parameter name: the tensors, ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``step``.
+    """
+    mine = {piece.name: (piece.shape, state.step) for piece, state in held}
+    known = {name: entry for part in all_ranks(mine, group) for name, entry in part.items()}
+    full: dict[str, dict[str, Any]] = {}
+    for key, tensor in gather(state_shards(held), group):
+        name, part = key.removeprefix(OPTIMIZER).rsplit(".", 1)
+        if tensor is not None:
+            shape, step = known[name]
+            entry = full.setdefault(name, {"step": step})
+            entry[part] = tensor.view(shape) if part.startswith("exp_avg") else tensor
+    return full
+
+
+def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]], group: Any = None) -> None:
+    """Spread what :func:`full_state` gave on rank 0 over all ranks' ``(piece, state)`` pairs; a collective.
+
+    Raises:
+        ConfigError: on every rank: names or shapes that differ. Nothing has been changed then.
+    """
+    tensors, steps = {}, {name: entry.get("step", 0) for name, entry in full.items()}
+    for name, entry in full.items():
+        for part, tensor in entry.items():
+            if part != "step":
+                tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape(-1) if part.startswith("exp_avg") else tensor
+    scatter(state_shards(held), tensors, group)
+    steps = all_ranks(steps, group)[0]
+    for piece, state in held:
+        state.step = steps[piece.name]
 
 
 def gather(shards: dict[str, Shard], group: Any = None) -> Iterator[tuple[str, Tensor | None]]:

@@ -19,11 +19,10 @@ from .core.exchange import Item
 from .core.factors import Matrix, allocate
 from .core.interval import RowInterval
 from .core.workspace import Workspace
-from .gather import all_ranks, gather, scatter
-from .layouts import whole
-from .layouts.base import Layout, Piece, Unit
+from .gather import full_state, load_full_state
+from .layouts import detect, whole
+from .layouts.base import Layout, Piece, Unit, local, local_gradient
 from .report import MemoryReport
-from .shards import OPTIMIZER, state_shards
 from .state import load_state, save_state
 
 _OPTIONS = tuple(f.name for f in fields(LoRAPreConfig))
@@ -44,7 +43,9 @@ class LoRAPre(torch.optim.Optimizer):
     with ``"rank": 0`` takes AdamW. Bare tensors have no names to select by: then every 2-D tensor whose sides exceed
     ``rank`` is low-rank. Under DeepSpeed the engine supplies names and layout.
 
-    The other arguments are those of :class:`lorapre_dist.config.LoRAPreConfig`.
+    Where the parameters lie (FSDP2, FSDP1, tensor parallel, DDP, one device) is found out at the first step.
+    ``shard_state`` deals the state out among the ranks of DDP; with False each of them keeps all of it. The other
+    arguments are those of :class:`lorapre_dist.config.LoRAPreConfig`.
 
     Raises:
         ConfigError: a bad option, duplicate names, or no parameter that is low-rank.
@@ -57,18 +58,22 @@ class LoRAPre(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        shard_state: bool = True,
         **options: Any,
     ) -> None:
         given = dict(lr=_number(lr), betas=betas, eps=eps, weight_decay=weight_decay, **options)
         self.config = LoRAPreConfig.from_params(given)
         self.comm = Comm()
         self.workspace = Workspace()
+        self.shard_state = shard_state
         self.layout: Layout | None = None
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
         self.awaiting_layout = _engine_is_building
         self._bound: dict[int, list[Bound]] = {}
         super().__init__(params, {**self.config.as_defaults(), "lr": lr})
-        if not self.awaiting_layout:
+        detect.check(self.param_groups)
+        # FSDP1 shows parameters as 1-D views; their shapes are found with the layout.
+        if not self.awaiting_layout and not any(getattr(p, "_fsdp_flattened", False) for _, p, _ in self._named()):
             named = [(n, p, i) for n, p, i in self._named() if p.requires_grad]
             # Under DeepSpeed's zero.Init the parameter itself is empty and its shape is in ds_shape.
             shapes = [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p, _ in named]
@@ -104,7 +109,7 @@ class LoRAPre(torch.optim.Optimizer):
             raise ConfigError("a parameter appears twice in one of the optimizer's groups")
 
     def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only
-        own = {name: getattr(self, name) for name in ("config", "comm", "layout", "awaiting_layout")}
+        own = {name: getattr(self, name) for name in ("config", "comm", "layout", "awaiting_layout", "shard_state")}
         empty = replace(self.workspace)  # the limits without the buffers
         return {**super().__getstate__(), **own, "workspace": empty, "_bound": list(self._bound.values())}
 
@@ -131,13 +136,14 @@ class LoRAPre(torch.optim.Optimizer):
 
     def _bind_unit(self, unit: Unit) -> None:
         config = group_config(self.param_groups[unit.group])
-        device = unit.tensor.device
+        device = local(unit.tensor).device
         dtype = torch.float64 if unit.tensor.dtype == torch.float64 else torch.float32
         bound = []
-        for piece in unit.pieces:
+        for piece in [piece for piece in unit.pieces if piece.owned]:
             state: Matrix | adamw.Vector
             if self._is_low_rank(piece.name, piece.shape, config):
-                interval = RowInterval(piece.name, (piece.shape[0], piece.shape[1]), piece.start, piece.stop)
+                shape = piece.shape[0], piece.shape[1]
+                interval = RowInterval(piece.name, shape, piece.start, piece.stop, piece.columns)
                 state = allocate(
                     interval,
                     piece.peers,
@@ -150,13 +156,16 @@ class LoRAPre(torch.optim.Optimizer):
                     dtype=dtype,
                 )
             else:
-                state = adamw.allocate(piece.stop - piece.start, device, dtype)
+                state = adamw.allocate(piece.numel, device, dtype)
             bound.append(Bound(piece, state))
         self._bound[id(unit.tensor)] = bound
 
     def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LoRAPreConfig) -> bool:
         targets: Any = ".*" if name.startswith(_UNNAMED) else config.target_modules
         return naming.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
+
+    def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
+        return self._is_low_rank(name, shape, group_config(self.param_groups[group]))
 
     def _named(self) -> list[tuple[str, Tensor, int]]:
         """The parameters as given to the constructor: (name, tensor, index of its group)."""
@@ -189,7 +198,11 @@ class LoRAPre(torch.optim.Optimizer):
         if self.awaiting_layout:
             raise ConfigError("this LoRAPre optimizer waits for DeepSpeed's engine to tell where its parameters lie")
         if self.layout is None:
-            self.bind(whole.layout([(n, p, i) for n, p, i in self._named() if _may_step(p)]))
+            named = [(n, p, i) for n, p, i in self._named() if _may_step(p)]
+            found = detect.layout(named, self.shard_state, self._in_group)
+            shapes = {piece.name: (piece.shape, unit.group) for unit in found.units for piece in unit.pieces}
+            self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
+            self.bind(found)
         elif self.layout.name == "one device":
             missing = [(n, p, i) for n, p, i in self._named() if _may_step(p) and id(p) not in self._bound]
             for unit in whole.layout(missing).units:
@@ -216,7 +229,19 @@ class LoRAPre(torch.optim.Optimizer):
             adam.step(items, hyper, self.comm, self.workspace)
             for item in items:
                 _write_back(item)
+        self._send()
         return loss
+
+    def _send(self) -> None:
+        """Where each rank has stepped a part of the parameters: let all have all."""
+        assert self.layout is not None
+        sends = [s for s in self.layout.sends if s.tensor.grad is not None]
+        if sends:
+            flats = {id(s.tensor): _flat(s.tensor) for s in sends}
+            parts = [(s.owner, flats[id(s.tensor)][s.start : s.stop]) for s in sends]
+            self.comm.broadcast(parts, self.layout.group, "broadcast parameters", self.workspace.bucket)
+            for tensor in {id(s.tensor): s.tensor for s in sends if not s.tensor.is_contiguous()}.values():
+                tensor.copy_(flats[id(tensor)].view(tensor.shape))
 
     def _step_vectors(self, tensor: Tensor, hyper: adam.Hyper) -> list[Item]:
         """Step the AdamW pieces of one tensor; return its low-rank pieces."""
@@ -226,17 +251,18 @@ class LoRAPre(torch.optim.Optimizer):
             raise ConfigError("LoRAPre does not support sparse gradients")
         if id(tensor) not in self._bound:
             raise ConfigError("a tensor in param_groups is not one that LoRAPre was bound to; build the optimizer anew")
-        theta, grad = _flat(tensor), tensor.grad.reshape(-1)
+        held = local(tensor).detach()
+        theta, grad = _flat(held), local_gradient(tensor).reshape(-1)
         items = []
         for bound in self._bound[id(tensor)]:
-            at, size = bound.piece.offset, bound.piece.stop - bound.piece.start
-            local, local_grad = theta[at : at + size], grad[at : at + size]
+            at, size = bound.piece.offset, bound.piece.numel
+            part, part_grad = theta[at : at + size], grad[at : at + size]
             if isinstance(bound.state, Matrix):
-                items.append(Item(bound.state, local, local_grad, None if tensor.is_contiguous() else tensor))
+                items.append(Item(bound.state, part, part_grad, None if held.is_contiguous() else held))
             else:
-                adamw.step(bound.state, local, local_grad, hyper, self.workspace.block)
-                if not tensor.is_contiguous():
-                    tensor.copy_(local.view(tensor.shape))
+                adamw.step(bound.state, part, part_grad, hyper, self.workspace.block)
+                if not held.is_contiguous():
+                    held.copy_(theta.view(held.shape))
         return items
 
     # state ------------------------------------------------------------------------------------------------------
@@ -281,15 +307,7 @@ class LoRAPre(torch.optim.Optimizer):
         ``{name: {"m_B": p x r, "m_A": r x q, "v_B", "v_A", "v_row": p, "step": int}}``, and ``exp_avg``,
         ``exp_avg_sq`` (in the parameter's shape) and ``step`` for the parameters under AdamW.
         """
-        held = [(b.piece, b.state) for b in self.bound()]
-        shapes, full = self._shapes_and_steps(), {}
-        for key, tensor in gather(state_shards(held)):
-            name, part = key.removeprefix(OPTIMIZER).rsplit(".", 1)
-            if tensor is not None:
-                shape, step = shapes[name]
-                entry = full.setdefault(name, {"step": step})
-                entry[part] = tensor.view(shape) if part.startswith("exp_avg") else tensor
-        return full
+        return full_state([(b.piece, b.state) for b in self.bound()])
 
     @torch.no_grad()
     def load_full_state_dict(self, full: dict[str, dict[str, Any]]) -> None:
@@ -298,21 +316,7 @@ class LoRAPre(torch.optim.Optimizer):
         Raises:
             ConfigError: on every rank: names, shapes or ranks differ; nothing has been loaded then.
         """
-        held = [(b.piece, b.state) for b in self.bound()]
-        tensors, steps = {}, {name: entry.get("step", 0) for name, entry in full.items()}
-        for name, entry in full.items():
-            for part, tensor in entry.items():
-                if part != "step":
-                    tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape(-1) if part.startswith("exp_") else tensor
-        scatter(state_shards(held), tensors)
-        steps = all_ranks(steps)[0]
-        for piece, state in held:
-            state.step = steps[piece.name]
-
-    def _shapes_and_steps(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        """Of every parameter on any rank."""
-        mine = {b.piece.name: (b.piece.shape, b.state.step) for b in self.bound()}
-        return {name: entry for part in all_ranks(mine) for name, entry in part.items()}
+        load_full_state(full, [(b.piece, b.state) for b in self.bound()])
 
 
 _UNNAMED = "unnamed."

@@ -46,11 +46,11 @@ class MemoryReport:
             layout=layout.name,
             world_size=layout.world_size,
             matrices=len(matrices),
-            matrix_elements=sum(p.stop - p.start for p, _ in matrices),
+            matrix_elements=sum(p.numel for p, _ in matrices),
             adamw_parameters=len(others),
-            adamw_elements=sum(p.stop - p.start for p, _ in others),
+            adamw_elements=sum(p.numel for p, _ in others),
             state_bytes=sum(t.numel() * t.element_size() for _, s in held for t in s.tensors().values()),
-            adamw_state_bytes=sum(2 * (p.stop - p.start) * size[id(p)] for p, _ in held),
+            adamw_state_bytes=sum(2 * p.numel * size[id(p)] for p, _ in held),
             workspace_bytes=_workspace([s for _, s in matrices], workspace),
         )
 

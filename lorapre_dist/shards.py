@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from .config import ConfigError
 from .core.factors import Matrix
-from .layouts.base import Unit
+from .layouts.base import Unit, local
 
 MODEL, UNTRAINED, OPTIMIZER = "model.", "untrained.", "optimizer."
 
@@ -85,12 +86,15 @@ class Weights:
         """The weights of a layout's units."""
         weights = cls()
         for unit in units:
-            flat = unit.tensor.detach().contiguous().view(-1)
-            if not unit.tensor.is_contiguous():
-                weights.copies.append((unit.tensor, flat))
+            tensor = local(unit.tensor).detach()
+            flat = tensor.contiguous().view(-1)
+            if not tensor.is_contiguous():
+                weights.copies.append((tensor, flat))
             for piece in unit.pieces:
-                local = flat[piece.offset : piece.offset + piece.stop - piece.start]
-                weights.shards[MODEL + piece.name] = Shard((torch.Size(piece.shape).numel(),), piece.start, local)
+                if piece.columns is not None:
+                    raise ConfigError(f"{piece.name}: checkpoints of matrices split by columns are not supported")
+                part = flat[piece.offset : piece.offset + piece.numel]
+                weights.shards[MODEL + piece.name] = Shard((torch.Size(piece.shape).numel(),), piece.start, part)
         return weights
 
     @torch.no_grad()

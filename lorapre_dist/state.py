@@ -68,7 +68,7 @@ def _identity(piece: Any, state: Any) -> dict[str, Any]:
     return {
         "kind": "lorapre" if matrix else "adamw",
         "shape": list(piece.shape),
-        "interval": [piece.start, piece.stop],
+        "interval": [piece.start, piece.stop, *(piece.columns or ())],
         "columns": state.m.At.shape[0] if matrix else 0,
     }
 

@@ -85,7 +85,7 @@ def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspa
         item.matrix.step += 1
     works = exchange.gather(items, comm)
     for work in works:
-        _edge_sums(work, hyper)
+        _edge_sums(work, hyper, workspace)
     exchange.sum_edges(works, comm)
     if hyper.stable:  # damping is relative there, so that the factors' size does not matter
         _rescale(works)
@@ -96,7 +96,7 @@ def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspa
     _refresh(works, hyper)
 
 
-def _edge_sums(work: Work, hyper: Hyper) -> None:
+def _edge_sums(work: Work, hyper: Hyper, workspace: Workspace) -> None:
     """This rank's part of the sums over cut rows, and of the Grams of ``A``."""
     for moment in work.moments:
         moment.gram = moment.factors.At.T @ moment.factors.At
@@ -104,14 +104,18 @@ def _edge_sums(work: Work, hyper: Hyper) -> None:
     for segment in interval.segments():
         if segment.row not in work.cut:
             continue
-        columns = slice(segment.col, segment.col_stop)
-        g = _view(work.item.grad, segment).to(work.m.At.dtype)
-        u = work.v.factors.B[segment.row - interval.first_row] @ work.v.At[columns].T
-        line = work.edge[work.cut[segment.row]]
-        line[0] += g.square().sum()
-        line[1] += (beta2 * u.square() + (1 - beta2) * g.square()).sum()
-        line[2 : 2 + r] += (g @ work.m.At[columns])[0]
-        line[2 + r :] += (g.abs() @ work.v.At[columns])[0]
+        columns, grad = slice(segment.col, segment.col_stop), _view(work.item.grad, segment)
+        size = workspace.rows(segment.rows, segment.col_stop - segment.col, work.m.At)
+        for low in range(0, segment.rows, size):
+            g = grad[low : low + size].to(work.m.At.dtype)
+            first = segment.row - interval.first_row + low
+            u = work.v.factors.B[first : first + g.shape[0]] @ work.v.At[columns].T
+            line = work.cut[segment.row] + low
+            lines = work.edge[line : line + g.shape[0]]
+            lines[:, 0] += g.square().sum(1)
+            lines[:, 1] += (beta2 * u.square() + (1 - beta2) * g.square()).sum(1)
+            lines[:, 2 : 2 + r] += g @ work.m.At[columns]
+            lines[:, 2 + r :] += g.abs() @ work.v.At[columns]
 
 
 def _rescale(works: list[Work]) -> None:
@@ -157,7 +161,7 @@ def _local_pass(work: Work, hyper: Hyper, workspace: Workspace) -> None:
     """Update theta and ``B`` row block by row block while the gradient block is hot; sum up Z and S."""
     matrix, interval = work.matrix, work.matrix.interval
     for label, moment in zip(("W", "Wv"), work.moments, strict=True):
-        if interval.rows >= interval.shape[1]:
+        if interval.rows >= interval.shape[1] and interval.columns is None:
             moment.W = workspace.take(label, interval.shape[1], moment.rank, moment.At)
             torch.mm(moment.At, moment.inverse, out=moment.W)
         shape = matrix.block_size * matrix.parts, moment.rank
@@ -167,12 +171,14 @@ def _local_pass(work: Work, hyper: Hyper, workspace: Workspace) -> None:
         _row_grams(work)
     for segment in interval.segments():
         theta, grad = _view(work.item.theta, segment), _view(work.item.grad, segment)
-        edge = work.edge[work.cut[segment.row]][None] if segment.row in work.cut else None
+        line = work.cut.get(segment.row)
+        edges = None if line is None else work.edge[line : line + segment.rows]
         columns = slice(segment.col, segment.col_stop)
         size = workspace.rows(segment.rows, segment.col_stop - segment.col, work.m.At)
         for low in range(0, segment.rows, size):
             high = min(segment.rows, low + size)
             at = segment.row - interval.first_row
+            edge = None if edges is None else edges[low:high]
             _update_block(
                 work, theta[low:high], grad[low:high], slice(at + low, at + high), columns, edge, hyper, workspace
             )
@@ -197,7 +203,7 @@ def _update_block(
     hyper: Hyper,
     workspace: Workspace,
 ) -> None:
-    """One block: theta and grad n x c, ``rows`` of B, ``columns`` of A; ``edge`` (1 x ...) if the row is cut."""
+    """One block: theta and grad n x c, ``rows`` of B, ``columns`` of A; ``edge`` (n x ...) if its rows are cut."""
     matrix = work.matrix
     At, vAt, B, vB = work.m.At[columns], work.v.At[columns], matrix.m.B[rows], matrix.v.B[rows]
     beta1, beta2 = hyper.betas

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,42 @@ class Comm:
         work = dist.all_reduce(sent, group=group, async_op=True)
         return lambda: (work.wait(), local if sent is local else local.copy_(sent))[1]
 
+    def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
+        """Send each part (1-D) from the rank of ``group`` named with it to all others.
+
+        All ranks give the same parts in the same order; they are packed by at most ``limit`` bytes.
+        """
+        waits = []
+        for owner, tensors in _packed(parts, limit):
+            packed = torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
+            sent, back = _staged(packed, group)
+            self._count(purpose, sent, 1.0 if dist.get_rank(group) == owner else 0.0)
+            source = dist.get_process_group_ranks(group)[owner]
+            waits.append((dist.broadcast(sent, source, group=group, async_op=True), sent, back, tensors, owner))
+        for work, sent, back, tensors, owner in waits:
+            work.wait()
+            if dist.get_rank(group) != owner:
+                for tensor, received in zip(tensors, back(sent).split([t.numel() for t in tensors]), strict=True):
+                    tensor.copy_(received)
+
     def _count(self, purpose: str, tensor: Tensor, factor: float) -> None:
         self.calls[purpose] += 1
         self.bytes[purpose] += round(tensor.numel() * tensor.element_size() * factor)
+
+
+def _packed(parts: list[tuple[int, Tensor]], limit: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Parts of one sender and dtype together, by at most ``limit`` bytes unless one alone is larger."""
+    by_kind: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+    for owner, tensor in parts:
+        by_kind.setdefault((owner, tensor.dtype), []).append(tensor)
+    for (owner, _), tensors in by_kind.items():
+        run: list[Tensor] = []
+        for tensor in tensors:
+            if run and sum(t.nbytes for t in run) + tensor.nbytes > limit:
+                yield owner, run
+                run = []
+            run.append(tensor)
+        yield owner, run
 
 
 def _staged(tensor: Tensor, group: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .comm import Comm
 from .factors import Factors, Matrix
-from .interval import cut_rows
 
 
 @dataclass
@@ -142,7 +141,7 @@ def reduce(works: list[Work], comm: Comm) -> None:
 def _work(item: Item, gathered: list[Tensor] | None) -> Work:
     matrix = item.matrix
     At, vAt = gathered or (matrix.m.At, matrix.v.At)
-    rows = cut_rows(matrix.peers.ranges, matrix.interval.shape[1]) if matrix.peers else ()
+    rows = matrix.peers.cut_rows(matrix.interval.shape) if matrix.peers else ()
     edge = At.new_zeros(len(rows), 2 + At.shape[1] + vAt.shape[1])
     cut = {row: line for line, row in enumerate(rows)}
     return Work(item, Moment(matrix.m, At), Moment(matrix.v, vAt), cut, edge)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .interval import Range, RowInterval, column_block
+from .interval import Range, RowInterval, column_block, cut_rows
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,17 @@ class Peers:
         group: their process group.
         ranges: the row-major interval of each, in order of group rank; they tile the matrix, some may be empty.
         index: this rank's place among them.
+        split_columns: ``ranges`` are whole rows, of which some ranks hold some columns and others the rest.
     """
 
     group: Any
     ranges: tuple[Range, ...]
     index: int
+    split_columns: bool = False
+
+    def cut_rows(self, shape: tuple[int, int]) -> Sequence[int]:
+        """Rows of a p x q matrix that more than one of these ranks holds a part of, in order."""
+        return range(shape[0]) if self.split_columns else cut_rows(self.ranges, shape[1])
 
 
 @dataclass

@@ -11,7 +11,7 @@ Range = tuple[int, int]
 class Segment:
     """A rectangle of an interval: ``rows`` rows from ``row``, columns ``[col, col_stop)``, at ``offset`` in it.
 
-    Either whole rows (``col`` 0, ``col_stop`` q) or a part of one row.
+    Whole rows (``col`` 0, ``col_stop`` q), a part of one row, or a block of columns of many.
     """
 
     row: int
@@ -28,22 +28,33 @@ class Segment:
 
 @dataclass(frozen=True)
 class RowInterval:
-    """The piece ``[start, stop)``, in row-major order, of the p x q matrix ``name`` that one rank holds."""
+    """The piece ``[start, stop)``, in row-major order, of the p x q matrix ``name`` that one rank holds.
+
+    With ``columns`` it is those columns of the whole rows from ``start`` to ``stop``: a rectangle, as under tensor
+    parallelism.
+    """
 
     name: str
     shape: tuple[int, int]
     start: int
     stop: int
+    columns: Range | None = None
 
     def __post_init__(self) -> None:
         p, q = self.shape
         if not 0 <= self.start <= self.stop <= p * q:
             raise ValueError(f"{self.name}: interval [{self.start}, {self.stop}) is outside a {p} x {q} matrix")
+        if self.columns is not None:
+            first, last = self.columns
+            if not 0 <= first <= last <= q or self.start % q or self.stop % q:
+                raise ValueError(f"{self.name}: columns [{first}, {last}) need whole rows of a {p} x {q} matrix")
 
     @property
     def numel(self) -> int:
         """Number of elements held."""
-        return self.stop - self.start
+        if self.columns is None:
+            return self.stop - self.start
+        return (self.stop - self.start) // self.shape[1] * (self.columns[1] - self.columns[0])
 
     @property
     def first_row(self) -> int:
@@ -61,11 +72,15 @@ class RowInterval:
 
         That row and all later ones are counted here in sums over rows; an earlier one is counted elsewhere.
         """
+        if self.columns is not None:
+            return self.rows if self.columns[0] else 0
         return min(self.rows, 1 if self.start % self.shape[1] else 0)
 
     def segments(self) -> list[Segment]:
         """The interval as at most three rectangles: a part of a row, whole rows, a part of a row."""
         q = self.shape[1]
+        if self.columns is not None:
+            return [Segment(self.first_row, self.rows, *self.columns, 0)] if self.numel else []
         found: list[Segment] = []
         at = self.start
         while at < self.stop:

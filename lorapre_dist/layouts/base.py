@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
 from ..core.factors import Peers
@@ -21,6 +22,8 @@ class Piece:
     Attributes:
         shape: of the whole parameter.
         peers: the ranks that share the parameter, or None if this rank holds all of it (or it is no matrix).
+        columns: of a matrix split by columns: those held here, of the whole rows from ``start`` to ``stop``.
+        owned: whether this rank keeps the state and takes the step; if not, another one does and sends the result.
     """
 
     name: str
@@ -29,6 +32,25 @@ class Piece:
     stop: int
     offset: int
     peers: Peers | None = None
+    columns: Range | None = None
+    owned: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements held here."""
+        if self.columns is None:
+            return self.stop - self.start
+        return (self.stop - self.start) // self.shape[1] * (self.columns[1] - self.columns[0])
+
+
+@dataclass(frozen=True)
+class Send:
+    """The elements ``[start, stop)`` of a tensor, which rank ``owner`` has stepped."""
+
+    owner: int
+    tensor: torch.Tensor
+    start: int
+    stop: int
 
 
 @dataclass
@@ -48,26 +70,54 @@ class Layout:
         name: for reports, e.g. ``"ZeRO-3"``.
         units: in the order in which they are stepped; the same on every rank.
         world_size: ranks over which the optimizer state is spread (1: every rank has all of it).
+        sends: what ranks of ``group`` send to all others after a step, in an order that is the same on every rank.
     """
 
     name: str
     units: list[Unit] = field(default_factory=list)
     world_size: int = 1
+    sends: list[Send] = field(default_factory=list)
+    group: Any = None
+
+
+def local_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """The gradient of what :func:`local` gives; a collective if the gradient lies otherwise than the tensor."""
+    grad: Any = tensor.grad
+    if isinstance(tensor, DTensor) and isinstance(grad, DTensor):
+        if grad.placements != tensor.placements:
+            grad = grad.redistribute(placements=tensor.placements)
+        return grad.to_local()
+    return grad
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: a DTensor's local part, another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class SubGroups:
     """Process groups over runs of consecutive ranks of ``group``, each made once.
 
+    Args:
+        replicas: the world may consist of several groups of one size that hold the same, as in hybrid sharding.
+
     Raises:
-        ConfigError: ``group`` is not the whole world, whose ranks have to make process groups together.
+        ConfigError: ``group`` is not the whole world, nor one of such groups.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, replicas: bool = False) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._made: dict[tuple[int, ...], Any] = {}
-        if self.size != dist.get_world_size():
+        self.replicas = [dist.get_process_group_ranks(group)]
+        if replicas and self.size != dist.get_world_size():
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, self.replicas[0])
+            self.replicas = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
+        if {len(ranks) for ranks in self.replicas} != {self.size} or (
+            sorted(rank for ranks in self.replicas for rank in ranks) != list(range(dist.get_world_size()))
+        ):
             raise ConfigError(
                 f"parameters are partitioned over {self.size} of {dist.get_world_size()} ranks: "
                 "LoRAPre supports plain data parallelism over all ranks"
@@ -85,7 +135,10 @@ class SubGroups:
         if len(holders) == self.size:
             return Peers(self.group, tuple(ranges), self.rank)
         if holders not in self._made:
-            self._made[holders] = dist.new_group([dist.get_global_rank(self.group, k) for k in holders])
+            for ranks in self.replicas:  # every rank makes all of them, and keeps its own
+                made = dist.new_group([ranks[k] for k in holders])
+                if dist.get_rank() in ranks:
+                    self._made[holders] = made
         if self.rank not in holders:
             return None
         return Peers(self._made[holders], tuple(ranges[k] for k in holders), holders.index(self.rank))

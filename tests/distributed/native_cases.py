@@ -1,0 +1,202 @@
+"""What runs on the ranks of the torch-native layouts' tests: a small model with a real loss, and the reference."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lorapre_dist import LoRAPre, reference
+from lorapre_dist.bench.shapes import projections
+from lorapre_dist.config import ConfigError, LoRAPreConfig
+from lorapre_dist.core.factors import initial_At
+
+# Odd shapes; with three or four ranks some hold one row, or nothing, of the small ones.
+SHAPES = {"q_proj": (24, 12), "up_proj": (37, 12), "down_proj": (12, 37), "o_proj": (7, 13), "k_proj": (3, 40)}
+OPTIONS: dict[str, Any] = {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)}
+
+
+class Net(nn.Module):
+    """Linear layers, each seen by the loss alone; weights and batch are the same on every rank."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        for k, (name, (p, q)) in enumerate(SHAPES.items()):
+            generator = torch.Generator().manual_seed(k)
+            layer = nn.Linear(q, p, dtype=dtype)
+            with torch.no_grad():
+                layer.weight.copy_(torch.randn(p, q, generator=generator) / 8)
+                layer.bias.copy_(torch.randn(p, generator=generator) / 8)
+            self.layers[name] = layer
+        self.norm = nn.LayerNorm(5, dtype=dtype)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        total = self.norm(batch["norm"]).square().sum()
+        for name, layer in self.layers.items():
+            out = layer(batch[name])
+            out = out.full_tensor() if isinstance(out, DTensor) else out
+            total = total + (out * batch[f"{name}.slope"]).sum() + 0.05 * out.square().sum()
+        return total
+
+
+def batch_of(step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    batch = {"norm": torch.randn(3, 5, generator=generator)}
+    for name, (p, q) in SHAPES.items():
+        batch[name] = torch.randn(6, q, generator=generator)
+        batch[f"{name}.slope"] = torch.randn(6, p, generator=generator)
+    return {name: value.to(dtype) for name, value in batch.items()}
+
+
+def dense_path(steps: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Autograd in fp64 and the reference optimizer: parameters after ``steps``, by name."""
+    config = LoRAPreConfig(**options)
+    model = Net(torch.float64)
+    state: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        if p.ndim == 2 and min(p.shape) > config.rank:
+            m_A = initial_At(name, "m", p.shape[1], config.rank, config.init_std, config.seed).T
+            v_A = initial_At(name, "v", p.shape[1], config.resolved_rank_v, config.init_std, config.seed).T
+            state[name] = reference.init_state(tuple(p.shape), config, m_A, v_A)
+        else:
+            zeros = torch.zeros_like(p.data)
+            state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.int64)}
+    for step in range(steps):
+        model.zero_grad()
+        model(batch_of(step, torch.float64)).backward()
+        for name, p in model.named_parameters():
+            update = reference.lorapre_adam_step if "m_B" in state[name] else reference.adamw_step
+            update(p.data, p.grad, state[name], config)
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def mesh_of(world_size: int, *names: str) -> DeviceMesh:
+    shape = (world_size,) if len(names) == 1 else (2, world_size // 2)
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def tensor_parallel(model: Net, mesh: DeviceMesh) -> Net:
+    rows, columns = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
+    return parallelize_module(
+        model, mesh, {f"layers.{n}": columns if n in ("o_proj", "down_proj") else rows for n in SHAPES}
+    )
+
+
+def shard(model: Net, mesh: DeviceMesh, **options: Any) -> Net:
+    for layer in model.layers.values():
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def wrapped(layout: str, model: Net, world_size: int) -> nn.Module:
+    """The model under a layout."""
+    if layout == "fsdp2":
+        return shard(model, mesh_of(world_size, "dp"))
+    if layout == "hsdp":
+        return shard(model, mesh_of(world_size, "replicate", "shard"))
+    if layout == "tp":
+        return tensor_parallel(model, mesh_of(world_size, "tp"))
+    if layout == "tp+fsdp2":
+        mesh = mesh_of(world_size, "dp", "tp")
+        return shard(tensor_parallel(model, mesh["tp"]), mesh["dp"])
+    if layout.startswith("ddp"):
+        return nn.parallel.DistributedDataParallel(model)
+    strategy = ShardingStrategy.SHARD_GRAD_OP if layout == "fsdp1 grad_op" else ShardingStrategy.FULL_SHARD
+    options: dict[str, Any] = {"sharding_strategy": strategy}
+    if layout == "fsdp1 hybrid":
+        mesh = mesh_of(world_size, "replicate", "shard")
+        options = {"sharding_strategy": ShardingStrategy.HYBRID_SHARD, "device_mesh": mesh}
+    wrap = functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"), **options)
+    for name, layer in list(model.layers.items()):
+        if name != "o_proj":  # that one shares the root's flat parameter
+            model.layers[name] = wrap(layer)
+    return wrap(model)
+
+
+def full_parameters(layout: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole parameters by the names of the plain model, through the layout's own interface."""
+    if layout.startswith("fsdp1"):
+        with FullyShardedDataParallel.summon_full_params(model):
+            named = {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in model.named_parameters()}
+    else:
+        named = {
+            n.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for n, p in model.named_parameters()
+        }
+    return named
+
+
+def equality_case(
+    rank: int, world_size: int, *, layout: str, dtype: torch.dtype, steps: int, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train under a layout; the largest distance to the reference, and what the optimizer says about itself."""
+    settings = {**OPTIONS, **(options or {})}
+    model = wrapped(layout, Net(dtype), world_size)
+    optimizer = LoRAPre(model.named_parameters(), shard_state=layout != "ddp replicated", **settings)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(batch_of(step, dtype)).backward()
+        optimizer.step()
+    got, want = full_parameters(layout, model), dense_path(steps, settings)
+    assert got.keys() == want.keys(), (got.keys(), want.keys())
+    errors = {n: float((got[n].double() - want[n]).norm() / want[n].norm()) for n in want}
+    worst = max(errors, key=lambda n: errors[n])
+    report = optimizer.memory_report()
+    return {
+        "error": errors[worst],
+        "name": worst,
+        "layout": report.layout,
+        "state": report.state_bytes,
+        "calls": dict(optimizer.comm.calls),
+    }
+
+
+def state_case(rank: int, world_size: int, *, model: str, lora_rank: int) -> tuple[int, int]:
+    """Bytes of state on this rank under DDP with sharded and with replicated state."""
+    module = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for _, shape in projections(model)])
+    module.forward = lambda: sum(p.sum() for p in module)
+    wrapper = nn.parallel.DistributedDataParallel(module)
+    named = [(name, p) for (name, _), p in zip(projections(model), module, strict=True)]
+    held = []
+    for shard_state in (True, False):
+        optimizer = LoRAPre(named, rank=lora_rank, shard_state=shard_state)
+        tensors = [t for state in optimizer.factors().values() for t in state.values()]
+        held.append(sum(t.untyped_storage().nbytes() for t in tensors))
+    del wrapper
+    return held[0], held[1]
+
+
+def policy_case(rank: int, world_size: int, *, policy: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Parameters after five steps under an FSDP2 policy."""
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    chosen: dict[str, Any] = {"mp_policy": bf16} if policy == "bf16" else {"offload_policy": CPUOffloadPolicy(False)}
+    model = shard(Net(), mesh_of(world_size, "dp"), **chosen)
+    optimizer = LoRAPre(model.named_parameters(), **OPTIONS)
+    for step in range(5):
+        optimizer.zero_grad(set_to_none=True)
+        model(batch_of(step, torch.bfloat16 if policy == "bf16" else torch.float32)).backward()
+        optimizer.step()
+    full = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    return full, next(iter(optimizer.factors().values()))["m_B"].device.type
+
+
+def refused_case(rank: int, world_size: int) -> str:
+    model = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
+    try:
+        LoRAPre(model.named_parameters(), **OPTIONS)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
