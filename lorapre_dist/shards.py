@@ -90,11 +90,15 @@ class Weights:
             flat = tensor.contiguous().view(-1)
             if not tensor.is_contiguous():
                 weights.copies.append((tensor, flat))
+            runs: dict[str, tuple[int, int, int]] = {}  # whole on each rank of DDP, though stepped in pieces
             for piece in unit.pieces:
                 if piece.columns is not None:
                     raise ConfigError(f"{piece.name}: checkpoints of matrices split by columns are not supported")
-                part = flat[piece.offset : piece.offset + piece.numel]
-                weights.shards[MODEL + piece.name] = Shard((torch.Size(piece.shape).numel(),), piece.start, part)
+                start, _, offset = runs.get(piece.name, (piece.start, piece.stop, piece.offset))
+                runs[piece.name] = start, piece.stop, offset
+            shapes = {piece.name: (torch.Size(piece.shape).numel(),) for piece in unit.pieces}
+            for name, (start, stop, offset) in runs.items():
+                weights.shards[MODEL + name] = Shard(shapes[name], start, flat[offset : offset + stop - start])
         return weights
 
     @torch.no_grad()

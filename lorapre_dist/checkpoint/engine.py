@@ -18,8 +18,7 @@ import torch
 
 from ..optimizer import LoRAPre
 from ..param_groups import clean_name
-from ..shards import Shard, Untrained
-from . import content, folder, run
+from . import content, folder, model, run
 from .folder import CheckpointError
 from .team import Team
 
@@ -83,8 +82,8 @@ def save(
         job = run.Job(
             engine.basic_optimizer,
             engine.global_steps,
-            untrained(engine, frozen=not exclude_frozen_parameters),
-            _aliases(engine),
+            model.untrained(engine.module, _trained(engine), frozen=not exclude_frozen_parameters),
+            model.aliases(engine.module),
             {"engine": _state(engine), "client_state": client_state or {}},
             "excluded" if exclude_frozen_parameters else "saved",
             functools.partial(_more_files, engine, exclude_frozen_parameters, not background, also),
@@ -144,7 +143,7 @@ def load(
     """
     wait(engine)
     directory, team = Path(load_dir), Team()
-    chosen = team.gather(None if team.rank else _chosen(directory, tag))[0]
+    chosen = team.gather(None if team.rank else folder.choose(directory, tag))[0]
     if isinstance(chosen, str):
         raise CheckpointError(chosen)
     if not chosen:
@@ -157,7 +156,7 @@ def load(
         raise CheckpointError("custom_load_fn and load_module_strict=False are not supported with LoRAPre")
     states = load_optimizer_states and not load_module_only
     with _partitioned(engine):
-        wanted = untrained(engine)
+        wanted = model.untrained(engine.module, _trained(engine))
         if (path / content.FILE).is_file() and content.read(path).get("frozen") == "excluded":
             wanted = {n: t for n, t in wanted.items() if n in content.read(path)["parameters"]}
         extra = run.load(
@@ -175,55 +174,9 @@ def load(
     return str(path), extra["client_state"]
 
 
-def _chosen(directory: Path, tag: str | None) -> list[str] | str:
-    """The tag in a list, which is empty if there is nothing to load; a complaint as a string."""
-    present = [p.name for p in folder.checkpoints(directory)]
-    if tag is None:
-        tag = folder.latest(directory)
-        if tag is None:
-            return f"{directory} has no file {folder.LATEST!r}; name one of: {', '.join(present)}" if present else []
-    if tag not in present:
-        return f"no checkpoint {tag!r} in {directory}; there: {', '.join(present) or 'none'}"
-    return [str(tag)]
-
-
-def untrained(engine: Any, frozen: bool = True) -> dict[str, Untrained]:
-    """Frozen parameters and persistent buffers, by name."""
-    trained = _trained(engine)
-    found = {}
-    for name, p in engine.module.named_parameters():
-        name = clean_name(name)
-        if name in trained or not frozen:
-            continue
-        shape = tuple(getattr(p, "ds_shape", p.shape))
-        if hasattr(p, "ds_tensor"):
-            part = p.partition_numel()
-            start = min(p.ds_numel, Team(p.ds_process_group).rank * part)
-            local = p.ds_tensor.data.view(-1)[: max(0, min(part, p.ds_numel - start))]
-        else:
-            start, local = 0, p.detach().view(-1)
-        found[name] = Untrained(shape, Shard((torch.Size(shape).numel(),), start, local))
-    persistent = set(engine.module.state_dict().keys())
-    for name, buffer in engine.module.named_buffers():
-        if name in persistent:
-            found[clean_name(name)] = Untrained(tuple(buffer.shape), Shard((buffer.numel(),), 0, buffer.view(-1)))
-    return found
-
-
 def _trained(engine: Any) -> set[str]:
     """Names of all parameters that any rank steps."""
     return {clean_name(name) for p, name in engine.param_names.items() if p.requires_grad}
-
-
-def _aliases(engine: Any) -> dict[str, str]:
-    """Names of tied parameters and the name under which each is saved."""
-    first: dict[int, str] = {}
-    found = {}
-    for name, p in engine.module.named_parameters(remove_duplicate=False):
-        name = clean_name(name)
-        if first.setdefault(id(p), name) != name:
-            found[name] = first[id(p)]
-    return found
 
 
 def _state(engine: Any) -> dict[str, Any]:
@@ -237,8 +190,9 @@ def _state(engine: Any) -> dict[str, Any]:
 
 
 def _restore(engine: Any, state: dict[str, Any], states: bool, schedule: bool) -> None:
+    samples = state["global_steps"] * engine.train_batch_size()  # unless another engine counted them
     for name in _COUNTERS:
-        setattr(engine, name, state[name])
+        setattr(engine, name, state.get(name, samples))
     if schedule and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if states and engine.dynamic_loss_scale():

@@ -161,6 +161,18 @@ def latest(directory: Path) -> str | None:
         return None
 
 
+def choose(directory: Path, tag: str | None) -> list[str] | str:
+    """The tag in a list, which is empty if there is nothing to load; a complaint as a string."""
+    present = [p.name for p in checkpoints(directory)]
+    if tag is None:
+        tag = latest(directory)
+        if tag is None:
+            return f"{directory} has no file {LATEST!r}; name one of: {', '.join(present)}" if present else []
+    if tag not in present:
+        return f"no checkpoint {tag!r} in {directory}; there: {', '.join(present) or 'none'}"
+    return [str(tag)]
+
+
 def prune(directory: Path, keep_last: int, keep: str) -> list[str]:
     """Delete all but the newest ``keep_last`` complete checkpoints, never the one tagged ``keep``; the tags deleted."""
     deleted = []

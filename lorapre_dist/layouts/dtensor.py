@@ -18,7 +18,7 @@ from .base import Layout, Piece, Unit, local
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """What this rank holds of a DTensor: whole slices of dim 0 from ``start`` to ``stop`` (elements), some columns."""
 
     start: int
@@ -34,28 +34,33 @@ def layout(named: Iterable[tuple[str, torch.Tensor, int]]) -> Layout:
         ConfigError: a placement that is not understood.
     """
     named = list(named)
-    blocks = {n: _block(n, p) for n, p, _ in named if isinstance(p, DTensor)}
+    blocks = {n: block(n, p) for n, p, _ in named if isinstance(p, DTensor)}
     ranges = _all_ranges(blocks)
     made = Layout("DTensor")
     for name, p, group in named:
         shape = tuple(p.shape)
-        block = blocks.get(name)
-        if block is None:
+        held = blocks.get(name)
+        if held is None:
             piece = Piece(name, shape, 0, p.numel(), 0)
         else:
             peers = None
-            if block.group is not None and len(shape) == 2:
+            if held.group is not None and len(shape) == 2:
                 split = any(columns is not None for _, columns in ranges[name])
                 rows = tuple(row_range for row_range, _ in ranges[name])
-                peers = Peers(block.group, rows, dist.get_rank(block.group), split)
-            piece = Piece(name, shape, block.start, block.stop, 0, peers, block.columns)
-            if block.group is not None:
-                made.world_size = max(made.world_size, dist.get_world_size(block.group))
+                peers = Peers(held.group, rows, dist.get_rank(held.group), split)
+            piece = Piece(name, shape, held.start, held.stop, 0, peers, held.columns)
+            if held.group is not None:
+                made.world_size = max(made.world_size, dist.get_world_size(held.group))
         made.units.append(Unit(p, group, [piece]))
     return made
 
 
-def _block(name: str, p: DTensor) -> _Block:
+def block(name: str, p: DTensor) -> Block:
+    """What this rank holds of a DTensor.
+
+    Raises:
+        ConfigError: a placement that is not understood.
+    """
     # The placement of FSDP2 over tensor parallel is no Shard to is_shard().
     sharded = [d for d, placement in enumerate(p.placements) if hasattr(placement, "dim")]
     dims = {p.placements[d].dim % max(1, p.ndim) for d in sharded}  # type: ignore[attr-defined]
@@ -73,7 +78,7 @@ def _block(name: str, p: DTensor) -> _Block:
     columns = (offsets[1], offsets[1] + sizes[1]) if 1 in dims else None
     if columns and columns[0] == columns[1]:
         columns = (min(columns[0], p.shape[1]),) * 2
-    return _Block(min(start, p.numel()), min(stop, p.numel()), columns, group)
+    return Block(min(start, p.numel()), min(stop, p.numel()), columns, group)
 
 
 def _group(mesh: Any, dims: list[int]) -> Any:
@@ -88,7 +93,7 @@ def _group(mesh: Any, dims: list[int]) -> Any:
     return mesh[tuple(mesh.mesh_dim_names[d] for d in dims)]._flatten().get_group()
 
 
-def _all_ranges(blocks: dict[str, _Block]) -> dict[str, list[tuple[Range, Range | None]]]:
+def _all_ranges(blocks: dict[str, Block]) -> dict[str, list[tuple[Range, Range | None]]]:
     """Rows and columns that every rank of each parameter's group holds: one exchange a group."""
     groups: dict[int, tuple[Any, dict[str, tuple[Range, Range | None]]]] = {}
     for name, block in blocks.items():

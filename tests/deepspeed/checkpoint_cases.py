@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import lorapre_dist
 from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.param_groups import clean_name
 
-from .cases import PARAMS, build, dense_path, ds_config, factor_at, full_parameters, merge, slopes, worst
+from .cases import PARAMS, Net, build, dense_path, ds_config, factor_at, full_parameters, merge, slopes, worst
 
 
 def scheduler(optimizer: Any) -> Any:
@@ -67,6 +71,35 @@ def visit_case(
     finally:
         engine.destroy()
         dist.barrier()
+
+
+def native_visit_case(rank: int, world_size: int, *, layout: str, folder: str, step: int) -> tuple[float, str]:
+    """As :func:`visit_case`, without DeepSpeed."""
+    model: torch.nn.Module = Net()
+    if layout == "fsdp2":
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    elif layout == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = lorapre_dist.LoRAPre(model.named_parameters(), **PARAMS)
+    schedule = scheduler(optimizer)
+    if step:
+        client = lorapre_dist.checkpoint.load(model, optimizer, folder, lr_scheduler=schedule)
+        assert client == {"step": step}, client
+    model(slopes(step, 0, 0, 1)).backward()
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:  # as DeepSpeed, and the reference here
+            p.grad = torch.zeros_like(p)
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
+    optimizer.step()
+    schedule.step()
+    state = {"extra": {"step": step + 1}, "lr_scheduler": schedule, "keep_last": 2}
+    lorapre_dist.checkpoint.save(model, optimizer, folder, f"global_step{step + 1}", **state)
+    got = {
+        clean_name(n): (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
+    return worst(got, torch.load(Path(folder) / f"reference{step + 1}.pt"))
 
 
 def resume_case(

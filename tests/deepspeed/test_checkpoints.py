@@ -18,6 +18,7 @@ from .checkpoint_cases import (
     full_disk_case,
     gathered_case,
     load_case,
+    native_visit_case,
     resized_case,
     resume_case,
     save_case,
@@ -42,6 +43,20 @@ def test_resume_from_every_layout_to_every_other(tmp_path):
     assert max(errors) <= 1e-5
     # keep_last=2 held all the way
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["global_step256", "global_step257"]
+
+
+def test_resume_across_deepspeed_fsdp2_ddp_and_one_device(tmp_path):
+    """ZeRO-2 on two ranks to FSDP2 on three and back, and on through DDP and one process without process groups."""
+    path = [(2, 2), ("fsdp2", 3), (2, 2), ("ddp", 2), ("fsdp2", 4), ("one device", 1), (3, 3), ("ddp", 3), (0, 1)]
+    write_reference(str(tmp_path), len(path))
+    for step, (layout, world) in enumerate(path):
+        arguments = {"folder": str(tmp_path), "step": step}
+        if isinstance(layout, int):
+            results = run_ranks(world, visit_case, stage=layout, precision="fp32", **arguments)
+        else:
+            results = run_ranks(world, native_visit_case, layout=layout, **arguments)
+        for error, name in results:
+            assert error <= 1e-5, (layout, world, name)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

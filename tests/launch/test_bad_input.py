@@ -53,7 +53,8 @@ def checkpoint(damage: Callable[[Path], None] | None, *options: str) -> Callable
 
 
 def write_manifest(tag: Path) -> None:
-    (tag / "manifest.json").write_text(json.dumps({"format": 1, "step": 4, "identity": {"seed": 0}, "files": {"a": 1}}))
+    files = {"tensors/__0_0.distcp": {"bytes": 1, "blake2b": "00"}}
+    (tag / "manifest.json").write_text(json.dumps({"format": 1, "tag": tag.name, "step": 4, "files": files}))
 
 
 CASES = {
@@ -109,13 +110,14 @@ CASES = {
     "model config": Case(["model_type"], ["--max_steps", "2"], prepare=file_option("--model_config", "m.json", "{}")),
     "output_dir is a file": Case(["--output_dir", "is a file"], ["--output_dir", str(PRETRAIN)]),
     "resume tag": Case(["--resume step9", "none"], ["--resume", "step9"]),
-    "checkpoint without manifest": Case(["incomplete or corrupt"], prepare=checkpoint(None)),
+    "checkpoint without manifest": Case(["cannot resume", "has no manifest.json"], prepare=checkpoint(None)),
     "garbled manifest": Case(
-        ["incomplete or corrupt"], prepare=checkpoint(lambda tag: (tag / "manifest.json").write_text('{"format": 1'))
+        ["manifest.json cannot be read"],
+        prepare=checkpoint(lambda tag: (tag / "manifest.json").write_text('{"format": 1')),
     ),
-    "checkpoint of another run": Case(["cannot resume step0000004", "world_size"], prepare=checkpoint(write_manifest)),
+    "checkpoint without a file": Case(["step0000004 is damaged", "is missing"], prepare=checkpoint(write_manifest)),
     "latest that points nowhere": Case(
-        ["no checkpoint", "step0000004"], prepare=checkpoint(lambda tag: tag.rename(tag.with_name("other")))
+        ["other has no manifest.json"], prepare=checkpoint(lambda tag: tag.rename(tag.with_name("other")))
     ),
 }
 

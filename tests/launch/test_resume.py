@@ -138,6 +138,10 @@ def test_a_damaged_checkpoint_is_passed_over_at_another_world_size_and_stage(mod
     assert "step0000012 is damaged: tensors/__1_0.distcp has a wrong checksum" in ours[0]
     assert (folder / "metrics.jsonl").read_bytes() == before
 
+    code, _, err = finish(launch(1, *options, "--seed", "5"))
+    assert code == 2
+    assert "cannot resume step0000008: its seed is 0, this run's is 5" in err
+
     code, out, err = finish(launch(1, *options))
     assert code == 0, err
     assert "resuming from step0000008 at step 8" in out

@@ -1,0 +1,62 @@
+"""The tensors of a model that are not stepped: frozen parameters and persistent buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..config import ConfigError
+from ..layouts.base import local
+from ..layouts.dtensor import block
+from ..param_groups import clean_name
+from ..shards import Shard, Untrained
+from .team import Team
+
+
+def untrained(module: torch.nn.Module, trained: Container[str], frozen: bool = True) -> dict[str, Untrained]:
+    """This rank's part of every frozen parameter (unless ``frozen`` is False) and persistent buffer, by name.
+
+    Args:
+        trained: names of the parameters that are stepped, on any rank.
+    """
+    found = {}
+    for name, p in module.named_parameters():
+        name = clean_name(name)
+        if name not in trained and frozen:
+            shape = tuple(getattr(p, "ds_shape", p.shape))
+            found[name] = Untrained(shape, Shard((torch.Size(shape).numel(),), *_held(name, p)))
+    persistent = set(module.state_dict().keys())
+    for name, buffer in module.named_buffers():
+        if name in persistent or clean_name(name) in persistent:
+            found[clean_name(name)] = Untrained(tuple(buffer.shape), Shard((buffer.numel(),), 0, buffer.view(-1)))
+    return found
+
+
+def _held(name: str, p: Any) -> tuple[int, torch.Tensor]:
+    """Where this rank's run of a parameter starts, and its elements."""
+    if hasattr(p, "ds_tensor"):  # ZeRO-3
+        part = p.partition_numel()
+        start = min(p.ds_numel, Team(p.ds_process_group).rank * part)
+        return start, p.ds_tensor.data.view(-1)[: max(0, min(part, p.ds_numel - start))]
+    if isinstance(p, DTensor):
+        held = block(name, p)
+        if held.columns is not None:
+            raise ConfigError(f"{name}: checkpoints of matrices split by columns are not supported")
+        return held.start, local(p).detach().view(-1)
+    if getattr(p, "_fsdp_flattened", False):
+        raise ConfigError(f"{name}: frozen parameters under FSDP1 cannot be saved; use FSDP2")
+    return 0, p.detach().view(-1)
+
+
+def aliases(module: torch.nn.Module) -> dict[str, str]:
+    """Names of tied parameters and the name under which each is saved."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        name = clean_name(name)
+        if first.setdefault(id(p), name) != name:
+            found[name] = first[id(p)]
+    return found

@@ -1,0 +1,94 @@
+"""Checkpoints without DeepSpeed: FSDP2, FSDP1, DDP or one device, in the same form, so they resume under each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..optimizer import LoRAPre
+from . import folder, model, run
+from .folder import CheckpointError
+from .team import Team
+
+
+def save(
+    module: torch.nn.Module,
+    optimizer: LoRAPre,
+    directory: str | Path,
+    tag: str,
+    *,
+    step: int | None = None,
+    lr_scheduler: Any = None,
+    extra: dict[str, Any] | None = None,
+    keep_last: int | None = None,
+    also: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write the weights of ``module``, the optimizer's state and ``extra`` as ``directory/tag``; a collective.
+
+    Args:
+        step: of the run; default: the number of optimizer steps taken.
+        lr_scheduler: to save as well.
+        extra: tensors and plain values in lists and dicts (data position, ...); rank 0's counts.
+        keep_last: delete all but this many of the newest complete checkpoints.
+        also: called on every rank with the folder, before it is published, to add files of one's own.
+
+    Raises:
+        CheckpointError: on every rank, if one could not write; training can go on.
+    """
+    if step is None:
+        steps = [bound.state.step for bound in optimizer.bound()]
+        step = max(max(part, default=0) for part in Team().gather(steps))
+    rest = model.untrained(module, _trained(optimizer))
+    schedule = lr_scheduler.state_dict() if lr_scheduler is not None else None
+    state = {"global_steps": step, "skipped_steps": 0, "lr_scheduler": schedule, "loss_scaler": {}}
+    content = {"engine": state, "client_state": extra or {}}
+    job = run.Job(optimizer, step, rest, model.aliases(module), content, also=also)
+    return run.save(job, directory, tag, keep_last=keep_last)
+
+
+def load(
+    module: torch.nn.Module,
+    optimizer: LoRAPre,
+    directory: str | Path,
+    tag: str | None = None,
+    *,
+    lr_scheduler: Any = None,
+    states: bool = True,
+    resize_rank: bool = False,
+) -> dict[str, Any] | None:
+    """Load what :func:`save` or a DeepSpeed engine with LoRAPre wrote, under any layout; a collective.
+
+    Args:
+        tag: which; default: what ``latest`` names.
+        lr_scheduler: to restore as well.
+        states: False to load weights alone.
+        resize_rank: adapt factors of another rank.
+
+    Returns:
+        ``extra`` (the client state of a DeepSpeed engine); None if ``directory`` holds no checkpoint.
+
+    Raises:
+        CheckpointError: damaged, or it does not fit; nothing has been loaded then.
+    """
+    directory, team = Path(directory), Team()
+    chosen = team.gather(None if team.rank else folder.choose(directory, tag))[0]
+    if isinstance(chosen, str):
+        raise CheckpointError(chosen)
+    if not chosen:
+        return None
+    optimizer.bound()  # finds the layout
+    rest = model.untrained(module, _trained(optimizer))
+    found = run.load(directory / chosen[0], optimizer, untrained=rest, states=states, resize_rank=resize_rank)
+    if lr_scheduler is not None and found["engine"]["lr_scheduler"] is not None:
+        lr_scheduler.load_state_dict(found["engine"]["lr_scheduler"])
+    client_state: dict[str, Any] = found["client_state"]
+    return client_state
+
+
+def _trained(optimizer: LoRAPre) -> set[str]:
+    optimizer.bound()
+    assert optimizer.layout is not None
+    return {piece.name for unit in optimizer.layout.units for piece in unit.pieces}
