@@ -22,6 +22,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 LATEST = "latest"
 FORMAT = 1
+_REPLACED = ".replaced"
 
 
 class CheckpointError(RuntimeError):
@@ -116,7 +117,7 @@ def publish(directory: Path, manifest: Manifest, save_latest: bool) -> Path:
     for folder in (source, *(p for p in source.rglob("*") if p.is_dir())):
         _sync(folder)
     manifest.write(source)
-    replaced = partial(directory, manifest.tag + ".replaced")
+    replaced = partial(directory, manifest.tag + _REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
@@ -128,9 +129,18 @@ def publish(directory: Path, manifest: Manifest, save_latest: bool) -> Path:
     return target
 
 
+def recover(directory: Path) -> None:
+    """Finish a save that was killed after its files were complete, while it replaced an older checkpoint of its tag."""
+    for left in directory.glob(".*.partial"):
+        target = directory / left.name.removeprefix(".").removesuffix(".partial")
+        if (left / MANIFEST).is_file() and not target.exists() and not target.name.endswith(_REPLACED):
+            left.rename(target)
+
+
 def start(directory: Path, tag: str) -> Path:
     """An empty partial folder; what killed saves left behind is removed."""
     directory.mkdir(parents=True, exist_ok=True)
+    recover(directory)
     for left in directory.glob(".*.partial"):
         shutil.rmtree(left, ignore_errors=True)
     folder = partial(directory, tag)
@@ -163,6 +173,7 @@ def latest(directory: Path) -> str | None:
 
 def choose(directory: Path, tag: str | None) -> list[str] | str:
     """The tag in a list, which is empty if there is nothing to load; a complaint as a string."""
+    recover(directory)
     present = [p.name for p in checkpoints(directory)]
     if tag is None:
         tag = latest(directory)
@@ -181,6 +192,7 @@ def prune(directory: Path, keep_last: int, keep: str) -> list[str]:
             # Renamed first, so that a kill in the middle leaves no folder that looks like a checkpoint.
             doomed = partial(directory, folder.name)
             folder.rename(doomed)
+            (doomed / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(doomed, ignore_errors=True)
             deleted.append(folder.name)
     return deleted

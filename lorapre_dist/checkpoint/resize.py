@@ -48,15 +48,14 @@ def load_resized(
         for moment, rank in (("m", now["rank"]), ("v", now["rank_v"])):
             entries = [saved[f"{OPTIMIZER}{name}.{moment}_{factor}"] for factor in "BA"]
             p, q = entries[0].size[0], entries[1].size[1]
-            if team.rank == 0:
-                B, A = (
-                    dcp.whole(folder, f"{OPTIMIZER}{name}.{moment}_{f}", e) for f, e in zip("BA", entries, strict=True)
-                )
-                fresh = initial_At(name, moment, q, rank, options["init_std"], options["seed"]).T
-                new = list(resize(B, A, rank, fresh))
-            else:
-                dtype = entries[0].properties.dtype
-                new = [torch.empty(p, rank, dtype=dtype), torch.empty(rank, q, dtype=dtype)]
+            dtype = entries[0].properties.dtype
+            new = [torch.empty(p, rank, dtype=dtype), torch.empty(rank, q, dtype=dtype)]
+            with team.together(f"changing the rank of {name}"):
+                if team.rank == 0:
+                    key = f"{OPTIMIZER}{name}.{moment}"
+                    B, A = (dcp.whole(folder, f"{key}_{f}", e) for f, e in zip("BA", entries, strict=True))
+                    fresh = initial_At(name, moment, q, rank, options["init_std"], options["seed"]).T
+                    new = list(resize(B, A, rank, fresh))
             for factor, tensor in zip("BA", new, strict=True):
                 mine = shards.get(f"{OPTIMIZER}{name}.{moment}_{factor}")
                 whole = _to_all(tensor, team)

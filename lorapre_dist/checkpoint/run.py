@@ -234,6 +234,8 @@ def verify(path: str | Path, *, group: Any = None) -> Manifest:
 def newest_whole(directory: str | Path, *, group: Any = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in ``directory`` that is whole, and what is wrong with each newer one; a collective."""
     team = Team(group)
+    if team.rank == 0:
+        folder.recover(Path(directory))
     candidates = team.gather([str(p) for p in folder.checkpoints(Path(directory))] if team.rank == 0 else None)[0]
     complaints = []
     for path in candidates:
