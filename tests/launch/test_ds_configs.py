@@ -31,8 +31,8 @@ class World:
 
 
 def test_nothing_else_is_shipped():
-    # Fine-tuning settings, where there are any, have tests of their own.
-    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("finetune")} == set(NAMES)
+    # Those of the Hugging Face Trainer and of fine-tuning have tests of their own.
+    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith(("finetune", "hf_"))} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""A small Llama with the Hugging Face Trainer and LoRAPre, no downloads.
+
+    deepspeed --num_gpus 2 launch/hf_trainer.py --deepspeed ds_configs/hf_zero2.json --output_dir runs/hf
+    torchrun --nproc_per_node 2 launch/hf_trainer.py --output_dir runs/hf      # DDP, the state dealt out over the ranks
+
+Every option of ``TrainingArguments`` works; ``--resume_from_checkpoint runs/hf/checkpoint-20`` goes on from there.
+"""
+
+import os
+import sys
+
+import datasets
+import torch
+from transformers import DataCollatorForLanguageModeling, HfArgumentParser, LlamaForCausalLM, TrainingArguments
+
+from lorapre_dist.training import builtin_text
+from lorapre_dist.training.hf_trainer import LoRAPreTrainer
+from lorapre_dist.training.models import preset_config
+from lorapre_dist.training.settings import default_cache
+from lorapre_dist.training.tokenizer import trained_tokenizer
+
+SEQ_LEN, VOCABULARY, DOCUMENTS = 128, 2048, 400
+
+
+def data(cache: str) -> tuple[datasets.Dataset, object]:
+    """Sequences of the built-in text, and their tokenizer."""
+    from itertools import islice
+    from pathlib import Path
+
+    texts = list(islice(builtin_text.documents(), DOCUMENTS))
+    tokenizer = trained_tokenizer(lambda: iter(texts), f"hf-{builtin_text.fingerprint()}", VOCABULARY, Path(cache))
+    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    rows = [ids[k : k + SEQ_LEN] for k in range(0, len(ids) - SEQ_LEN, SEQ_LEN)]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return datasets.Dataset.from_dict({"input_ids": rows}), tokenizer
+
+
+def main() -> None:
+    """Train, and save at the end."""
+    cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true", "--ddp_backend", "gloo"]
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*sys.argv[1:], *cpu])
+    rows, tokenizer = data(default_cache())
+    torch.manual_seed(arguments.seed)
+    trainer = LoRAPreTrainer(
+        model=LlamaForCausalLM(preset_config("llama-tiny", SEQ_LEN, VOCABULARY)),
+        args=arguments,
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        lorapre={"rank": 16, "rank_v": 2, "scale": 0.1},
+    )
+    result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        print(f"training loss {result.training_loss:.4f} after {trainer.state.global_step} steps", flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # see launch/pretrain.py
