@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lorapre_dist import __version__
+from lorapre_dist.arguments import Parser
 from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.config import ConfigError
 
@@ -36,18 +37,6 @@ class Command:
     example: str
     options: Callable[[argparse.ArgumentParser], Any]
     run: Callable[[argparse.Namespace], int]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing its usage, and names the nearest option."""
-
-    def error(self, message: str) -> NoReturn:
-        marker = "unrecognized arguments: "
-        if marker in message:
-            wanted = message.split(marker, 1)[1].split()[0].split("=")[0]
-            near = difflib.get_close_matches(wanted, [o for a in self._actions for o in a.option_strings], n=1)
-            raise ConfigError(f"unknown option {wanted}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 # consolidate --------------------------------------------------------------------------------------------------------
@@ -146,12 +135,12 @@ COMMANDS = {
 }
 
 
-def _top_parser() -> _Parser:
+def _top_parser() -> Parser:
     width = max(map(len, COMMANDS))
     shown = [
         f"  {name:<{width}}  {c.what}\n{'':<{width + 4}}lorapre {name} {c.example}" for name, c in COMMANDS.items()
     ]
-    parser = _Parser(
+    parser = Parser(
         prog="lorapre",
         usage="lorapre COMMAND ...   (lorapre COMMAND --help lists its options)",
         description="Work with LoRA-Pre checkpoints and data outside a training run.",
@@ -163,9 +152,9 @@ def _top_parser() -> _Parser:
     return parser
 
 
-def _parser_of(name: str) -> _Parser:
+def _parser_of(name: str) -> Parser:
     command = COMMANDS[name]
-    parser = _Parser(
+    parser = Parser(
         prog=f"lorapre {name}",
         description=command.what[0].upper() + command.what[1:] + ".",
         epilog=f"example:\n  lorapre {name} {command.example}",

@@ -76,8 +76,9 @@ def save(
     wait(engine)
     tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
     team = Team()
-    if len(set(team.gather(tag))) > 1:
-        raise CheckpointError(f"the ranks disagree on the tag of the checkpoint: {sorted(set(team.gather(tag)))}")
+    tags = sorted(set(team.gather(tag)))
+    if len(tags) > 1:
+        raise CheckpointError(f"the ranks disagree on the tag of the checkpoint: {tags}")
     with _partitioned(engine):
         job = run.Job(
             engine.basic_optimizer,

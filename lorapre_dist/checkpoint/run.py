@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..optimizer import LoRAPre
-from ..shards import UNTRAINED, Shard, Untrained, Weights, state_shards
+from ..shards import OPTIMIZER, UNTRAINED, Shard, Untrained, Weights, state_shards
 from ..state import restore_groups
 from . import content, dcp, folder
 from .folder import CheckpointError, Manifest
@@ -144,10 +144,10 @@ def _begin(job: Job, directory: Path, tag: str, keep_last: int | None, team: Tea
     with team.together(f"saving checkpoint {directory / tag}"):
         if team.rank == 0:
             folder.start(directory, tag)
+    held = team.gather(content.parameters(job.optimizer))
     with _cleaned_up(path, team), team.together(f"saving checkpoint {directory / tag}"):
         if not path.is_dir():
             raise CheckpointError(f"{directory} must be on storage that all ranks share")
-        held = team.gather(content.parameters(job.optimizer))
         if team.rank == 0:
             untrained = {n: {"kind": "untrained", "shape": list(t.shape)} for n, t in job.untrained.items()}
             described = content.describe(job.optimizer, held, step=job.step, aliases=job.aliases, frozen=job.frozen)
@@ -191,8 +191,10 @@ def seal(step: int, path: Path, tag: str, team: Team, save_latest: bool, keep_la
         with team.together(f"saving checkpoint {directory / tag}"):
             if team.rank == 0:
                 folder.publish(directory, Manifest(tag, step, dict(sorted(files.items()))), save_latest)
-    if keep_last is not None and team.rank == 0:
-        folder.prune(directory, keep_last, tag)
+    if keep_last is not None:
+        with team.together(f"deleting checkpoints older than {directory / tag}"):
+            if team.rank == 0:
+                folder.prune(directory, keep_last, tag)
     return directory / tag
 
 
@@ -300,7 +302,7 @@ def load(
     if states:
         factors = state_shards([(bound.piece, bound.state) for bound in optimizer.bound()])
         changed = {n: e for n, e in present.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
-        resized = tuple(f"optimizer.{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA")
+        resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"}
         shards.update({name: shard for name, shard in factors.items() if name not in resized})
     with team.together(f"loading checkpoint {path}"):
         dcp.load(path / content.TENSORS, shards, group)

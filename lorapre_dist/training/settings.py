@@ -9,8 +9,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lorapre_dist.arguments import Parser
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.ds_json import BatchSizes, batch_sizes, override_lr, read_deepspeed_config
 from lorapre_dist.training.presets import PRESETS
@@ -70,19 +71,6 @@ class Settings:
     batch: BatchSizes
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing usage on every rank, and names the nearest option."""
-
-    def error(self, message: str) -> NoReturn:
-        marker = "unrecognized arguments: "
-        if marker in message:
-            wanted = message.split(marker, 1)[1].split()[0].split("=")[0]
-            near = difflib.get_close_matches(wanted, [o for a in self._actions for o in a.option_strings], n=1)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
-            raise ConfigError(f"unknown option {wanted}: {hint}")
-        raise ConfigError(f"{message} (see --help)")
-
-
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """States defaults, but not that there is none: the help text then says what happens."""
 
@@ -92,7 +80,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every default is shown by ``--help``."""
-    parser = _Parser(
+    parser = Parser(
         prog="pretrain.py",
         description="Pre-train a causal LM under DeepSpeed with the optimizer of the DeepSpeed JSON.",
         formatter_class=_Help,

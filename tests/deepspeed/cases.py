@@ -19,10 +19,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 import lorapre_dist
-from lorapre_dist import reference
 from lorapre_dist.bench.shapes import projections
 from lorapre_dist.config import LoRAPreConfig
-from lorapre_dist.core.factors import initial_At
+from tests import oracle
 
 SHAPES = {
     "layers.0.q_proj": (24, 36),
@@ -109,15 +108,7 @@ def dense_path(
     """The reference's parameters at the start and after each step; the same tensors every time."""
     model = Net()
     theta = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
-    state: dict[str, Any] = {}
-    for name, p in theta.items():
-        if p.ndim == 2 and "proj" in name and config.rank and min(p.shape) > config.rank:
-            m_A = initial_At(name, "m", p.shape[1], config.rank, config.init_std, config.seed).T
-            v_A = initial_At(name, "v", p.shape[1], config.resolved_rank_v, config.init_std, config.seed).T
-            state[name] = reference.init_state(tuple(p.shape), config, m_A, v_A)
-        else:
-            zeros = torch.zeros_like(p)
-            state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.int64)}
+    state = oracle.init(theta, config, lambda n, p: p.ndim == 2 and "proj" in n and 0 < config.rank < min(p.shape))
     taken = 0
     yield theta
     for step in range(steps):
@@ -129,9 +120,7 @@ def dense_path(
             factor = min(1.0, float(clip / (norm + 1e-6)))
             grads = {n: g * factor for n, g in grads.items()}
         now = replace(config, lr=config.lr * (factor_at(taken) if schedule else 1.0))
-        for name, p in theta.items():
-            update = reference.lorapre_adam_step if "m_B" in state[name] else reference.adamw_step
-            update(p, grads[name], state[name], now)
+        oracle.step(theta, grads, state, now)
         taken += 1
         yield theta
 
@@ -352,55 +341,3 @@ def refused_case(rank: int, world_size: int, *, changes: dict[str, Any], params:
     except lorapre_dist.ConfigError as error:
         return str(error)
     return "accepted"
-
-
-def llama_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str, float]:
-    """A real Llama with a real loss, each rank on its own batch, against autograd and the reference on one process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=88,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        vocab_size=61,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-    )
-    batches = [torch.randint(61, (world_size, 2, 16), generator=torch.Generator().manual_seed(s)) for s in range(steps)]
-
-    def model() -> torch.nn.Module:
-        torch.manual_seed(5)
-        return LlamaForCausalLM(shape)
-
-    options = {**PARAMS, "lr": 1e-3, "target_modules": ["self_attn", "mlp"]}
-    config = ds_config(stage, "fp32", 1, 1.0, options)
-    engine = lorapre_dist.initialize(model=model(), config=config)[0]
-    for batch in batches:
-        engine.backward(engine(input_ids=batch[rank], labels=batch[rank]).loss)
-        engine.step()
-    got = full_parameters(engine)
-    engine.destroy()
-    dist.barrier()
-
-    settings, single = LoRAPreConfig(**options), model().double()
-    state: dict[str, Any] = {}
-    named = dict(single.named_parameters())
-    for name, p in named.items():
-        if "proj" in name:
-            m_A = initial_At(name, "m", p.shape[1], settings.rank, settings.init_std, 0).T
-            v_A = initial_At(name, "v", p.shape[1], settings.resolved_rank_v, settings.init_std, 0).T
-            state[name] = reference.init_state(tuple(p.shape), settings, m_A, v_A)
-        else:
-            zeros = torch.zeros_like(p.data)
-            state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.int64)}
-    for batch in batches:
-        single.zero_grad()
-        loss = sum(single(input_ids=part, labels=part).loss for part in batch) / world_size
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(single.parameters(), 1.0)
-        for name, p in named.items():
-            update = reference.lorapre_adam_step if "m_B" in state[name] else reference.adamw_step
-            update(p.data, p.grad, state[name], settings)
-    error, name = worst(got, {n: p.detach() for n, p in named.items()})
-    return error, name, float(loss)

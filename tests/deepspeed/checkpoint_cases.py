@@ -167,6 +167,19 @@ def load_case(
         dist.barrier()
 
 
+def private_disk_case(rank: int, world_size: int, *, folder: str) -> str:
+    """Save to a folder that is another one on each rank, as on machines without shared storage."""
+    engine = engine_of(2, "fp32")
+    try:
+        engine.save_checkpoint(str(Path(folder) / f"rank{rank}"), tag="one")
+        return "saved"
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+        dist.barrier()
+
+
 def full_disk_case(rank: int, world_size: int, *, stage: int, folder: str, background: bool) -> tuple[str, bool, str]:
     """One rank cannot write: what is raised, whether training went on as if nothing had been, and what is left."""
     engine, twin = engine_of(stage, "fp32"), engine_of(stage, "fp32")

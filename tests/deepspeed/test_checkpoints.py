@@ -19,6 +19,7 @@ from .checkpoint_cases import (
     gathered_case,
     load_case,
     native_visit_case,
+    private_disk_case,
     resized_case,
     resume_case,
     save_case,
@@ -238,6 +239,12 @@ def test_a_full_disk_is_reported_and_training_goes_on(stage, background, tmp_pat
         assert same
         assert left == "good latest"  # nothing half-written
     assert (tmp_path / "latest").read_text() == "after"
+
+
+def test_storage_that_is_not_shared_is_named_on_every_rank(tmp_path):
+    for text in run_ranks(2, private_disk_case, folder=str(tmp_path)):
+        assert "failed on rank 1: " in text and "must be on storage that all ranks share" in text
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_weights_alone(saved):

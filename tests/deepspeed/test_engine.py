@@ -10,10 +10,10 @@ from tests.distributed.harness import run_ranks
 
 from .cases import (
     equality_case,
-    llama_case,
     refused_case,
     state_bytes_case,
 )
+from .llama_cases import llama_case
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -18,10 +18,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lorapre_dist import LoRAPre, reference
+from lorapre_dist import LoRAPre
 from lorapre_dist.bench.shapes import projections
 from lorapre_dist.config import ConfigError, LoRAPreConfig
-from lorapre_dist.core.factors import initial_At
+from tests import oracle
 
 # Odd shapes; with three or four ranks some hold one row, or nothing, of the small ones.
 SHAPES = {"q_proj": (24, 12), "up_proj": (37, 12), "down_proj": (12, 37), "o_proj": (7, 13), "k_proj": (3, 40)}
@@ -65,22 +65,13 @@ def dense_path(steps: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Autograd in fp64 and the reference optimizer: parameters after ``steps``, by name."""
     config = LoRAPreConfig(**options)
     model = Net(torch.float64)
-    state: dict[str, Any] = {}
-    for name, p in model.named_parameters():
-        if p.ndim == 2 and min(p.shape) > config.rank:
-            m_A = initial_At(name, "m", p.shape[1], config.rank, config.init_std, config.seed).T
-            v_A = initial_At(name, "v", p.shape[1], config.resolved_rank_v, config.init_std, config.seed).T
-            state[name] = reference.init_state(tuple(p.shape), config, m_A, v_A)
-        else:
-            zeros = torch.zeros_like(p.data)
-            state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.int64)}
+    theta = {n: p.data for n, p in model.named_parameters()}
+    state = oracle.init(theta, config, lambda _, p: p.ndim == 2 and min(p.shape) > config.rank)
     for step in range(steps):
         model.zero_grad()
         model(batch_of(step, torch.float64)).backward()
-        for name, p in model.named_parameters():
-            update = reference.lorapre_adam_step if "m_B" in state[name] else reference.adamw_step
-            update(p.data, p.grad, state[name], config)
-    return {n: p.detach() for n, p in model.named_parameters()}
+        oracle.step(theta, {n: p.grad for n, p in model.named_parameters()}, state, config)
+    return theta
 
 
 def mesh_of(world_size: int, *names: str) -> DeviceMesh:

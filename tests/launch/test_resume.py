@@ -28,17 +28,23 @@ def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("resume")
 
 
-@pytest.mark.timeout(600)
-def test_killed_and_resumed_is_bit_identical(module_path, base_options):
+@pytest.fixture(scope="module")
+def whole(module_path, base_options) -> Path:
+    """The folder of a run on two ranks under ZeRO-3 that nothing interrupted."""
     config = ds_json(module_path / "zero3.json", zero_optimization={"stage": 3})
-    whole, killed = module_path / "whole", module_path / "killed"
-    options = [*base_options, *STEPS, "--deepspeed_config", config, "--output_dir"]
-
-    process = launch(2, *options, str(whole))
+    folder = module_path / "whole"
+    process = launch(2, *base_options, *STEPS, "--deepspeed_config", config, "--output_dir", str(folder))
     code, out, err = finish(process)
     assert code == 0, err
     assert "resuming" not in out
     assert group_members(process.pid) == []
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_killed_and_resumed_is_bit_identical(whole, module_path, base_options):
+    killed = module_path / "killed"
+    options = [*base_options, *STEPS, "--deepspeed_config", str(module_path / "zero3.json"), "--output_dir"]
 
     process = launch(2, *options, str(killed))
     metrics = killed / "metrics.jsonl"
@@ -63,14 +69,9 @@ def test_killed_and_resumed_is_bit_identical(module_path, base_options):
         assert torch.equal(*(dcp.whole(folder, name, entry) for folder in tensors)), name
 
 
-def test_what_a_run_writes(module_path, base_options):
-    """Looks at the run above, or makes a short one of its own."""
-    folder = module_path / "whole"
-    if not folder.exists():
-        config = ds_json(module_path / "zero3.json", zero_optimization={"stage": 3})
-        options = [*base_options, *STEPS, "--deepspeed_config", config, "--output_dir", str(folder)]
-        assert finish(launch(2, *options))[0] == 0
-    found = rows(folder)
+@pytest.mark.timeout(300)
+def test_what_a_run_writes(whole):
+    found = rows(whole)
     assert found[0]["step"] == 0
     assert found[0]["eval_loss"] == pytest.approx(math.log(400), abs=0.3)
     assert [row["step"] for row in found if "eval_loss" in row] == [0, 4, 8, 12]
@@ -84,9 +85,9 @@ def test_what_a_run_writes(module_path, base_options):
     # Peak 0.01: a third after the first of three warm-up steps.
     assert found[1]["lr"] == pytest.approx(0.01 / 3)
     assert found[3]["lr"] == pytest.approx(0.01)
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list((folder / "tensorboard").glob("events*"))
-    summary = json.loads((folder / "summary.json").read_text())
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((whole / "tensorboard").glob("events*"))
+    summary = json.loads((whole / "summary.json").read_text())
     assert summary["eval_loss_after"] == found[-1]["eval_loss"]
     assert 0 < summary["optimizer_state_bytes"] < summary["adamw_state_bytes"]
 
@@ -101,17 +102,14 @@ def assert_alike(reference: Path, folder: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_one_rank_gives_the_same_losses_as_two(module_path, base_options):
+def test_one_rank_gives_the_same_losses_as_two(whole, module_path, base_options):
     """The global batches and the initial weights do not depend on the number of ranks."""
-    reference = module_path / "whole"
-    if not reference.exists():
-        pytest.skip("needs the two-rank run")
     config = ds_json(module_path / "one.json", zero_optimization={"stage": 0})
     folder = module_path / "one"
     code, _, err = finish(launch(1, *base_options, *STEPS, "--deepspeed_config", config, "--output_dir", str(folder)))
     assert code == 0, err
-    assert_alike(reference, folder)
-    assert rows(reference)[0]["eval_loss"] == pytest.approx(rows(folder)[0]["eval_loss"], rel=1e-6)
+    assert_alike(whole, folder)
+    assert rows(whole)[0]["eval_loss"] == pytest.approx(rows(folder)[0]["eval_loss"], rel=1e-6)
 
 
 def flip_a_byte(path: Path) -> None:
@@ -121,12 +119,10 @@ def flip_a_byte(path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_damaged_checkpoint_is_passed_over_at_another_world_size_and_stage(module_path, base_options, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_at_another_world_size_and_stage(whole, base_options, tmp_path):
     """Two ranks under ZeRO-3 saved; the newest checkpoint is broken; one rank under ZeRO-1 goes on from the other."""
-    if not (module_path / "whole").exists():
-        pytest.skip("needs the two-rank run")
     folder = tmp_path / "run"
-    shutil.copytree(module_path / "whole", folder)
+    shutil.copytree(whole, folder)
     flip_a_byte(folder / "checkpoints" / "step0000012" / "tensors" / "__1_0.distcp")
     config = ds_json(tmp_path / "zero1.json", zero_optimization={"stage": 1})
     options = [*base_options, *STEPS, "--deepspeed_config", config, "--output_dir", str(folder)]
@@ -148,7 +144,7 @@ def test_a_damaged_checkpoint_is_passed_over_at_another_world_size_and_stage(mod
     warnings = [line for line in err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1
     assert "step0000012 is damaged: tensors/__1_0.distcp has a wrong checksum" in warnings[0]
-    assert_alike(module_path / "whole", folder)
+    assert_alike(whole, folder)
     assert (folder / "checkpoints" / "latest").read_text() == "step0000012"
 
     code, out, err = finish(launch(1, *options, "--resume", "none", "--save_every", "0", "--max_steps", "3"))

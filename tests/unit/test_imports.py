@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lorapre_dist"
 
 # An import goes to a lower layer, or stays within its own.
 LAYERS = [
-    {"config", "core", "param_groups"},
+    {"config", "core", "param_groups", "arguments"},
     {"layouts"},
     {"optimizer", "state", "report", "shards", "gather"},
     {"deepspeed", "upstream", "checkpoint"},
@@ -151,7 +151,7 @@ def test_offline_work_joins_no_group(name):
 
 
 def test_the_command_line_imports_what_a_command_needs_when_it_runs():
-    light = {"lorapre_dist", "lorapre_dist.config", "lorapre_dist.checkpoint"}
+    light = {"lorapre_dist", "lorapre_dist.arguments", "lorapre_dist.config", "lorapre_dist.checkpoint"}
     for target, lazy in imports("lorapre_dist.cli"):
         assert lazy or target in light or target.split(".")[0] in sys.stdlib_module_names, target
 
