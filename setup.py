@@ -32,7 +32,17 @@ setup(
         "ninja>=1.11",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "psutil>=5.9", "ruff>=0.9", "mypy>=1.14"],
+        # The Hugging Face Trainer and Accelerate
+        "hf": ["accelerate>=1.1"],
+        "test": [
+            "accelerate>=1.1",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "psutil>=5.9",
+            "ruff>=0.9",
+            "mypy>=1.14",
+        ],
         "bench": ["galore-torch>=1.0"],
         "wandb": ["wandb>=0.17"],
     },
