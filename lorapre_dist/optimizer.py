@@ -22,6 +22,7 @@ from .core.workspace import Workspace
 from .gather import full_state, load_full_state
 from .layouts import detect, whole
 from .layouts.base import Layout, Piece, Unit, local, local_gradient
+from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import load_state, save_state
 
@@ -130,6 +131,7 @@ class LoRAPre(torch.optim.Optimizer):
         if any(b.state.step for bound in self._bound.values() for b in bound):
             raise ConfigError("cannot change the layout of a LoRAPre optimizer after its first step")
         self._bound, self.layout, self.awaiting_layout = {}, layout, False
+        arrange(layout, self._in_group)
         for unit in layout.units:
             self._bind_unit(unit)
         _refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
@@ -142,6 +144,8 @@ class LoRAPre(torch.optim.Optimizer):
         for piece in [piece for piece in unit.pieces if piece.owned]:
             state: Matrix | adamw.Vector
             if self._is_low_rank(piece.name, piece.shape, config):
+                if not piece.numel and piece.peers is None:  # as in FSDP1, which shows it on every rank
+                    continue
                 shape = piece.shape[0], piece.shape[1]
                 interval = RowInterval(piece.name, shape, piece.start, piece.stop, piece.columns)
                 state = allocate(
@@ -154,6 +158,7 @@ class LoRAPre(torch.optim.Optimizer):
                     seed=config.seed,
                     device=device,
                     dtype=dtype,
+                    before=piece.before,
                 )
             else:
                 state = adamw.allocate(piece.numel, device, dtype)
@@ -205,7 +210,9 @@ class LoRAPre(torch.optim.Optimizer):
             self.bind(found)
         elif self.layout.name == "one device":
             missing = [(n, p, i) for n, p, i in self._named() if _may_step(p) and id(p) not in self._bound]
-            for unit in whole.layout(missing).units:
+            added = whole.layout(missing)
+            arrange(added, self._in_group)
+            for unit in added.units:
                 self.layout.units.append(unit)
                 self._bind_unit(unit)
 

@@ -17,6 +17,9 @@ DEFAULT_TARGETS = (
     *("q", "k", "v", "o", "in_proj_weight", "linear1", "linear2", "self_attn", "attn", "mlp"),
 )
 
+# Routers of mixtures of experts: small, sensitive, and under "mlp" in most models.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -28,6 +31,11 @@ def clean_name(name: str) -> str:
     return ".".join(parts)
 
 
+def parameter_name(name: str) -> str:
+    """The parameter that ``name`` belongs to: ``"experts.w1"`` for ``"experts.w1[3]"``, its fourth matrix."""
+    return re.sub(r"\[\d+\]$", "", name)
+
+
 def matches(name: str, target_modules: str | Sequence[str] | None = None) -> bool:
     """Whether ``target_modules`` selects the parameter ``name``.
 
@@ -35,13 +43,15 @@ def matches(name: str, target_modules: str | Sequence[str] | None = None) -> boo
         name: the dotted name in ``model.named_parameters()``.
         target_modules: a string is a regular expression for the whole name; in a list, each entry is such an
             expression or a dotted part of the name (``"q_proj"``, ``"mlp"``, ``"layers.3"``). None takes the
-            attention and MLP projections by their usual names.
+            attention and MLP projections by their usual names, without the routers of mixtures of experts.
     """
+    name = clean_name(parameter_name(name))
+    padded = f".{name}."
     if target_modules is None:
+        if any(f".{router}." in padded for router in _ROUTERS):
+            return False
         target_modules = DEFAULT_TARGETS
     entries = [target_modules] if isinstance(target_modules, str) else target_modules
-    name = clean_name(name)
-    padded = f".{name}."
     for entry in entries:
         if not isinstance(target_modules, str) and f".{entry}." in padded:
             return True
@@ -54,8 +64,14 @@ def matches(name: str, target_modules: str | Sequence[str] | None = None) -> boo
 def is_low_rank(
     name: str, shape: Sequence[int], rank: int, rank_v: int, target_modules: str | Sequence[str] | None
 ) -> bool:
-    """Whether the parameter gets low-rank momenta: selected by name, 2-D, and both sides exceed the rank."""
-    return rank > 0 and len(shape) == 2 and min(shape) > max(rank, rank_v - 1) and matches(name, target_modules)
+    """Whether the parameter gets low-rank momenta: selected by name, and both sides exceed the rank.
+
+    Args:
+        shape: of a matrix, or of a stack of them (experts x p x q).
+    """
+    if rank < 1 or len(shape) not in (2, 3) or min(shape[-2:]) <= max(rank, rank_v - 1):
+        return False
+    return matches(name, target_modules)
 
 
 def explain_no_match(
@@ -63,23 +79,24 @@ def explain_no_match(
 ) -> str:
     """Why no parameter is low-rank, as one line for a :class:`ConfigError`."""
     named_shapes = list(named_shapes)
-    two_d = [(name, tuple(shape)) for name, shape in named_shapes if len(shape) == 2]
+    two_d = [(name, tuple(shape)) for name, shape in named_shapes if len(shape) in (2, 3)]
     selected = [(name, shape) for name, shape in two_d if matches(name, target_modules)]
     if selected:
-        name, shape = max(selected, key=lambda item: min(item[1]))
-        what, limit = f"rank={rank}", f"rank must be below {min(shape)}"
-        if rank < min(shape) < rank_v:
-            what, limit = f"rank_v={rank_v}", f"rank_v must be at most {min(shape)}"
-        largest = f"the largest is {name} ({shape[0]} x {shape[1]})"
+        name, shape = max(selected, key=lambda item: min(item[1][-2:]))
+        side = min(shape[-2:])
+        what, limit = f"rank={rank}", f"rank must be below {side}"
+        if rank < side < rank_v:
+            what, limit = f"rank_v={rank_v}", f"rank_v must be at most {side}"
+        largest = f"the largest is {name} ({' x '.join(map(str, shape))})"
         return f"{what}: larger than what any selected matrix allows; {largest}, so {limit}"
     known = ", ".join([name for name, _ in two_d[:4]] + ["..."] * (len(two_d) > 4))
     what = "the default target_modules" if target_modules is None else f"target_modules={target_modules!r}"
-    there = f"{len(two_d)} 2-D parameters: {known}" if two_d else "it has none"
-    return f"{what}: matches no 2-D parameter of this model ({there})"
+    there = f"{len(two_d)} 2-D or 3-D parameters: {known}" if two_d else "it has none"
+    return f"{what}: matches no matrix of this model ({there})"
 
 
 def param_groups(model: Any, target_modules: str | Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Two groups for :class:`lorapre_dist.LoRAPre`: the selected 2-D weights, and the rest under plain AdamW.
+    """Two groups for :class:`lorapre_dist.LoRAPre`: selected matrices and stacks of them; the rest under plain AdamW.
 
     Args:
         model: a ``torch.nn.Module``.
@@ -91,7 +108,7 @@ def param_groups(model: Any, target_modules: str | Sequence[str] | None = None) 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # Under DeepSpeed's zero.Init the parameter itself is empty and its shape is in ds_shape.
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
-    chosen = [(name, p) for name, p in named if len(shapes[name]) == 2 and matches(name, target_modules)]
+    chosen = [(name, p) for name, p in named if len(shapes[name]) in (2, 3) and matches(name, target_modules)]
     if not chosen:
         raise ConfigError(explain_no_match(shapes.items(), 0, target_modules))
     taken = {name for name, _ in chosen}

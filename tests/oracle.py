@@ -38,3 +38,11 @@ def step(
     for name, p in theta.items():
         update = reference.lorapre_adam_step if "m_B" in state[name] else reference.adamw_step
         update(p, grads[name], state[name], config)
+
+
+def each_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Views of the matrices in stacks, other tensors as they are."""
+    found = {}
+    for name, tensor in tensors.items():
+        found.update({f"{name}[{e}]": part for e, part in enumerate(tensor)} if tensor.ndim == 3 else {name: tensor})
+    return found

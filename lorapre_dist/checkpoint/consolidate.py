@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 from ..config import ConfigError
+from ..layouts.matrices import expert_name
+from ..param_groups import parameter_name
 from ..shards import MODEL, OPTIMIZER, UNTRAINED
 from . import content, folder, run, stored
 from .folder import CheckpointError
@@ -151,12 +153,21 @@ def _config_files(path: Path, config: str | Path | None) -> dict[str, Path]:
 def _weights(
     shapes: dict[str, tuple[int, ...]], tensors: dict[str, stored.StoredTensor], dtype: torch.dtype | None
 ) -> Iterator[Entry]:
+    stacks: dict[str, dict[str, stored.StoredTensor]] = {}
     for name, shape in shapes.items():
         if not name.startswith(OPTIMIZER):
             # What no rank wrote has no elements.
             source = tensors.get(name) or stored.StoredTensor((0,), torch.float32, ())
             to = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
-            yield Entry(name.removeprefix(MODEL if name.startswith(MODEL) else UNTRAINED), shape, to, source)
+            name = name.removeprefix(MODEL if name.startswith(MODEL) else UNTRAINED)
+            if (whole := parameter_name(name)) == name:
+                yield Entry(name, shape, to, source)
+                continue
+            experts = stacks.setdefault(whole, {})
+            experts[name] = source
+            if f"{MODEL}{expert_name(whole, len(experts))}" not in shapes:  # it was the last one
+                source = stored.joined([experts[expert_name(whole, e)] for e in range(len(experts))])
+                yield Entry(whole, (len(experts), *shape), to, source)
 
 
 def _untied(partial: Path, aliases: dict[str, str], entries: list[Entry]) -> list[Entry]:

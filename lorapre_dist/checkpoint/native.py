@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..optimizer import LoRAPre
+from ..param_groups import clean_name
 from . import folder, model, run
 from .folder import CheckpointError
 from .team import Team
@@ -41,7 +42,7 @@ def save(
     if step is None:
         steps = [bound.state.step for bound in optimizer.bound()]
         step = max(max(part, default=0) for part in Team().gather(steps))
-    rest = model.untrained(module, _trained(optimizer))
+    rest = model.untrained(module, _trained(module, optimizer))
     schedule = lr_scheduler.state_dict() if lr_scheduler is not None else None
     state = {"global_steps": step, "skipped_steps": 0, "lr_scheduler": schedule, "loss_scaler": {}}
     content = {"engine": state, "client_state": extra or {}}
@@ -80,7 +81,7 @@ def load(
     if not chosen:
         return None
     optimizer.bound()  # finds the layout
-    rest = model.untrained(module, _trained(optimizer))
+    rest = model.untrained(module, _trained(module, optimizer))
     found = run.load(directory / chosen[0], optimizer, untrained=rest, states=states, resize_rank=resize_rank)
     if lr_scheduler is not None and found["engine"]["lr_scheduler"] is not None:
         lr_scheduler.load_state_dict(found["engine"]["lr_scheduler"])
@@ -88,7 +89,9 @@ def load(
     return client_state
 
 
-def _trained(optimizer: LoRAPre) -> set[str]:
+def _trained(module: torch.nn.Module, optimizer: LoRAPre) -> set[str]:
+    """Names of the parameters that are stepped, also where this rank holds nothing of one."""
     optimizer.bound()
     assert optimizer.layout is not None
-    return {piece.name for unit in optimizer.layout.units for piece in unit.pieces}
+    stepped = {id(unit.tensor) for unit in optimizer.layout.units}
+    return {clean_name(name) for name, p in module.named_parameters(remove_duplicate=False) if id(p) in stepped}

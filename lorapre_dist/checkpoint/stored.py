@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,13 @@ class StoredTensor:
     def bytes(self) -> int:
         """Size in the stored type."""
         return self.numel * self.dtype.itemsize
+
+
+def joined(pieces: list[StoredTensor]) -> StoredTensor:
+    """1-D tensors of one size and dtype, one behind the other."""
+    size = pieces[0].numel
+    parts = [replace(p, offsets=(p.offsets[0] + k * size,)) for k, piece in enumerate(pieces) for p in piece.parts]
+    return StoredTensor((len(pieces) * size,), pieces[0].dtype, tuple(parts))
 
 
 def tensors(path: Path) -> dict[str, StoredTensor]:

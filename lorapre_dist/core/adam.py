@@ -56,28 +56,32 @@ def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> N
 
 
 def buckets(matrices: list[Matrix], limit: int) -> Iterator[slice]:
-    """Runs of consecutive matrices whose transient factors fit in ``limit`` bytes (at least one matrix each).
+    """Runs of consecutive matrices whose transient factors fit in ``limit`` bytes (one matrix may exceed it).
 
-    Every group of peers sees its matrices in the same order and of the same size, so where a group shares several
-    matrices (it then shares all of them) its ranks cut the list at the same places.
+    Ranks that share matrices also hold others that they do not share. So the list is cut by where a matrix stands among
+    those of all ranks, as if each were shared: then peers have their matrices in the same buckets.
     """
-    begin, used = 0, 0
-    for k, matrix in enumerate(matrices):
-        size = transient_bytes(matrix)
-        if k > begin and used + size > limit:
+    begin = 0
+    for k in range(1, len(matrices) + 1):
+        if k == len(matrices) or _place(matrices[k]) // limit != _place(matrices[begin]) // limit:
             yield slice(begin, k)
-            begin, used = k, 0
-        used += size
-    if matrices:
-        yield slice(begin, len(matrices))
+            begin = k
+
+
+def _place(matrix: Matrix) -> int:
+    """Bytes that the matrices ahead of this one would take if they were of its rank."""
+    count, columns = matrix.before
+    return _bytes(matrix, 5 * columns, 4 * count)
 
 
 def transient_bytes(matrix: Matrix) -> int:
     """Bytes of one matrix in a step: gathered factors, their gradients, packed collectives, Grams and inverses."""
+    return _bytes(matrix, (1 if matrix.peers is None else 5) * matrix.block_size * matrix.parts, 4)
+
+
+def _bytes(matrix: Matrix, columns: int, squares: int) -> int:
     r, rv = matrix.m.B.shape[1], matrix.v.B.shape[1]
-    q = matrix.block_size * matrix.parts
-    factors = (1 if matrix.peers is None else 5) * q * (r + rv)
-    return (factors + 4 * (r * r + rv * rv)) * matrix.m.B.element_size()
+    return (columns * (r + rv) + squares * (r * r + rv * rv)) * matrix.m.B.element_size()
 
 
 def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
@@ -287,8 +291,11 @@ def _calibrate(
 
 
 def _sqrt_(w: Tensor) -> Tensor:
-    """Square root in place. On a CPU as ``1 / w^-0.5``, exact at 0 and infinity: two vectorised passes of torch's own,
-    in half the time of its ``sqrt``, which calls a vendor's library."""
+    """Square root, in place.
+
+    On a CPU as ``1 / w^-0.5``, which is right at 0 and infinity as well: two vectorised passes of torch's own,
+    in half the time of its ``sqrt``, which calls a vendor's library.
+    """
     return w.pow_(-0.5).reciprocal_() if w.device.type == "cpu" else w.sqrt_()
 
 

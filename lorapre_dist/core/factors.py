@@ -56,6 +56,7 @@ class Matrix:
         peers: the ranks that share it; None if this rank holds it whole.
         m, v: factors of the first moment and of ``|g|``.
         row: energies of the touched rows (``stable``), else None.
+        before: matrices and columns ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
         step: number of updates so far.
     """
 
@@ -64,6 +65,7 @@ class Matrix:
     m: Factors
     v: Factors
     row: Tensor | None
+    before: tuple[int, int] = (0, 0)
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -95,6 +97,7 @@ def allocate(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    before: tuple[int, int] = (0, 0),
 ) -> Matrix:
     """State of one matrix before its first step: ``B = vB = 0`` and ``A, vA ~ N(0, init_std^2)``."""
     columns = column_block(interval.shape[1], len(peers.ranges), peers.index) if peers else (0, interval.shape[1])
@@ -105,7 +108,7 @@ def allocate(
         return Factors(torch.zeros(interval.rows, r, device=device, dtype=dtype), block)
 
     row = torch.zeros(interval.rows, device=device, dtype=dtype) if row_energy else None
-    return Matrix(interval, peers, factors("m", rank), factors("v", rank_v), row)
+    return Matrix(interval, peers, factors("m", rank), factors("v", rank_v), row, before)
 
 
 def initial_At(name: str, moment: str, q: int, r: int, std: float, seed: int) -> Tensor:

@@ -21,8 +21,10 @@ class Piece:
 
     Attributes:
         shape: of the whole parameter.
-        peers: the ranks that share the parameter, or None if this rank holds all of it (or it is no matrix).
+        peers: the ranks that share the matrix (or stack of them), or None if this rank holds all of it.
         columns: of a matrix split by columns: those held here, of the whole rows from ``start`` to ``stop``.
+        before: number of matrices, and of their columns, ahead of this one in the layout; the same on every rank that
+            shares it.
         owned: whether this rank keeps the state and takes the step; if not, another one does and sends the result.
     """
 
@@ -34,6 +36,7 @@ class Piece:
     peers: Peers | None = None
     columns: Range | None = None
     owned: bool = True
+    before: tuple[int, int] = (0, 0)
 
     @property
     def numel(self) -> int:

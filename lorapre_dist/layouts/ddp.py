@@ -5,7 +5,8 @@ A matrix is stepped by one rank, a vector by each rank in part; then each sends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,31 +14,34 @@ import torch.distributed as dist
 
 from ..core.interval import equal_ranges
 from .base import Layout, Piece, Send, Unit
+from .matrices import LowRank, expert_name
 
 Named = Iterable[tuple[str, torch.Tensor, int]]
 
 
-def layout(named: Named, group: Any, is_low_rank: Callable[[str, tuple[int, ...], int], bool]) -> Layout:
-    """Matrices to ranks, balanced by elements (hence by time), largest first; other parameters in equal parts.
-
-    Args:
-        is_low_rank: of name, shape and index of the parameter group.
-    """
+def layout(named: Named, group: Any, is_low_rank: LowRank) -> Layout:
+    """Matrices to ranks, balanced by elements (hence by time), largest first; other parameters in equal parts."""
     named, size, rank = list(named), dist.get_world_size(group), dist.get_rank(group)
-    matrices = [(n, p) for n, p, i in named if is_low_rank(n, tuple(p.shape), i)]
+    matrices = {n: _matrices(n, tuple(p.shape)) for n, p, i in named if is_low_rank(n, tuple(p.shape), i)}
     owner, load = {}, [0] * size
-    for name, p in sorted(matrices, key=lambda pair: -pair[1].numel()):
+    for name, shape in sorted((m for found in matrices.values() for m in found), key=lambda m: -math.prod(m[1])):
         owner[name] = load.index(min(load))
-        load[owner[name]] += p.numel()
+        load[owner[name]] += math.prod(shape)
     made = Layout("DDP, sharded state", world_size=size, group=group)
     for name, p, index in named:
         shape, unit = tuple(p.shape), Unit(p, index, [])
-        ranges = equal_ranges(p.numel(), size)
-        if name in owner:
-            ranges = tuple((0, p.numel() if k == owner[name] else 0) for k in range(size))
-        for k, (start, stop) in enumerate(ranges):
+        for k, (matrix, sides) in enumerate(matrices.get(name, ())):
+            numel = math.prod(sides)
+            unit.pieces.append(Piece(matrix, sides, 0, numel, k * numel, owned=owner[matrix] == rank))
+            made.sends.append(Send(owner[matrix], p, k * numel, (k + 1) * numel))
+        for k, (start, stop) in enumerate(() if name in matrices else equal_ranges(p.numel(), size)):
             if start < stop:
                 unit.pieces.append(Piece(name, shape, start, stop, start, owned=k == rank))
                 made.sends.append(Send(k, p, start, stop))
         made.units.append(unit)
     return made
+
+
+def _matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and sides of the matrices in a low-rank parameter: itself, or those of a stack."""
+    return [(name, shape)] if len(shape) == 2 else [(expert_name(name, e), shape[1:]) for e in range(shape[0])]

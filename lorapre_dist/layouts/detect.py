@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 from ..config import ConfigError
 from . import ddp, dtensor, fsdp1, whole
 from .base import Layout
+from .matrices import LowRank
 
 Named = Iterable[tuple[str, torch.Tensor, int]]
 
 
-def layout(named: Named, shard_state: bool, is_low_rank: Callable[[str, tuple[int, ...], int], bool]) -> Layout:
+def layout(named: Named, shard_state: bool, is_low_rank: LowRank) -> Layout:
     """The layout of (name, tensor, index of its group); a collective where ``torch.distributed`` is initialised.
 
     Args:

@@ -44,7 +44,7 @@ def layout(named: Iterable[tuple[str, torch.Tensor, int]]) -> Layout:
             piece = Piece(name, shape, 0, p.numel(), 0)
         else:
             peers = None
-            if held.group is not None and len(shape) == 2:
+            if held.group is not None and len(shape) in (2, 3):
                 split = any(columns is not None for _, columns in ranges[name])
                 rows = tuple(row_range for row_range, _ in ranges[name])
                 peers = Peers(held.group, rows, dist.get_rank(held.group), split)

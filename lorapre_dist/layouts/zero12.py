@@ -23,7 +23,7 @@ def flat_group(flat: torch.Tensor, group_index: int, placed: Placed, partition_s
             overlap(offset, offset + numel, k * partition_size, (k + 1) * partition_size) for k in range(groups.size)
         ]
         start, stop = ranges[groups.rank]
-        peers = groups.peers(ranges) if len(shape) == 2 else None
+        peers = groups.peers(ranges) if len(shape) in (2, 3) else None
         if start < stop:
             at = offset + start - groups.rank * partition_size
             pieces.append(Piece(name, shape, start, stop, at, peers))

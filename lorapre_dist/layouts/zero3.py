@@ -21,7 +21,7 @@ def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
         for p in zero.fp16_groups[i]:
             part, numel = p.partition_numel(), p.ds_numel
             ranges = tuple((min(numel, k * part), min(numel, (k + 1) * part)) for k in range(size))
-            peers = Peers(group, ranges, rank) if size > 1 and len(p.ds_shape) == 2 else None
+            peers = Peers(group, ranges, rank) if size > 1 and len(p.ds_shape) in (2, 3) else None
             pieces.append(Piece(names[p], tuple(p.ds_shape), *ranges[rank], offset, peers))
             offset += part
         made.units.append(Unit(flat, zero.sub_group_to_group_id[i], pieces))

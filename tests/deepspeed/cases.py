@@ -29,6 +29,7 @@ SHAPES = {
     "layers.0.o_proj": (19, 29),
     "layers.1.up_proj": (37, 22),
     "layers.1.bias": (5,),
+    "layers.1.experts.up_proj": (3, 14, 11),
     "layers.1.sometimes.down_proj": (22, 25),
     "embed": (13, 11),
 }
@@ -108,7 +109,8 @@ def dense_path(
     """The reference's parameters at the start and after each step; the same tensors every time."""
     model = Net()
     theta = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
-    state = oracle.init(theta, config, lambda n, p: p.ndim == 2 and "proj" in n and 0 < config.rank < min(p.shape))
+    matrices = oracle.each_expert(theta)
+    state = oracle.init(matrices, config, lambda n, p: p.ndim == 2 and "proj" in n and 0 < config.rank < min(p.shape))
     taken = 0
     yield theta
     for step in range(steps):
@@ -120,7 +122,7 @@ def dense_path(
             factor = min(1.0, float(clip / (norm + 1e-6)))
             grads = {n: g * factor for n, g in grads.items()}
         now = replace(config, lr=config.lr * (factor_at(taken) if schedule else 1.0))
-        oracle.step(theta, grads, state, now)
+        oracle.step(matrices, oracle.each_expert(grads), state, now)
         taken += 1
         yield theta
 

@@ -25,6 +25,7 @@ from tests import oracle
 
 # Odd shapes; with three or four ranks some hold one row, or nothing, of the small ones.
 SHAPES = {"q_proj": (24, 12), "up_proj": (37, 12), "down_proj": (12, 37), "o_proj": (7, 13), "k_proj": (3, 40)}
+EXPERTS = (5, 9, 8)
 OPTIONS: dict[str, Any] = {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)}
 
 
@@ -42,9 +43,13 @@ class Net(nn.Module):
                 layer.bias.copy_(torch.randn(p, generator=generator) / 8)
             self.layers[name] = layer
         self.norm = nn.LayerNorm(5, dtype=dtype)
+        experts = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(9)) / 8
+        self.mlp = nn.ParameterDict({"experts": nn.Parameter(experts.to(dtype))})
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         total = self.norm(batch["norm"]).square().sum()
+        out = torch.einsum("epq,bq->bep", self.mlp["experts"], batch["experts"])
+        total = total + (out * batch["experts.slope"]).sum() + 0.05 * out.square().sum()
         for name, layer in self.layers.items():
             out = layer(batch[name])
             out = out.full_tensor() if isinstance(out, DTensor) else out
@@ -55,6 +60,8 @@ class Net(nn.Module):
 def batch_of(step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     batch = {"norm": torch.randn(3, 5, generator=generator)}
+    batch["experts"] = torch.randn(6, EXPERTS[2], generator=generator)
+    batch["experts.slope"] = torch.randn(6, *EXPERTS[:2], generator=generator)
     for name, (p, q) in SHAPES.items():
         batch[name] = torch.randn(6, q, generator=generator)
         batch[f"{name}.slope"] = torch.randn(6, p, generator=generator)
@@ -66,11 +73,12 @@ def dense_path(steps: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     config = LoRAPreConfig(**options)
     model = Net(torch.float64)
     theta = {n: p.data for n, p in model.named_parameters()}
-    state = oracle.init(theta, config, lambda _, p: p.ndim == 2 and min(p.shape) > config.rank)
+    matrices = oracle.each_expert(theta)
+    state = oracle.init(matrices, config, lambda _, p: p.ndim == 2 and min(p.shape) > config.rank)
     for step in range(steps):
         model.zero_grad()
         model(batch_of(step, torch.float64)).backward()
-        oracle.step(theta, {n: p.grad for n, p in model.named_parameters()}, state, config)
+        oracle.step(matrices, oracle.each_expert({n: p.grad for n, p in model.named_parameters()}), state, config)
     return theta
 
 

@@ -76,6 +76,20 @@ def test_small_buckets_and_blocks_change_nothing(world):
         assert max(result["errors"].values()) <= FP64, result["errors"]
 
 
+def test_buckets_where_each_rank_holds_other_matrices_between_the_shared_ones():
+    """As in FSDP1, whose flat parameters cut several matrices between the same two ranks."""
+    some = []
+    for k, (p, q) in enumerate([(6, 10), (8, 14), (5, 7), (9, 6)]):
+        n = p * q
+        some += [(f"01.{k}", (p, q), cuts(n, n // 3, n)), (f"12.{k}", (p, q), cuts(n, 0, n // 2))]
+        whole = [cuts(n, n, n), cuts(n, 0, n), cuts(n, 0, 0)][: k % 3 + 1]
+        some += [(f"rank {rank}.{k}", (p, q), ranges) for rank, ranges in enumerate(whole)]
+    for bucket in (3000, 8000):
+        results = run_ranks(3, core_case, matrices=some, options={"rank": 4, "lr": 0.01}, steps=3, bucket=bucket)
+        for result in results:
+            assert max(result["errors"].values()) <= FP64, result["errors"]
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_matrix_without_gradient_for_long_goes_on_as_the_reference(world):
     """With beta1 = 0.2, A shrinks by 1e-10 in 28 steps without gradient and is brought back to size, on every rank."""

@@ -116,7 +116,7 @@ def test_bare_tensors_below_the_rank_are_refused_because_of_the_rank():
     ("options", "words"),
     [
         ({"rank": 12}, r"^rank=12: larger than what any selected matrix allows; the largest is q_proj.weight \(12 x 8"),
-        ({"rank": 4, "target_modules": "nope"}, "^target_modules='nope': matches no 2-D parameter"),
+        ({"rank": 4, "target_modules": "nope"}, "^target_modules='nope': matches no matrix"),
         ({"rank": 4, "rank_v": 99}, "^rank_v=99: larger than"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_model_of_frozen_matrices_is_refused():
     model = Toy()
     for name in LOW_RANK | {"k_proj.weight", "up_proj.weight"}:
         model.get_parameter(name).requires_grad_(False)
-    with pytest.raises(ConfigError, match="the default target_modules: matches no 2-D parameter"):
+    with pytest.raises(ConfigError, match="the default target_modules: matches no matrix"):
         LoRAPre(model.named_parameters(), rank=2)
 
 

@@ -152,7 +152,9 @@ def test_a_bad_expression_is_named(targets):
         ((8, 9), 8, 1, False),
         ((9, 9), 0, 1, False),
         ((9,), 1, 1, False),
-        ((9, 9, 9), 1, 1, False),
+        ((2, 9, 9), 1, 1, True),  # a stack of two
+        ((9, 9, 2), 2, 1, False),
+        ((9, 9, 9, 9), 1, 1, False),
         ((9, 9), 4, 9, True),  # rank_v may be as large as the matrix
         ((9, 9), 4, 10, False),
     ],
@@ -209,14 +211,14 @@ def test_a_rank_v_that_no_selected_matrix_allows_is_named_itself():
 
 def test_targets_that_match_nothing_show_what_there_is():
     message = explain_no_match(SHAPES, 4, ["k_proj"])
-    assert message.startswith("target_modules=['k_proj']: matches no 2-D parameter of this model")
-    assert "(3 2-D parameters: embed.weight, a.q_proj.weight, b.up_proj.weight)" in message
+    assert message.startswith("target_modules=['k_proj']: matches no matrix of this model")
+    assert "(3 2-D or 3-D parameters: embed.weight, a.q_proj.weight, b.up_proj.weight)" in message
 
 
 def test_defaults_that_match_nothing_and_many_names():
     message = explain_no_match([(f"x{i}", (8, 8)) for i in range(9)], 4, None)
-    assert message.startswith("the default target_modules: matches no 2-D parameter of this model")
-    assert "(9 2-D parameters: x0, x1, x2, x3, ...)" in message
+    assert message.startswith("the default target_modules: matches no matrix of this model")
+    assert "(9 2-D or 3-D parameters: x0, x1, x2, x3, ...)" in message
 
 
 def test_a_model_without_matrices():
@@ -256,9 +258,9 @@ def test_param_groups_take_targets_leave_out_frozen_and_need_no_rest():
     model["b"].weight.requires_grad_(False)
     groups = param_groups(model, ["a"])
     assert [[n for n, _ in g["params"]] for g in groups] == [["a.weight"]]
-    with pytest.raises(ConfigError, match=r"target_modules=\['b'\]: matches no 2-D parameter"):
+    with pytest.raises(ConfigError, match=r"target_modules=\['b'\]: matches no matrix"):
         param_groups(model, ["b"])
-    with pytest.raises(ConfigError, match="the default target_modules: matches no 2-D parameter"):
+    with pytest.raises(ConfigError, match="the default target_modules: matches no matrix"):
         param_groups(model)
 
 
