@@ -15,12 +15,14 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lorapre_dist import LoRAPre
 from lorapre_dist.bench.shapes import projections
 from lorapre_dist.config import ConfigError, LoRAPreConfig
+from lorapre_dist.layouts.base import local
 from tests import oracle
 
 # Odd shapes; with three or four ranks some hold one row, or nothing, of the small ones.
@@ -161,6 +163,37 @@ def equality_case(
         "state": report.state_bytes,
         "calls": dict(optimizer.comm.calls),
     }
+
+
+def habits_case(rank: int, world_size: int, *, layout: str) -> dict[str, Any]:
+    """A compiled model under a layout, a gradient scaler, a schedule, hooks: the distance to the reference.
+
+    In the fourth step one rank's gradient overflows, so that no rank steps.
+    """
+    model = torch.compile(wrapped(layout, Net(), world_size), backend="eager")
+    optimizer = LoRAPre(model.named_parameters(), **OPTIONS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    scaler = ShardedGradScaler(device="cpu", init_scale=2.0**10, growth_interval=100)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    taken = 0
+    while taken < 5:
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(model(batch_of(taken, torch.float32))).backward()
+        if len(calls) == 6 and scaler.get_scale() == 2.0**10 and rank == world_size - 1:
+            next(p for p in model.parameters() if p.grad is not None and local(p.grad).numel()).grad.mul_(torch.inf)
+        before = len(calls)
+        scaler.step(optimizer)
+        scaler.update()
+        if len(calls) > before:
+            taken += 1
+            schedule.step()
+    got = {n.removeprefix("_orig_mod."): p for n, p in full_parameters(layout, model).items()}
+    got = {n.removeprefix("module."): p for n, p in got.items()}
+    want = dense_path(5, OPTIONS)
+    errors = [float((got[n].double() - want[n]).norm() / want[n].norm()) for n in want]
+    return {"error": max(errors), "calls": calls, "scale": scaler.get_scale()}
 
 
 def state_case(rank: int, world_size: int, *, model: str, lora_rank: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from lorapre_dist.bench.memory import closed_form
 from lorapre_dist.bench.shapes import projections
 
 from .harness import run_ranks
-from .native_cases import equality_case, policy_case, refused_case, state_case
+from .native_cases import equality_case, habits_case, policy_case, refused_case, state_case
 
 WORLDS = {
     "fsdp2": (1, 2, 3, 4),
@@ -37,6 +37,13 @@ def test_parameters_match_reference_in_fp32(layout, world, options):
     """The printed damping amplifies rounding where a gradient is nearly low-rank, as it is here: hence another one."""
     for result in run_ranks(world, equality_case, layout=layout, dtype=torch.float32, steps=20, options=options):
         assert result["error"] <= 1e-5, (result["name"], result["error"])
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp1", "ddp"])
+def test_compiled_models_gradient_scalers_schedules_and_hooks(layout):
+    for result in run_ranks(2, habits_case, layout=layout):
+        assert result["error"] <= 1e-5
+        assert result["calls"] == ["pre", "post"] * 5 and result["scale"] == 2.0**9
 
 
 @pytest.mark.parametrize("world", [2, 4])
