@@ -24,11 +24,12 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from . import upstream
+from .awaiting import building_under_engine
 from .checkpoint import engine as checkpoints
 from .config import ConfigError, LoRAPreConfig
 from .layouts import whole, zero3, zero12
 from .layouts.base import Layout
-from .optimizer import LoRAPre, building_under_engine
+from .optimizer import LoRAPre
 from .param_groups import clean_name
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"LoRAPre": LoRAPre}
