@@ -225,6 +225,11 @@ class MomentumConfig(LowRankConfig):
         _number("adamw_eps", self.adamw_eps, low=0.0)
         _number("adamw_weight_decay", self.adamw_weight_decay, low=0.0)
 
+    def adamw(self, base_lr: float) -> LoRAPreConfig:
+        """Settings of AdamW for all other parameters, where ``lr`` began as ``base_lr``."""
+        lr = self.adamw_lr * (self.lr / base_lr if base_lr else 1.0)
+        return LoRAPreConfig(lr, self.adamw_weight_decay, betas=self.adamw_betas, eps=self.adamw_eps)
+
     @property
     def decay(self) -> float:
         """Of the factored momentum, per step."""
@@ -290,6 +295,57 @@ class LoRAPreMuonConfig(MomentumConfig):
         if self.adjust_lr_fn == "match_rms_adamw":
             return self.lr * 0.2 * math.sqrt(max(p, q))
         return self.lr * math.sqrt(max(1.0, p / q))
+
+
+@dataclass(frozen=True)
+class LoRAPreSGDConfig(MomentumConfig):
+    """Settings of :class:`lorapre_dist.LoRAPreSGD`: ``torch.optim.SGD`` with momentum, but decoupled weight decay.
+
+    Attributes:
+        momentum: of the heavy-ball momentum ``m = momentum * m + g``.
+        nesterov: as in ``torch.optim.SGD``.
+        residual: times ``1 / (1 - momentum)``; default 0.3.
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    optimizer = "LoRAPreSGD"
+
+    def _check_numbers(self) -> None:
+        super()._check_numbers()
+        _number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
+        _boolean("nesterov", self.nesterov)
+
+    @property
+    def decay(self) -> float:
+        """Of the heavy-ball momentum."""
+        return self.momentum
+
+
+@dataclass(frozen=True)
+class LoRAPreLionConfig(MomentumConfig):
+    """Settings of :class:`lorapre_dist.LoRAPreLion` (arXiv 2302.06675, with a low-rank momentum).
+
+    Attributes:
+        betas: weight of the momentum in the update, and its decay; each in [0, 1).
+        residual: default 0.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    optimizer = "LoRAPreLion"
+    default_residual = 0.0
+
+    def _check_numbers(self) -> None:
+        super()._check_numbers()
+        _pair("betas", self.betas, low=0.0, high=1.0, high_open=True)
+
+    @property
+    def decay(self) -> float:
+        """Of the momentum."""
+        return self.betas[1]
 
 
 def check_expression(entry: str) -> None:

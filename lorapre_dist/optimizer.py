@@ -55,12 +55,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     config_class: ClassVar[type[LowRankConfig]]
     core: ClassVar[ModuleType]
+    workspace_limits: ClassVar[Workspace] = Workspace()
 
     def __init__(self, params: Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
         lr = options.get("lr", self.config_class.lr)
         self.config = self.config_class.from_params({**options, "lr": _number(lr)})
         self.comm = Comm()
-        self.workspace = Workspace()
+        self.workspace = replace(self.workspace_limits)
         self.shard_state = shard_state
         self.layout: Layout | None = None
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
@@ -313,8 +314,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._ensure_bound()
         assert self.layout is not None
         matrices = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
-        workspace = self.core.workspace_bytes(matrices, self.workspace)
+        workspace = self.workspace_bytes(matrices)
         return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, workspace)
+
+    def workspace_bytes(self, matrices: list[Matrix]) -> int:
+        """Bound on what a step on these matrices allocates for itself."""
+        bytes: int = self.core.workspace_bytes(matrices, self.workspace)
+        return bytes
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """This rank's state by parameter name: tensors, and plain numbers that say what they belong to."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,7 +89,12 @@ class Work:
         return self.moments[1]
 
 
-_T = TypeVar("_T", Item, Work)
+class _HasMatrix(Protocol):
+    @property
+    def matrix(self) -> Matrix: ...
+
+
+_T = TypeVar("_T", bound=_HasMatrix)
 
 
 def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:

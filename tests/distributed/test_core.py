@@ -110,3 +110,30 @@ def test_core_matches_reference_fp32(world):
     for result in results:
         theta = {name: error for name, error in result["errors"].items() if "." not in name}
         assert max(theta.values(), default=0) <= FP32, theta
+
+
+MUON = {
+    "nesterov": {"rank": 4, "lr": 0.01},
+    "options": {"rank": 4, "lr": 0.01, "nesterov": False, "residual": 0.3, "adjust_lr_fn": "match_rms_adamw"},
+    "paper": {"rank": 3, "lr": 0.01, "variant": "paper", "damping": 1e-3, "ns_steps": 3},
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("bucket", [None, 1], ids=["cheapest-form", "rows-or-columns"])
+def test_muon_matches_reference_fp64(world, bucket):
+    """With blocks of 256 bytes no matrix may be assembled, so the Grams are summed over the ranks."""
+    for options in MUON.values():
+        results = run_ranks(
+            world,
+            core_case,
+            matrices=matrices(world),
+            options=options,
+            steps=STEPS,
+            bucket=bucket,
+            optimizer="LoRAPreMuon",
+        )
+        for result in results:
+            assert max(result["errors"].values()) <= FP64, result["errors"]
+            assert world == 1 or bucket is None or "reduce Gram" in result["calls"]
+            assert world > 1 or not result["calls"]

@@ -1,0 +1,294 @@
+"""Orthogonalise matrices that lie in pieces on several ranks, without assembling any.
+
+Each matrix is brought into one of three forms (:func:`choose`), for which only some of its elements have to move:
+
+    rows     whole rows on each rank, as nearly all layouts have them already; its Gram is q x q
+    columns  a block of columns on each rank; its Gram is p x p
+    whole    all of it on one rank, only where it is no larger than one row block of the workspace
+
+The ranks' Grams are summed on one rank, matrix by matrix another one, which iterates there (``newton_schulz.py``) and
+sends the polynomial to the others: as many bytes as an all-reduce of the Gram, and no iteration is done twice. A matrix
+that this rank owns whole takes the same path without the collectives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .comm import Comm
+from .exchange import by_group
+from .factors import Matrix, Peers
+from .interval import column_block
+from .newton_schulz import NewtonSchulz, gram, iteration_dtype, packed, packed_numel, polynomial, unpacked
+from .transfer import Rectangle, Transfer
+
+#: Flops that a rank does in the time of sending one byte: 5e12 a second beside 50 GB a second between GPUs (an H100 on
+#: its fp16 units has more of both), 5e10 beside 0.5 GB a second for a CPU core.
+FLOPS_PER_BYTE = 100
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of orthogonalising one p x q matrix in one form, per rank on average: elements sent, and flops."""
+
+    elements: float
+    flops: float
+
+    def total(self, itemsize: int) -> float:
+        """In bytes: flops count as what could have been sent meanwhile."""
+        return self.elements * itemsize + self.flops / FLOPS_PER_BYTE
+
+
+def cost(form: str, shape: tuple[int, int], ranks: int, segments: list[int], moved: bool) -> Cost:
+    """The cost of a form (also of ``"gather"``: every rank gathers all of it and works for itself).
+
+    Args:
+        moved: whether the matrix has to be brought into the form (row shards into columns, or the reverse).
+
+    A Gram of side n takes ``n^2 l`` flops by its symmetry (l the other side), the polynomial of s iterations about
+    ``(4 s - 3) n^3``, its product with X ``2 n^2 l``.
+    """
+    p, q = shape
+    n, other = (q, p) if form == "rows" or (form != "columns" and q <= p) else (p, q)
+    flops = sum(3 * n * n * other + (4 * s - 3) * n**3 for s in segments)
+    away = (ranks - 1) / ranks
+    if form == "gather":
+        return Cost(away * p * q, flops)
+    there_and_back = 2 * away * p * q / ranks if moved else 0.0
+    grams = 0.0 if form == "whole" else 2 * away * packed_numel(n) * len(segments)
+    return Cost(there_and_back + grams, flops / ranks)
+
+
+def choose(shape: tuple[int, int], ranks: int, segments: list[int], split: str, itemsize: int, limit: int) -> str:
+    """The cheapest form of a p x q matrix that lies in ``split`` (``"rows"``, ``"columns"``, or ``"both"``).
+
+    Args:
+        limit: bytes up to which a matrix may be assembled on one rank.
+    """
+    forms = ["rows", "columns"] + (["whole"] if shape[0] * shape[1] * itemsize <= limit else [])
+    return min(forms, key=lambda form: cost(form, shape, ranks, segments, form != split).total(itemsize))
+
+
+def split_of(peers: Peers, shape: tuple[int, int]) -> str:
+    """How a matrix lies on its ranks: in ``"rows"`` (perhaps cut inside), in ``"columns"``, or in ``"both"``."""
+    if peers.columns is None:
+        return "rows"
+    return "columns" if all(r == (0, shape[0] * shape[1]) for r in peers.ranges) else "both"
+
+
+def targets(form: str, peers: Peers, shape: tuple[int, int], owner: int) -> list[Rectangle]:
+    """Each rank's rectangle of a form: what it holds already where possible, else equal blocks."""
+    (p, q), size = shape, len(peers.ranges)
+    split = split_of(peers, shape)
+    if form == "whole":
+        return [Rectangle(0, p if k == owner else 0, 0, q) for k in range(size)]
+    if form == "rows":
+        # A row that is cut between ranks goes to where its first element lies.
+        held = [(-(-start // q), -(-stop // q)) for start, stop in peers.ranges]
+        blocks = held if split == "rows" else [column_block(p, size, k) for k in range(size)]
+        return [Rectangle(*rows, 0, q) for rows in blocks]
+    columns = peers.columns if split == "columns" else None
+    return [Rectangle(0, p, *c) for c in columns or [column_block(q, size, k) for k in range(size)]]
+
+
+def transient_bytes(matrix: Matrix, segments: list[int], limit: int) -> int:
+    """Bytes of one matrix: the piece of m, what is sent and received, X twice, its Gram, packed, and four products.
+
+    The same on every rank that shares the matrix.
+    """
+    (p, q), peers, size = matrix.interval.shape, matrix.peers, matrix.dtype.itemsize
+    piece = X = p * q
+    side = min(p, q)
+    if peers is not None:
+        form = choose((p, q), matrix.parts, segments, split_of(peers, (p, q)), size, limit)
+        side = {"rows": q, "columns": p}.get(form, side)
+        piece = max(stop - start for start, stop in peers.ranges)
+        X = max(math.prod(target.shape) for target in targets(form, peers, (p, q), 0))
+    return (2 * piece + 3 * X + 6 * side * side) * size
+
+
+@dataclass
+class Task:
+    """One matrix on its way: this rank's piece (1-D), its form, who iterates, and X in that form.
+
+    Attributes:
+        wide: the Gram is ``X X^T``.
+    """
+
+    matrix: Matrix
+    piece: Tensor
+    form: str = "whole"
+    owner: int = 0
+    transfer: Transfer | None = None
+    X: Tensor = field(init=False)
+    G: Tensor = field(init=False)
+    norm: Tensor = field(init=False)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the Gram is that of the rows."""
+        p, q = self.matrix.interval.shape
+        return self.form == "columns" or (self.form == "whole" and p < q)
+
+    @property
+    def side(self) -> int:
+        """Rows of the Gram."""
+        p, q = self.matrix.interval.shape
+        return p if self.wide else q
+
+    @property
+    def shared(self) -> bool:
+        """Whether several ranks hold parts of X."""
+        return self.matrix.peers is not None and self.form != "whole"
+
+    @property
+    def iterates(self) -> bool:
+        """Whether this rank takes the iterations."""
+        return self.matrix.peers is None or self.matrix.peers.index == self.owner
+
+
+def orthogonalise(
+    pieces: list[tuple[Matrix, Tensor]], settings: NewtonSchulz, comm: Comm, limit: int, bucket: int
+) -> None:
+    """Replace each rank's pieces (1-D) of its matrices by those of the orthogonalised matrices; a collective.
+
+    Args:
+        limit: bytes up to which a matrix may be assembled on one rank.
+        bucket: bytes of a collective.
+    """
+    tasks = _tasks(pieces, settings, limit)
+    _to_form(tasks, comm)
+    _normalise(tasks, settings, comm)
+    for steps in settings.segments():
+        for task in tasks:
+            task.G = gram(task.X, task.wide).to(task.piece.dtype)
+        _polynomials(tasks, steps, settings, comm, bucket)
+        for task in tasks:
+            task.X = task.G @ task.X if task.wide else task.X @ task.G
+    _from_form(tasks, comm)
+
+
+def _tasks(pieces: list[tuple[Matrix, Tensor]], settings: NewtonSchulz, limit: int) -> list[Task]:
+    """Forms and owners, the same on every rank that shares a matrix: each takes the one with least to do so far."""
+    tasks = [Task(matrix, piece) for matrix, piece in pieces]
+    for _, shared in by_group(tasks):
+        load = [0.0] * shared[0].matrix.parts
+        for task in shared:
+            matrix = task.matrix
+            peers, shape = matrix.peers, matrix.interval.shape
+            assert peers is not None
+            split, size = split_of(peers, shape), matrix.dtype.itemsize
+            task.form = choose(shape, matrix.parts, settings.segments(), split, size, limit)
+            task.owner = load.index(min(load))
+            load[task.owner] += task.side**3
+            task.transfer = Transfer(matrix, targets(task.form, peers, shape, task.owner))
+    return tasks
+
+
+def _moved(tasks: list[Task]) -> list[Task]:
+    """Tasks some of whose elements lie on another rank than in their form; the same on every rank."""
+    moved = []
+    for task in tasks:
+        peers, shape = task.matrix.peers, task.matrix.interval.shape
+        if peers is not None and (task.form != split_of(peers, shape) or (task.form == "rows" and _cut(peers, shape))):
+            moved.append(task)
+    return moved
+
+
+def _cut(peers: Peers, shape: tuple[int, int]) -> bool:
+    return bool(peers.cut_rows(shape))
+
+
+def _to_form(tasks: list[Task], comm: Comm) -> None:
+    """X of every task from this rank's piece and what the others send: one all-to-all a group."""
+    moved = {id(task) for task in _moved(tasks)}
+    for task in tasks:
+        shape = task.matrix.interval.shape if task.transfer is None else task.transfer.mine.shape
+        if id(task) not in moved:
+            task.X = task.piece.view(shape)
+        else:
+            task.X = task.piece.new_empty(shape)
+    _exchange([t for t in tasks if id(t) in moved], comm, back=False)
+
+
+def _from_form(tasks: list[Task], comm: Comm) -> None:
+    moved = {id(task) for task in _moved(tasks)}
+    for task in tasks:
+        task.X = task.X.to(task.piece.dtype)
+        if id(task) not in moved:
+            task.piece.copy_(task.X.reshape(-1))
+    _exchange([t for t in tasks if id(t) in moved], comm, back=True)
+
+
+def _exchange(tasks: list[Task], comm: Comm, back: bool) -> None:
+    """Move parts between pieces and targets; one all-to-all a group."""
+    waits = []
+    for group, shared in by_group(tasks):
+        size = shared[0].matrix.parts
+        out, room = [], []
+        for k in range(size):
+            leaving = [part for t in shared for part in _parts(t, k, back, leaving=True)]
+            arriving = [part for t in shared for part in _parts(t, k, back, leaving=False)]
+            out.append(leaving)
+            room.append(arriving)
+        me = shared[0].transfer.index  # type: ignore[union-attr]
+        for source, target in zip(out[me], room[me], strict=True):
+            target.copy_(source)
+        out[me], room[me] = [], []
+        waits.append(comm.all_to_all(out, room, group, "return update" if back else "move m"))
+    for wait in waits:
+        wait()
+
+
+def _parts(task: Task, k: int, back: bool, leaving: bool) -> list[Tensor]:
+    """Views of what goes to rank k, or comes from it."""
+    assert task.transfer is not None
+    if leaving == back:
+        return task.transfer.in_target(task.X, k)
+    return task.transfer.in_piece(task.piece, k)
+
+
+def _normalise(tasks: list[Task], settings: NewtonSchulz, comm: Comm) -> None:
+    """Divide by the Frobenius norm of the whole matrix: one number per matrix that is summed over the ranks."""
+    for task in tasks:
+        task.norm = torch.linalg.vector_norm(task.X).square_().view(1)
+    waits = []
+    for group, shared in by_group([t for t in tasks if t.shared]):
+        waits.append((comm.all_reduce(torch.cat([t.norm for t in shared]), group, "norm"), shared))
+    for wait, shared in waits:
+        for task, norm in zip(shared, wait().split(1), strict=True):
+            task.norm = norm
+    for task in tasks:
+        scale = 1 / task.norm.sqrt().clamp_min(settings.eps)
+        task.X = (task.X * scale).to(iteration_dtype(task.X.device, task.X.dtype))
+
+
+def _polynomials(tasks: list[Task], steps: int, settings: NewtonSchulz, comm: Comm, bucket: int) -> None:
+    """From each rank's Gram to Q: summed on the owner, iterated there, sent to all."""
+    shared = by_group([t for t in tasks if t.shared])
+    sums: list[tuple[Any, list[tuple[int, Tensor]], list[Task]]] = []
+    for group, some in shared:
+        parts = [(t.owner, packed(t.G)) for t in some]
+        comm.reduce(parts, group, "reduce Gram", bucket)
+        sums.append((group, parts, some))
+    for _, parts, some in sums:
+        for task, (_, flat) in zip(some, parts, strict=True):
+            if task.iterates:
+                task.G = unpacked(flat, task.side)
+    for task in tasks:
+        if task.iterates:
+            task.G = polynomial(task.G.to(task.X.dtype), steps, settings.coefficients)
+    for group, some in shared:
+        parts = []
+        for t in some:
+            sent = packed(t.G) if t.iterates else t.X.new_empty(packed_numel(t.side))
+            parts.append((t.owner, sent))
+        comm.broadcast(parts, group, "broadcast polynomial", bucket)
+        for task, (_, flat) in zip(some, parts, strict=True):
+            if not task.iterates:
+                task.G = unpacked(flat, task.side)
