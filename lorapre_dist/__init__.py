@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from . import reference
-from .config import ConfigError, LoRAPreConfig, LoRAPreLionConfig, LoRAPreMuonConfig, LoRAPreSGDConfig
-from .optimizers import LoRAPre, LoRAPreLion, LoRAPreMuon, LoRAPreSGD
+from .config import (
+    ConfigError,
+    LoRAPreAdafactorConfig,
+    LoRAPreConfig,
+    LoRAPreLionConfig,
+    LoRAPreMuonConfig,
+    LoRAPreSGDConfig,
+)
+from .optimizers import LoRAPre, LoRAPreAdafactor, LoRAPreLion, LoRAPreMuon, LoRAPreSGD
 from .param_groups import param_groups
 
 __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
     "LoRAPre",
+    "LoRAPreAdafactor",
+    "LoRAPreAdafactorConfig",
     "LoRAPreConfig",
     "LoRAPreLion",
     "LoRAPreLionConfig",

@@ -157,13 +157,9 @@ class LoRAPreConfig(LowRankConfig):
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        _pair("betas", self.betas, low=0.0, high=1.0, high_open=True)
-        _number("eps", self.eps, low=0.0)
+        _check_adam(self)
         if self.rank_v is not None:
             _integer("rank_v", self.rank_v, low=1)
-        _number("scale", self.scale, low=0.0)
-        if self.max_update is not None:
-            _number("max_update", self.max_update, low=0.0, low_open=True)
         if self.gammas is not None:
             _pair("gammas", self.gammas, low=0.0, high=1.0, low_open=True)
 
@@ -187,9 +183,7 @@ class LoRAPreConfig(LowRankConfig):
     @property
     def resolved_max_update(self) -> float:
         """Bound on an element of the normalised update with the variant's default filled in."""
-        if self.max_update is not None:
-            return self.max_update
-        return math.inf if self.variant == "paper" else 3.0
+        return _max_update(self)
 
     @property
     def resolved_gammas(self) -> tuple[float, float]:
@@ -197,6 +191,45 @@ class LoRAPreConfig(LowRankConfig):
         if self.gammas is not None:
             return self.gammas
         return 1.0 - math.sqrt(self.betas[0]), 1.0 - self.betas[1] ** 0.25
+
+
+@dataclass(frozen=True)
+class LoRAPreAdafactorConfig(LowRankConfig):
+    """Settings of :class:`lorapre_dist.LoRAPreAdafactor`: as :class:`LoRAPreConfig`, without a low-rank second moment.
+
+    Attributes:
+        betas, eps, scale, max_update: as there; the second beta decays the means of ``g^2`` over rows and columns.
+        gamma: refresh rate of the factors, in (0, 1]; default ``1 - sqrt(beta1)``.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    scale: float = 0.25
+    max_update: float | None = None
+    gamma: float | None = None
+
+    optimizer = "LoRAPreAdafactor"
+
+    def _check_numbers(self) -> None:
+        super()._check_numbers()
+        _check_adam(self)
+        if self.gamma is not None:
+            _number("gamma", self.gamma, low=0.0, high=1.0, low_open=True)
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Means of ``g^2`` over rows and columns."""
+        return ("v_row", "v_col")
+
+    @property
+    def resolved_max_update(self) -> float:
+        """Bound on an element of the normalised update with the variant's default filled in."""
+        return _max_update(self)
+
+    @property
+    def resolved_gamma(self) -> float:
+        """Refresh rate with the coupling of the paper filled in."""
+        return self.gamma if self.gamma is not None else 1.0 - math.sqrt(self.betas[0])
 
 
 @dataclass(frozen=True)
@@ -346,6 +379,20 @@ class LoRAPreLionConfig(MomentumConfig):
     def decay(self) -> float:
         """Of the momentum."""
         return self.betas[1]
+
+
+def _check_adam(config: LoRAPreConfig | LoRAPreAdafactorConfig) -> None:
+    _pair("betas", config.betas, low=0.0, high=1.0, high_open=True)
+    _number("eps", config.eps, low=0.0)
+    _number("scale", config.scale, low=0.0)
+    if config.max_update is not None:
+        _number("max_update", config.max_update, low=0.0, low_open=True)
+
+
+def _max_update(config: LoRAPreConfig | LoRAPreAdafactorConfig) -> float:
+    if config.max_update is not None:
+        return config.max_update
+    return math.inf if config.variant == "paper" else 3.0
 
 
 def check_expression(entry: str) -> None:

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import LoRAPreConfig, LoRAPreLionConfig, LoRAPreMuonConfig, LoRAPreSGDConfig, LowRankConfig
+from .config import (
+    LoRAPreAdafactorConfig,
+    LoRAPreConfig,
+    LoRAPreLionConfig,
+    LoRAPreMuonConfig,
+    LoRAPreSGDConfig,
+    LowRankConfig,
+)
 
 
 def lorapre_adam_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreConfig) -> None:
@@ -85,6 +92,27 @@ def lorapre_lion_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config
     u = beta1 * B @ A + (1 - beta1) * g + config.resolved_residual * residual(A, g, config)
     state["m_B"], state["m_A"] = refresh(B, A, g, config.resolved_gamma, config)
     theta.mul_(1 - config.lr * config.weight_decay).sub_(config.lr * u.sign())
+
+
+def lorapre_adafactor_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreAdafactorConfig) -> None:
+    """One step of LoRA-Pre (Adam form) with Adafactor's second moment on one matrix, in place.
+
+    ``state`` has ``m_B``, ``m_A``, ``v_row`` (p), ``v_col`` (q) and ``step``.
+    """
+    beta1, beta2 = config.betas
+    state["step"] += 1
+    t = int(state["step"])
+    B, A = state["m_B"], state["m_A"]
+    m = (beta1 * B @ A + (1 - beta1) * g) / (1 - beta1**t)
+    m = m + config.resolved_residual * residual(A, g, config)
+    for name, dim in (("v_row", 1), ("v_col", 0)):
+        state[name].mul_(beta2).add_(g.square().mean(dim), alpha=1 - beta2)
+    level = state["v_col"].mean().clamp_min(torch.finfo(g.dtype).tiny)
+    v = torch.outer(state["v_row"], state["v_col"]) / level / (1 - beta2**t)
+    state["m_B"], state["m_A"] = refresh(B, A, g, config.resolved_gamma, config)
+    bound = config.resolved_max_update
+    theta.mul_(1 - config.lr * config.weight_decay)
+    theta.sub_(config.lr * config.scale * (m / (v.sqrt() + config.eps)).clamp(-bound, bound))
 
 
 def newton_schulz(u: Tensor, config: LoRAPreMuonConfig) -> Tensor:

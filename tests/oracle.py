@@ -9,6 +9,7 @@ import torch
 
 from lorapre_dist import reference
 from lorapre_dist.config import (
+    LoRAPreAdafactorConfig,
     LoRAPreConfig,
     LoRAPreLionConfig,
     LoRAPreMuonConfig,
@@ -23,6 +24,7 @@ STEPS: dict[type[LowRankConfig], Callable[..., None]] = {
     LoRAPreMuonConfig: reference.lorapre_muon_step,
     LoRAPreSGDConfig: reference.lorapre_sgd_step,
     LoRAPreLionConfig: reference.lorapre_lion_step,
+    LoRAPreAdafactorConfig: reference.lorapre_adafactor_step,
 }
 
 

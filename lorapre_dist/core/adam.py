@@ -121,7 +121,7 @@ def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) 
     else:
         torch.addmm(g, left, At.T, beta=fresh, out=m)
         _sqrt_(w.div_(bias2)).add_(hyper.eps)
-    _apply(block.theta, m, w, hyper)
+    apply(block.theta, m, w, hyper)
 
     regression.refresh_rows(work, work.m, block, g, Y, hyper.gammas[0], hyper)
     regression.refresh_rows(work, work.v, block, a, Yv, hyper.gammas[1], hyper)
@@ -155,7 +155,8 @@ def _sqrt_(w: Tensor) -> Tensor:
     return w.pow_(-0.5).reciprocal_() if w.device.type == "cpu" else w.sqrt_()
 
 
-def _apply(theta: Tensor, m: Tensor, denom: Tensor, hyper: Hyper) -> None:
+def apply(theta: Tensor, m: Tensor, denom: Tensor, hyper: Hyper) -> None:
+    """``theta -= lr (scale m / denom + weight_decay theta)``, the quotient clipped; ``m`` is overwritten."""
     wide = theta if theta.dtype == m.dtype else theta.to(m.dtype)
     if hyper.weight_decay:
         wide.mul_(1 - hyper.lr * hyper.weight_decay)

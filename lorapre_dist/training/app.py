@@ -53,7 +53,9 @@ def _quiet() -> None:
 
 def _check_optimizer(settings: Settings) -> None:
     name = settings.ds_config["optimizer"]["type"]
-    if name == "LoRAPre":
+    from lorapre_dist.optimizers import OPTIMIZERS
+
+    if name in OPTIMIZERS:
         from lorapre_dist.deepspeed import check_config
 
         check_config(settings.ds_config)
@@ -61,7 +63,7 @@ def _check_optimizer(settings: Settings) -> None:
     import torch
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    known = ["LoRAPre", *(n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type))]
+    known = [*OPTIMIZERS, *(n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type))]
     if name not in known and name.lower() not in DEEPSPEED_OPTIMIZERS:
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(f"optimizer.type {name!r} is unknown: did you mean {near[0] if near else 'LoRAPre'}?")

@@ -21,6 +21,7 @@ from lorapre_dist.checkpoint.folder import LATEST, checkpoints, partial, start
 from lorapre_dist.checkpoint.run import seal
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
+from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import ranks
 from lorapre_dist.training.data import Data, Stream
 from lorapre_dist.training.ds_json import precision, zero_stage
@@ -56,7 +57,7 @@ def identity(settings: Settings, data: Data) -> dict[str, Any]:
 
 
 def _ours(settings: Settings) -> bool:
-    return settings.ds_config["optimizer"]["type"].startswith("LoRAPre")
+    return settings.ds_config["optimizer"]["type"] in OPTIMIZERS
 
 
 def check_named(settings: Settings) -> None:

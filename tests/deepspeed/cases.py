@@ -213,6 +213,7 @@ OTHER_PARAMS: dict[str, dict[str, Any]] = {
     "LoRAPreMuon": {"lr": 0.01, "rank": 4, **_ADAMW},
     "LoRAPreSGD": {"lr": 0.01, "rank": 4, "weight_decay": 0.05, **_ADAMW},
     "LoRAPreLion": {"lr": 0.001, "rank": 4, "weight_decay": 0.05, **_ADAMW},
+    "LoRAPreAdafactor": PARAMS,
 }
 
 

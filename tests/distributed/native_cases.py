@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRAPreMuon": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "adamw_lr": 0.005, "adamw_weight_decay": 0.01},
     "LoRAPreSGD": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "nesterov": True},
     "LoRAPreLion": {"lr": 0.002, "rank": 2, "weight_decay": 0.05},
+    "LoRAPreAdafactor": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
 }
 
 

@@ -137,3 +137,22 @@ def test_muon_matches_reference_fp64(world, bucket):
             assert max(result["errors"].values()) <= FP64, result["errors"]
             assert world == 1 or bucket is None or "reduce Gram" in result["calls"]
             assert world > 1 or not result["calls"]
+
+
+OTHERS = {
+    "LoRAPreSGD": [{"rank": 4, "lr": 0.01, "nesterov": True}, {"rank": 3, "variant": "paper", "damping": 1e-3}],
+    "LoRAPreLion": [{"rank": 4, "lr": 0.001, "residual": 0.2}, {"rank": 3, "variant": "paper", "damping": 1e-3}],
+    "LoRAPreAdafactor": [
+        {"rank": 4, "lr": 0.01, "weight_decay": 0.1},
+        {"rank": 3, "variant": "paper", "damping": 1e-3},
+    ],
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_other_optimizers_match_reference_fp64(world, optimizer):
+    for options in OTHERS[optimizer]:
+        arguments = {"matrices": matrices(world), "options": options, "steps": STEPS, "optimizer": optimizer}
+        for result in run_ranks(world, core_case, **arguments):
+            assert max(result["errors"].values()) <= FP64, result["errors"]
