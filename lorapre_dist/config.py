@@ -1,24 +1,22 @@
-"""Settings of the optimizer: defaults, validation, and the JSON ``optimizer.params``."""
+"""Settings of the optimizers: defaults, validation, and the JSON ``optimizer.params``."""
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from .checks import ConfigError, boolean, check_expression, integer, number, pair, several
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+__all__ = ["ConfigError", "check_expression"]
+
 VARIANTS = ("stable", "paper")
 ADJUSTMENTS = ("original", "match_rms_adamw")
-
-
-class ConfigError(ValueError):
-    """Bad user input. The message is one line that names the value, what is allowed and what to do."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,15 @@ class LowRankConfig:
             check_expression(entry)
 
     def _check_numbers(self) -> None:
-        _number("lr", self.lr, low=0.0)
-        _number("weight_decay", self.weight_decay, low=0.0)
-        _integer("rank", self.rank, low=0)
+        number("lr", self.lr, low=0.0)
+        number("weight_decay", self.weight_decay, low=0.0)
+        integer("rank", self.rank, low=0)
         if self.residual is not None:
-            _number("residual", self.residual, low=0.0, high=1.0)
+            number("residual", self.residual, low=0.0, high=1.0)
         if self.damping is not None:
-            _number("damping", self.damping, low=0.0, low_open=True)
-        _number("init_std", self.init_std, low=0.0, low_open=True)
-        _integer("seed", self.seed, low=0)
+            number("damping", self.damping, low=0.0, low_open=True)
+        number("init_std", self.init_std, low=0.0, low_open=True)
+        integer("seed", self.seed, low=0)
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Self:
@@ -159,9 +157,9 @@ class LoRAPreConfig(LowRankConfig):
         super()._check_numbers()
         _check_adam(self)
         if self.rank_v is not None:
-            _integer("rank_v", self.rank_v, low=1)
+            integer("rank_v", self.rank_v, low=1)
         if self.gammas is not None:
-            _pair("gammas", self.gammas, low=0.0, high=1.0, low_open=True)
+            pair("gammas", self.gammas, low=0.0, high=1.0, low_open=True)
 
     @property
     def resolved_rank_v(self) -> int:
@@ -214,7 +212,7 @@ class LoRAPreAdafactorConfig(LowRankConfig):
         super()._check_numbers()
         _check_adam(self)
         if self.gamma is not None:
-            _number("gamma", self.gamma, low=0.0, high=1.0, low_open=True)
+            number("gamma", self.gamma, low=0.0, high=1.0, low_open=True)
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -252,11 +250,11 @@ class MomentumConfig(LowRankConfig):
     def _check_numbers(self) -> None:
         super()._check_numbers()
         if self.gamma is not None:
-            _number("gamma", self.gamma, low=0.0, high=1.0, low_open=True)
-        _number("adamw_lr", self.adamw_lr, low=0.0)
-        _pair("adamw_betas", self.adamw_betas, low=0.0, high=1.0, high_open=True)
-        _number("adamw_eps", self.adamw_eps, low=0.0)
-        _number("adamw_weight_decay", self.adamw_weight_decay, low=0.0)
+            number("gamma", self.gamma, low=0.0, high=1.0, low_open=True)
+        number("adamw_lr", self.adamw_lr, low=0.0)
+        pair("adamw_betas", self.adamw_betas, low=0.0, high=1.0, high_open=True)
+        number("adamw_eps", self.adamw_eps, low=0.0)
+        number("adamw_weight_decay", self.adamw_weight_decay, low=0.0)
 
     def adamw(self, base_lr: float) -> LoRAPreConfig:
         """Settings of AdamW for all other parameters, where ``lr`` began as ``base_lr``."""
@@ -299,13 +297,13 @@ class LoRAPreMuonConfig(MomentumConfig):
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        _number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
-        _boolean("nesterov", self.nesterov, optional=True)
-        _several("ns_coefficients", self.ns_coefficients, 3)
+        number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
+        boolean("nesterov", self.nesterov, optional=True)
+        several("ns_coefficients", self.ns_coefficients, 3)
         for coefficient in self.ns_coefficients:
-            _number("ns_coefficients", coefficient, low=-100.0, high=100.0)
-        _number("eps", self.eps, low=0.0, low_open=True)
-        _integer("ns_steps", self.ns_steps, low=1)
+            number("ns_coefficients", coefficient, low=-100.0, high=100.0)
+        number("eps", self.eps, low=0.0, low_open=True)
+        integer("ns_steps", self.ns_steps, low=1)
         if self.ns_steps >= 100:
             raise ConfigError(f"ns_steps={self.ns_steps}: must be less than 100")
         if self.adjust_lr_fn not in (None, *ADJUSTMENTS):
@@ -347,8 +345,8 @@ class LoRAPreSGDConfig(MomentumConfig):
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        _number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
-        _boolean("nesterov", self.nesterov)
+        number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
+        boolean("nesterov", self.nesterov)
 
     @property
     def decay(self) -> float:
@@ -373,7 +371,7 @@ class LoRAPreLionConfig(MomentumConfig):
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        _pair("betas", self.betas, low=0.0, high=1.0, high_open=True)
+        pair("betas", self.betas, low=0.0, high=1.0, high_open=True)
 
     @property
     def decay(self) -> float:
@@ -382,60 +380,14 @@ class LoRAPreLionConfig(MomentumConfig):
 
 
 def _check_adam(config: LoRAPreConfig | LoRAPreAdafactorConfig) -> None:
-    _pair("betas", config.betas, low=0.0, high=1.0, high_open=True)
-    _number("eps", config.eps, low=0.0)
-    _number("scale", config.scale, low=0.0)
+    pair("betas", config.betas, low=0.0, high=1.0, high_open=True)
+    number("eps", config.eps, low=0.0)
+    number("scale", config.scale, low=0.0)
     if config.max_update is not None:
-        _number("max_update", config.max_update, low=0.0, low_open=True)
+        number("max_update", config.max_update, low=0.0, low_open=True)
 
 
 def _max_update(config: LoRAPreConfig | LoRAPreAdafactorConfig) -> float:
     if config.max_update is not None:
         return config.max_update
     return math.inf if config.variant == "paper" else 3.0
-
-
-def check_expression(entry: str) -> None:
-    """Raise a ConfigError if an entry of ``target_modules`` is not a regular expression (a name always is one)."""
-    try:
-        re.compile(entry)
-    except re.error as error:
-        raise ConfigError(f"target_modules={entry!r}: not a valid regular expression ({error})") from None
-
-
-def _number(
-    name: str,
-    value: Any,
-    *,
-    low: float,
-    high: float = math.inf,
-    low_open: bool = False,
-    high_open: bool = False,
-) -> None:
-    allowed = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or high == math.inf else ']'}"
-    # Written so that NaN, infinity and an integer beyond any float fail it.
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    ok = ok and (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
-    if not ok:
-        raise ConfigError(f"{name}={value!r}: must be a number in {allowed}")
-
-
-def _integer(name: str, value: Any, *, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"{name}={value!r}: must be an integer of at least {low}")
-
-
-def _boolean(name: str, value: Any, optional: bool = False) -> None:
-    if not isinstance(value, bool) and not (optional and value is None):
-        raise ConfigError(f"{name}={value!r}: must be true or false")
-
-
-def _several(name: str, value: Any, count: int) -> None:
-    if not isinstance(value, tuple) or len(value) != count:
-        raise ConfigError(f"{name}={value!r}: must be {'two' if count == 2 else 'three'} numbers")
-
-
-def _pair(name: str, value: Any, **bounds: Any) -> None:
-    _several(name, value, 2)
-    for number in value:
-        _number(name, number, **bounds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
@@ -27,6 +26,7 @@ from .layouts.base import Layout, Piece, Unit, local, local_gradient
 from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import load_state, save_state
+from .tensors import flat, may_step, number, refuse_duplicates, send_stepped, write_back
 
 
 @dataclass
@@ -59,7 +59,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
         lr = options.get("lr", self.config_class.lr)
-        self.config = self.config_class.from_params({**options, "lr": _number(lr)})
+        self.config = self.config_class.from_params({**options, "lr": number(lr)})
         self.comm = Comm()
         self.workspace = replace(self.workspace_limits)
         self.shard_state = shard_state
@@ -101,7 +101,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     f"target_modules={config.target_modules!r}: selects by name, but the parameters have no names; "
                     "pass model.named_parameters()"
                 )
-            _refuse_duplicates([name for name, _, _ in self._named()])
+            refuse_duplicates([name for name, _, _ in self._named()])
         if len({id(p) for p in group["params"]}) < len(group["params"]):
             raise ConfigError("a parameter appears twice in one of the optimizer's groups")
 
@@ -130,7 +130,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         arrange(layout, self._in_group)
         for unit in layout.units:
             self._bind_unit(unit)
-        _refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
+        refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
 
     def _bind_unit(self, unit: Unit) -> None:
         config = self.group_config(self.param_groups[unit.group])
@@ -200,13 +200,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"this {self.config.optimizer} optimizer waits for DeepSpeed's engine to tell where its parameters lie"
             )
         if self.layout is None:
-            named = [(n, p, i) for n, p, i in self._named() if _may_step(p)]
+            named = [(n, p, i) for n, p, i in self._named() if may_step(p)]
             found = detect.layout(named, self.shard_state, self._in_group)
             shapes = {piece.name: (piece.shape, unit.group) for unit in found.units for piece in unit.pieces}
             self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
             self.bind(found)
         elif self.layout.name == "one device":
-            missing = [(n, p, i) for n, p, i in self._named() if _may_step(p) and id(p) not in self._bound]
+            missing = [(n, p, i) for n, p, i in self._named() if may_step(p) and id(p) not in self._bound]
             added = whole.layout(missing)
             arrange(added, self._in_group)
             for unit in added.units:
@@ -222,7 +222,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     @classmethod
     def group_config(cls, group: dict[str, Any]) -> Any:
         """The settings of a parameter group, validated: a ``config_class``."""
-        given = {name: _number(group[name]) if name == "lr" else group[name] for name in cls._options()}
+        given = {name: number(group[name]) if name == "lr" else group[name] for name in cls._options()}
         return cls.config_class(**given)
 
     @staticmethod
@@ -255,20 +255,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 items += self._step_vectors(tensor, vectors)
             self.core.step(items, self.matrix_hyper(config), self.comm, self.workspace)
             for item in items:
-                _write_back(item)
-        self._send()
-        return loss
-
-    def _send(self) -> None:
-        """Where each rank has stepped a part of the parameters: let all have all."""
+                write_back(item)
         assert self.layout is not None
-        sends = [s for s in self.layout.sends if s.tensor.grad is not None]
-        if sends:
-            flats = {id(s.tensor): _flat(s.tensor) for s in sends}
-            parts = [(s.owner, flats[id(s.tensor)][s.start : s.stop]) for s in sends]
-            self.comm.broadcast(parts, self.layout.group, "broadcast parameters", self.workspace.bucket)
-            for tensor in {id(s.tensor): s.tensor for s in sends if not s.tensor.is_contiguous()}.values():
-                tensor.copy_(flats[id(tensor)].view(tensor.shape))
+        send_stepped(self.layout, self.comm, self.workspace.bucket)
+        return loss
 
     def _step_vectors(self, tensor: Tensor, hyper: adamw.Hyper) -> list[Item]:
         """Step the AdamW pieces of one tensor; return its low-rank pieces."""
@@ -281,7 +271,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 f"a tensor in param_groups is not one that {self.config.optimizer} was bound to; build it anew"
             )
         held = local(tensor).detach()
-        theta, grad = _flat(held), local_gradient(tensor).reshape(-1)
+        theta, grad = flat(held), local_gradient(tensor).reshape(-1)
         items = []
         for bound in self._bound[id(tensor)]:
             at, size = bound.piece.offset, bound.piece.numel
@@ -400,28 +390,3 @@ class LoRAPre(LowRankOptimizer):
 
 
 _UNNAMED = "unnamed."
-
-
-def _number(lr: Any) -> Any:
-    """A learning rate that is a tensor of one element, as PyTorch allows, as a number."""
-    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
-
-
-def _may_step(parameter: Tensor) -> bool:
-    return parameter.requires_grad or parameter.grad is not None
-
-
-def _refuse_duplicates(names: list[str]) -> None:
-    if len(names) != len(set(names)):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise ConfigError(f"parameter {twice!r} appears twice in the optimizer's groups")
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The tensor's elements, row-major: a view, or a copy if they do not lie so."""
-    return tensor.detach().contiguous().view(-1)
-
-
-def _write_back(item: Item) -> None:
-    if item.target is not None:
-        item.target.copy_(item.theta.view(item.target.shape))

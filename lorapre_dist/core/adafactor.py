@@ -22,8 +22,7 @@ __all__ = ["step", "workspace_bytes"]
 
 def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     """One step of every matrix in ``items``, in place. Collective over each matrix's peers, in the order of items."""
-    matrices = [item.matrix for item in items]
-    for bucket in regression.buckets(matrices, workspace.bucket, regression.transient_bytes):
+    for bucket in regression.buckets([item.matrix for item in items], workspace.bucket):
         _step_bucket(items[bucket], hyper, comm, workspace)
 
 

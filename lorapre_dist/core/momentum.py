@@ -52,25 +52,21 @@ class Hyper:
 
 def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     """One step of every matrix in ``items``, in place. Collective over each matrix's peers, in the order of items."""
-    matrices = [item.matrix for item in items]
-    for bucket in regression.buckets(matrices, workspace.bucket, _transient(hyper.orthogonal, workspace)):
+    per_element = orthogonal.PER_ELEMENT if hyper.orthogonal else 0
+    for bucket in regression.buckets([item.matrix for item in items], workspace.bucket, per_element):
         _step_bucket(items[bucket], hyper, comm, workspace)
 
 
 def workspace_bytes(matrices: list[Matrix], workspace: Workspace, settings: NewtonSchulz | None = None) -> int:
     """Bound on what a step allocates for itself, the pieces of ``u`` included if they are made orthogonal."""
-    return regression.workspace_bytes(matrices, workspace, _transient(settings, workspace))
-
-
-def _transient(settings: NewtonSchulz | None, workspace: Workspace) -> Callable[[Matrix], int]:
     if settings is None:
-        return regression.transient_bytes
+        return regression.workspace_bytes(matrices, workspace)
     segments = settings.segments()
 
     def size_of(matrix: Matrix) -> int:
         return regression.transient_bytes(matrix) + orthogonal.transient_bytes(matrix, segments, workspace.block)
 
-    return size_of
+    return regression.workspace_bytes(matrices, workspace, size_of, orthogonal.PER_ELEMENT)
 
 
 def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:

@@ -30,6 +30,8 @@ from .transfer import Rectangle, Transfer
 #: Flops that a rank does in the time of sending one byte: 5e12 a second beside 50 GB a second between GPUs (an H100 on
 #: its fp16 units has more of both), 5e10 beside 0.5 GB a second for a CPU core.
 FLOPS_PER_BYTE = 100
+#: Numbers that a step keeps per element of a matrix: about what :func:`transient_bytes` comes to for a square one.
+PER_ELEMENT = 12
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ few, and mostly one.
 from __future__ import annotations
 
 import math
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRAPreSGD": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "nesterov": True},
     "LoRAPreLion": {"lr": 0.002, "rank": 2, "weight_decay": 0.05},
     "LoRAPreAdafactor": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
+    "LoRAPreAdafactor": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
 }
 
 
@@ -189,7 +190,7 @@ def habits_case(rank: int, world_size: int, *, layout: str) -> dict[str, Any]:
     In the fourth step one rank's gradient overflows, so that no rank steps.
     """
     model = torch.compile(wrapped(layout, Net(), world_size), backend="eager")
-    optimizer = LoRAPre(model.named_parameters(), **OPTIONS)
+    optimizer = LoRAPre(model.named_parameters(), **OPTIONS["LoRAPre"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     scaler = ShardedGradScaler(device="cpu", init_scale=2.0**10, growth_interval=100)
     calls: list[str] = []
@@ -209,7 +210,7 @@ def habits_case(rank: int, world_size: int, *, layout: str) -> dict[str, Any]:
             schedule.step()
     got = {n.removeprefix("_orig_mod."): p for n, p in full_parameters(layout, model).items()}
     got = {n.removeprefix("module."): p for n, p in got.items()}
-    want = dense_path(5, OPTIONS)
+    want = dense_path(5, "LoRAPre", OPTIONS["LoRAPre"])
     errors = [float((got[n].double() - want[n]).norm() / want[n].norm()) for n in want]
     return {"error": max(errors), "calls": calls, "scale": scaler.get_scale()}
 
