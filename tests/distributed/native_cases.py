@@ -36,7 +36,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRAPreSGD": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "nesterov": True},
     "LoRAPreLion": {"lr": 0.002, "rank": 2, "weight_decay": 0.05},
     "LoRAPreAdafactor": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
-    "LoRAPreAdafactor": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
 }
 
 
