@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["ConfigError", "check_expression"]
 
 VARIANTS = ("stable", "paper")
-ADJUSTMENTS = ("original", "match_rms_adamw")
+ADJUSTMENTS = ("original", "match_rms_adamw", None)
 
 
 @dataclass(frozen=True)
@@ -306,9 +306,8 @@ class LoRAPreMuonConfig(MomentumConfig):
         integer("ns_steps", self.ns_steps, low=1)
         if self.ns_steps >= 100:
             raise ConfigError(f"ns_steps={self.ns_steps}: must be less than 100")
-        if self.adjust_lr_fn not in (None, *ADJUSTMENTS):
-            allowed = ", ".join(map(repr, ADJUSTMENTS))
-            raise ConfigError(f"adjust_lr_fn={self.adjust_lr_fn!r}: must be one of {allowed}, or none")
+        if self.adjust_lr_fn not in ADJUSTMENTS:
+            raise ConfigError(f"adjust_lr_fn={self.adjust_lr_fn!r}: must be one of {', '.join(map(repr, ADJUSTMENTS))}")
 
     @property
     def decay(self) -> float:
