@@ -1,12 +1,13 @@
 """LoRAPreMuon on several ranks: bytes sent for one matrix against the closed form, and time of a step.
 
-    python -m lorapre_dist.bench muon [bytes] [time]
+    python -m lorapre_dist.bench muon [accuracy] [bytes] [time]
 
-``bytes``: 2048 x 5504 in even row shards on 4 ranks, what each rank really sends by purpose, what the closed form says,
-and what gathering the matrix on every rank would send. ``time``: Llama-60M's matrices on 2 ranks against one process,
-each rank on one core, dealt out whole as under DDP with sharded state, and in row shards as under FSDP2; all three are
-timed alternately in one run, and minima over the rounds compared, which other work on the machine disturbs least.
-Ranks are processes of this machine that speak gloo.
+``accuracy``: how far the orthogonalised matrix is from the direct form in fp64, for several spectra, and the range of
+its singular values. ``bytes``: 2048 x 5504 in even row shards on 4 ranks, what each rank really sends by purpose, what
+the closed form says, and what gathering the matrix on every rank would send. ``time``: Llama-60M's matrices on 2 ranks
+against one process, each rank on one core, dealt out whole as under DDP with sharded state, and in row shards as under
+FSDP2; all three are timed alternately in one run, and minima over the rounds compared, which other work on the machine
+disturbs least. Ranks are processes of this machine that speak gloo.
 """
 
 from __future__ import annotations
@@ -24,21 +25,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lorapre_dist import reference
+from lorapre_dist.config import LoRAPreMuonConfig
 from lorapre_dist.core.factors import Peers
 from lorapre_dist.core.interval import column_block
-from lorapre_dist.core.newton_schulz import packed_numel
+from lorapre_dist.core.newton_schulz import NewtonSchulz, gram, packed_numel, polynomial
 from lorapre_dist.layouts import ddp, whole
 from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.optimizers import LoRAPreMuon
 
 from .shapes import projections
 
-PARTS = ("bytes", "time")
+PARTS = ("accuracy", "bytes", "time")
 Named = list[tuple[str, torch.Tensor, int]]
 
 
 def main(argv: list[str]) -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(prog="lorapre_dist.bench muon", description=__doc__)
     parser.add_argument(
         "parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="bytes, time (default: both)"
@@ -49,10 +52,61 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="llama-60m", help="matrices of the time")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(argv)
+    if "accuracy" in args.parts:
+        print_accuracy()
     if "bytes" in args.parts:
         print_bytes((args.shape[0], args.shape[1]), args.rank, args.world_size)
     if "time" in args.parts:
         print_times(args.model, args.rank, args.rounds)
+
+
+# accuracy -------------------------------------------------------------------------------------------------------
+
+
+def print_accuracy() -> None:
+    """Distance to the direct form in fp64, relative, and singular values in fp32, of one 512 x 768 matrix each."""
+    config = LoRAPreMuonConfig()
+    print("512 x 768, five iterations: distance to the direct form in fp64, and singular values of ours in fp32")
+    columns = ("direct fp32", "ours fp32", "ours fp16", "direct bf16")
+    print(f"  {'singular values':<24} " + " ".join(f"{c:>12}" for c in columns) + f" {'ours lie in':>16}")
+    for name, x in spectra(512, 768).items():
+        wanted = reference.newton_schulz(x, config)
+        ours = through_grams(x.float(), config)
+        found = [
+            reference.newton_schulz(x.float(), config),
+            ours,
+            through_grams(x.half(), config),
+            reference.newton_schulz(x.bfloat16(), config),
+        ]
+        errors = [float((y.double() - wanted).norm() / wanted.norm()) for y in found]
+        singular = torch.linalg.svdvals(ours)
+        print(f"  {name:<24} " + " ".join(f"{e:12.1e}" for e in errors) + f" {singular[-1]:9.3f} .. {singular[0]:.3f}")
+
+
+def spectra(p: int, q: int) -> dict[str, torch.Tensor]:
+    """Matrices of norm 1 by how their singular values fall off."""
+    generator = torch.Generator().manual_seed(0)
+    gauss = torch.randn(p, q, generator=generator, dtype=torch.float64)
+    U, _, Vt = torch.linalg.svd(gauss, full_matrices=False)
+    spiked = torch.full((p,), 1e-2, dtype=torch.float64)
+    spiked[:8] = 1
+    decades = {k: torch.logspace(0, -k, p, dtype=torch.float64) for k in (3, 6)}
+    singular = {
+        "1 to 1e-3": decades[3],
+        "1 to 1e-6": decades[6],
+        "8 of 1, else 1e-2": spiked,
+        "8 of 1, else 0": spiked > 0.5,
+    }
+    found = {"Gaussian": gauss, **{name: (U * s) @ Vt for name, s in singular.items()}}
+    return {name: x / x.norm() for name, x in found.items()}
+
+
+def through_grams(x: torch.Tensor, config: LoRAPreMuonConfig) -> torch.Tensor:
+    """A matrix of norm 1 orthogonalised as a step does it, in the matrix's dtype."""
+    settings = NewtonSchulz(config.ns_coefficients, config.ns_steps, config.eps)
+    for steps in settings.segments():
+        x = polynomial(gram(x, True), steps, settings.coefficients) @ x
+    return x
 
 
 # bytes ----------------------------------------------------------------------------------------------------------
