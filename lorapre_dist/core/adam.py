@@ -288,7 +288,8 @@ def _calibrate(
 
 def _sqrt_(w: Tensor) -> Tensor:
     """Square root in place. On a CPU as ``1 / w^-0.5``, exact at 0 and infinity: two vectorised passes of torch's own,
-    in half the time of its ``sqrt``, which calls a vendor's library."""
+    in half the time of its ``sqrt``, which calls a vendor's library.
+    """
     return w.pow_(-0.5).reciprocal_() if w.device.type == "cpu" else w.sqrt_()
 
 

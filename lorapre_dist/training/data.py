@@ -15,7 +15,7 @@ from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.documents import Source, open_source
 from lorapre_dist.training.settings import Settings
 from lorapre_dist.training.splits import Split, finite_split, streaming_split
-from lorapre_dist.training.streaming import LaneStream, Prefetch
+from lorapre_dist.training.streaming import ShardStream
 from lorapre_dist.training.tokenizer import Encoder, load_tokenizer, trained_tokenizer
 from lorapre_dist.training.tokens import TokenStream, token_file
 
@@ -71,7 +71,15 @@ def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
         train = TokenStream(tokens[: len(tokens) - tail], settings.seq_len, plan, settings.seed)
         held_out = tokens[len(tokens) - tail :] if tail else None
     else:
-        train = Prefetch(LaneStream(source, encoder, settings.seq_len, plan, lambda text: not split.held_out(text)))
+        train = ShardStream(
+            source,
+            encoder,
+            settings.seq_len,
+            plan,
+            lambda text: not split.held_out(text),
+            buffer=settings.shuffle_buffer,
+            seed=settings.seed,
+        )
         held_out = None
     if held_out is None:
         held_out = _held_out_tokens(settings, source, evaluation, split, encoder, key, cache)
@@ -86,6 +94,7 @@ def _open(settings: Settings, name: str, split: str) -> Source:
         split=split,
         column=settings.text_column,
         streaming=settings.streaming,
+        attempts=settings.read_attempts,
     )
 
 

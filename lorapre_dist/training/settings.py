@@ -42,6 +42,8 @@ class Settings:
     eval_split: str
     text_column: str | None
     streaming: bool
+    shuffle_buffer: int
+    read_attempts: int
     eval_fraction: float
     tokenizer: str | None
     vocab_size: int | None
@@ -104,7 +106,7 @@ def _add_data_options(group: Any) -> None:
         "--dataset",
         default=BUILTIN,
         help="'builtin' (documentation of this Python installation), a file, folder or glob of .txt, .jsonl, .json, "
-        ".csv or .parquet (also compressed), 'c4', or a Hugging Face hub name",
+        ".csv or .parquet (also compressed), the URL of one, 'c4', or a Hugging Face hub name",
     )
     group.add_argument("--dataset_config", help="configuration of a hub dataset")
     group.add_argument("--dataset_split", default="train", help="training split of a hub dataset")
@@ -112,6 +114,13 @@ def _add_data_options(group: Any) -> None:
     group.add_argument("--eval_split", default="validation", help="held-out split of a hub dataset, where it has one")
     group.add_argument("--text_column", help="column that holds the text (default: 'text', or the only text column)")
     group.add_argument("--streaming", action="store_true", help="read local files as a stream; hub names always are")
+    group.add_argument(
+        "--shuffle_buffer",
+        type=int,
+        default=10_000,
+        help="sequences of a stream that wait to be shuffled; 0: no shuffle",
+    )
+    group.add_argument("--read_attempts", type=int, default=5, help="times that a failing read of a stream is tried")
     group.add_argument("--eval_fraction", type=float, default=0.05, help="documents held out where no split exists")
     group.add_argument("--tokenizer", help="folder or hub name (default: a byte-level BPE trained on the corpus)")
     group.add_argument("--vocab_size", type=int, help="size of the BPE trained here (default: the model's)")
@@ -225,6 +234,8 @@ def looks_like_path(name: str) -> bool:
 
 def check_source(option: str, name: str) -> None:
     """Raise :class:`ConfigError` if ``name`` means a local file that is not there or not readable."""
+    if "://" in name:
+        return
     suffix = Path(name.removesuffix(next((c for c in COMPRESSIONS if name.endswith(c)), ""))).suffix
     if any(c in name for c in "*?["):
         import glob
@@ -249,6 +260,8 @@ def _check_run(args: dict[str, Any]) -> None:
         ("save_every", 0),
         ("log_every", 1),
         ("seed", 0),
+        ("shuffle_buffer", 0),
+        ("read_attempts", 1),
     ):
         if args[name] < least:
             raise ConfigError(f"--{name} {args[name]}: must be at least {least}")
