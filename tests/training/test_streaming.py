@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from lorapre_dist.config import ConfigError
+from lorapre_dist.training import reading
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import prepare_data
-from lorapre_dist.training.reading import Reader
+from lorapre_dist.training.reading import Reader, ReadError
 from lorapre_dist.training.streaming import ShardStream, merge_states
 from tests.distributed.harness import run_ranks
+from tests.training import flaky
 from tests.training.conftest import hub_folder, source_of
 from tests.training.data_cases import (
     GLOBAL_BATCH,
@@ -187,6 +190,70 @@ def test_a_reader_goes_on_behind_the_last_row(three_shards):
         again.load_state_dict(reader.state_dict())
         assert again.read(1000) == whole[done:]
         assert again.ended
+
+
+# --- failing reads
+
+
+@pytest.fixture
+def outage(monkeypatch):
+    """Reads of ``flaky://`` fail as the test says; pauses are short."""
+    flaky.register()
+    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.001)
+    yield flaky.Outage
+    flaky.Outage.good = flaky.Outage.failures = 0
+
+
+def flaky_url(shards):
+    path, count = shards
+    kind = "parquet" if list(Path(path).glob("*.parquet")) else "jsonl.gz"
+    return f"flaky://{path}/part-*.{kind}", count
+
+
+@pytest.mark.parametrize("good", [0, 1, 2, 5])
+def test_failed_reads_are_tried_again_and_lose_nothing(shards, outage, good, caplog):
+    url, count = flaky_url(shards)
+    stream = Team(url, 2, buffer=9)
+    outage.good, outage.failures = good, 4
+    batches = count // (SEQ_LEN * GLOBAL_BATCH)
+    found = stream.batches(batches)
+    assert outage.failures == outage.good == 0
+    assert "connection reset by the storage; trying again in" in caplog.text
+    assert torch.equal(found, Team(shards[0], 1, buffer=9).batches(batches))
+
+
+def until_error(stream):
+    found = []
+    try:
+        while len(found) < 1000:
+            found.append(stream.next_batch())
+    except ReadError as error:
+        return found, str(error)
+    raise AssertionError("no read failed")
+
+
+@pytest.mark.parametrize("good", [0, 5])
+def test_reads_that_keep_failing_end_on_every_rank_and_can_be_resumed(shards, outage, good):
+    url, count = flaky_url(shards)
+    expected = Team(shards[0], 1, buffer=9).batches(3 * count // (SEQ_LEN * GLOBAL_BATCH))
+    team = Team(url, 3, buffer=9)
+    outage.good, outage.failures = good, 10**6
+    results = list(team.threads.map(until_error, team.ranks))
+    assert {message for _, message in results} == {
+        f"--dataset {url}: cannot be read, tried 5 times: ConnectionResetError: connection reset by the storage"
+    }
+    found = [torch.cat(parts) for parts in zip(*(batches for batches, _ in results), strict=True)]
+    outage.failures = 0
+    resumed = Team(url, 2, buffer=9, state=team.state())
+    found = torch.stack([*found, *resumed.batches(len(expected) - len(found))])
+    assert torch.equal(found, expected)
+
+
+def test_what_is_no_data_is_not_tried_again(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text('{"text": "0 1 2 3"}\n{"text"')
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Team(str(tmp_path / "a.jsonl"), 1).next_batch()
+    assert "trying again" not in caplog.text
 
 
 def test_a_local_file_can_be_streamed(make_settings, jsonl):
