@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -206,14 +208,18 @@ class _Worker:
     @classmethod
     def begin(cls, *settings: Any) -> None:
         cls.settings = settings
+        threading.Thread(target=cls._watch, args=(settings[-1],), daemon=True).start()
+
+    @staticmethod
+    def _watch(parent: int) -> None:
+        # A parent that was killed cannot say so, and the queue that it filled stays open in its other children.
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
 
     @classmethod
     def shard(cls, number: int) -> list[dict[str, Any]]:
-        job, part, stop, counter, parent = cls.settings
-
-        def stopped() -> bool:
-            # A parent that was killed cannot say so.
-            return stop.is_set() or os.getppid() != parent
+        job, part, stop, counter, _ = cls.settings
 
         def count(tokens: int) -> None:
             with counter.get_lock():
@@ -221,7 +227,7 @@ class _Worker:
 
         if cls.writer is None:
             portion = next(p for p in _portions(job) if p.part == part)
-            cls.writer = Writer(job, portion, stopped, count)
+            cls.writer = Writer(job, portion, stop.is_set, count)
         return cls.writer.shard(number)
 
 
