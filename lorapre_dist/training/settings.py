@@ -14,7 +14,7 @@ from typing import Any
 from lorapre_dist.arguments import Parser
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.ds_json import BatchSizes, batch_sizes, override_lr, read_deepspeed_config
-from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.presets import PRESETS, RECIPES, recipe
 
 BUILTIN = "builtin"
 LOCAL_SUFFIXES = {
@@ -32,6 +32,7 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 class Settings:
     """What the command line asks for; batch sizes, optimizer, clipping and precision live in the DeepSpeed JSON."""
 
+    recipe: str | None
     model: str | None
     model_config: str | None
     deepspeed_config: str
@@ -88,6 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="the paper's run of a model: its --model, --deepspeed_config, --dataset c4, --tokenizer t5-base, "
+        "--output_dir and evaluation, where not given",
+    )
     _add_model_options(parser.add_argument_group("model"))
     _add_data_options(parser.add_argument_group("data"))
     _add_run_options(parser.add_argument_group("run"))
@@ -132,7 +139,7 @@ def _add_data_options(group: Any) -> None:
 
 
 def _add_run_options(group: Any) -> None:
-    group.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: batch sizes, optimizer, precision")
+    group.add_argument("--deepspeed_config", help="DeepSpeed JSON: batch sizes, optimizer, precision; needed")
     group.add_argument("--max_steps", type=int, help="optimizer steps in all (default: the preset's)")
     group.add_argument("--warmup_steps", type=int, help="steps of linear warm-up (default: a tenth of max_steps)")
     group.add_argument("--lr", type=float, help="overrides the JSON's optimizer.params.lr")
@@ -173,7 +180,15 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     Raises:
         ConfigError: a bad value, a missing or malformed file.
     """
-    args = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    args = vars(parser.parse_args(argv))
+    if args["recipe"] is not None:
+        parser.set_defaults(**recipe(args["recipe"]))
+        args = vars(parser.parse_args(argv))
+        if args["model_config"]:
+            args["model"] = None
+    if args["deepspeed_config"] is None:
+        raise ConfigError("--deepspeed_config is needed: a file of ds_configs/, or --recipe")
     _check_model(args)
     check_corpus(args)
     _check_run(args)
