@@ -27,7 +27,8 @@ BUILD_SECONDS = 900.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program.
 
-    Exit code 0; 2 after one line on stderr about bad input; 1 where training diverged or could not save its end.
+    Exit code 0; 2 after one line on stderr about bad input; 1 where training diverged, could not read on or could not
+    save its end.
     """
     try:
         ranks.fill_launch_environment()
@@ -83,13 +84,14 @@ def _train(settings: Settings) -> int:
     deepspeed.init_distributed(verbose=False)
     from lorapre_dist.checkpoint import CheckpointError
     from lorapre_dist.training.loop import DivergedError
+    from lorapre_dist.training.reading import ReadError
 
     try:
         trainer = _set_up(settings)
         trainer.run()
         _finish(trainer)
         trainer.engine.destroy()
-    except (DivergedError, CheckpointError) as error:
+    except (DivergedError, CheckpointError, ReadError) as error:
         if ranks.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -21,6 +21,7 @@ from lorapre_dist.training.ds_json import zero_stage
 from lorapre_dist.training.evaluation import Evaluation, evaluate
 from lorapre_dist.training.metrics import MetricsWriter
 from lorapre_dist.training.plots import PLOT_FILE, plot_loss
+from lorapre_dist.training.reading import ReadError
 from lorapre_dist.training.settings import Settings
 
 
@@ -71,7 +72,7 @@ class Trainer:
     def _one_step(self, bar: Any) -> None:
         settings = self.settings
         lr = self.engine.get_lr()[0]
-        loss, grad_norm = self._train_step(self.data.train.next_batch())
+        loss, grad_norm = self._train_step(self._next_batch())
         self.step += 1
         self.tokens += self.plan.global_batch * settings.seq_len
         last = self.step == settings.max_steps
@@ -89,6 +90,16 @@ class Trainer:
             if not last:
                 self._plot()
             self._restart_clock()
+
+    def _next_batch(self) -> torch.Tensor:
+        """Where the corpus cannot be read any more, what was trained is saved before the run ends."""
+        try:
+            return self.data.train.next_batch()
+        except ReadError as error:
+            if not (self.settings.save_every and self.step):
+                raise
+            self._save(last=True)
+            raise ReadError(f"{error}; saved step {self.step}, start again to go on from there") from error
 
     def _save(self, last: bool) -> None:
         """A checkpoint that cannot be written ends the run only if it is the last one."""

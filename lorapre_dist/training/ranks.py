@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 from lorapre_dist.config import ConfigError
 
@@ -82,6 +84,24 @@ def agree_on(name: str, value: object) -> None:
     dist.all_gather_object(values, value)
     if any(other != values[0] for other in values):
         raise AgreedError(f"the ranks disagree on {name}: {values}; give all machines the same files")
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's ``value``, in order of rank; a collective that touches no device."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values
+
+
+@cache
+def _cpu_group() -> Any:
+    import torch.distributed as dist
+
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def report(error: ConfigError) -> int:
