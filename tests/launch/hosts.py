@@ -25,6 +25,7 @@ hostname {name}
 mount -t tmpfs tmpfs /run && mkdir -p /run/sshd && chmod 755 /run/sshd
 mount -t tmpfs tmpfs /dev/shm
 mount --bind {folder}/hosts /etc/hosts
+mount --bind {folder}/nsswitch /etc/nsswitch.conf
 mount --bind {folder}/ssh_config /etc/ssh/ssh_config
 echo ready
 read -r _
@@ -148,6 +149,8 @@ class Hosts:
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.addresses.items())]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
+        # There is no name server to ask: every question would end in a time-out.
+        (self.folder / "nsswitch").write_text("passwd: files\ngroup: files\nhosts: files\n")
         (self.folder / "ssh_config").write_text(SSH_CONFIG.format(folder=self.folder))
         for name, address in self.addresses.items():
             (self.folder / f"sshd_{name}").write_text(SSHD_CONFIG.format(folder=self.folder, address=address))
@@ -187,7 +190,18 @@ class Hosts:
 
     def _enter(self, host: str) -> list[str]:
         target = str(_child(self._first[host].pid))
-        return ["nsenter", "--target", target, "--net", "--uts", "--ipc", "--mount", "--pid", f"--wd={os.getcwd()}", "--"]
+        return [
+            "nsenter",
+            "--target",
+            target,
+            "--net",
+            "--uts",
+            "--ipc",
+            "--mount",
+            "--pid",
+            f"--wd={os.getcwd()}",
+            "--",
+        ]
 
     def _on_switch(self, *command: str) -> None:
         assert self._switch is not None

@@ -18,7 +18,7 @@ LAYERS = [
     {"layouts"},
     {"optimizer", "state", "report", "shards", "gather"},
     {"deepspeed", "upstream", "checkpoint"},
-    {"training", "bench", "cli", "planner"},
+    {"training", "launcher", "bench", "cli", "planner"},
 ]
 # Beside the layers: the oracle, which nothing but its users' front page and measurements may lean on.
 ORACLE = "reference"
