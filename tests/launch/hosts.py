@@ -56,7 +56,9 @@ def missing(*programs: str) -> str | None:
     """Why there can be no hosts here, or None; ``programs`` are others that a test needs."""
     if os.name != "posix" or os.geteuid() != 0:
         return "namespaces need root"
-    absent = [p for p in ("unshare", "nsenter", "ip", "sshd", "ssh", "ssh-keygen", *programs) if find(p) is None]
+    absent = [
+        p for p in ("unshare", "nsenter", "setpriv", "ip", "sshd", "ssh", "ssh-keygen", *programs) if find(p) is None
+    ]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: openssh-server, pdsh, openmpi-bin, mpich, slurm-wlm)"
     tried = subprocess.run(
@@ -210,9 +212,10 @@ class Hosts:
 
 
 def _hold(command: list[str]) -> subprocess.Popen[str]:
-    """Start what keeps namespaces alive, and wait for its first line."""
+    """Start what keeps namespaces alive until this process ends, however it ends; wait for its first line."""
+    bound = ["setpriv", "--pdeathsig", "KILL", *command]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, start_new_session=True
+        bound, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, start_new_session=True
     )
     assert process.stdout is not None
     if not process.stdout.readline():

@@ -1,0 +1,80 @@
+"""Two hosts, one lost, the run resumed: a transcript of real runs. As root: ``python -m tests.launch.two_hosts``."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from tests.launch.cluster import Cluster
+from tests.launch.hosts import Hosts, missing
+
+TIMEOUT = 20.0
+SHOWN = re.compile(r"host-[ab]: (layout|batch|error|warning|resuming|eval loss)|^(error|ended|ready)")
+COMMAND = "python launch/run.py cluster.ini --launcher pdsh"
+
+
+def follow(process: subprocess.Popen[str]) -> list[threading.Thread]:
+    """Print the lines that tell the story, as they come; DeepSpeed and torch print many more."""
+
+    def read(stream) -> None:
+        for line in stream:
+            if SHOWN.search(line) and "state over" not in line:
+                print(line.rstrip(), flush=True)
+
+    threads = [threading.Thread(target=read, args=(s,)) for s in (process.stdout, process.stderr)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def finish(process: subprocess.Popen[str], threads: list[threading.Thread]) -> None:
+    begun = time.monotonic()
+    code = process.wait(timeout=600)
+    for thread in threads:
+        thread.join()
+    print(f"[exit code {code} after {time.monotonic() - begun:.0f} s]\n", flush=True)
+
+
+def run(cluster: Cluster, name: str, *more: str) -> None:
+    print(f"host-a$ {shlex.join([*COMMAND.split(), '--output_dir', name, *more])}", flush=True)
+    process = cluster.start("pdsh", name, *more)
+    finish(process, follow(process))
+
+
+def main() -> int:
+    if (reason := missing("pdsh")) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder) / "hosts", ["host-a", "host-b"]) as hosts:
+        cluster = Cluster(hosts, Path(folder), steps=60, timeout=TIMEOUT)
+        for name in hosts.names:
+            print(f"{name}: {hosts.run(name, ['ip', '-4', '-brief', 'addr', 'show', 'lan0']).strip()}")
+        print(f"host-a$ cat hosts\n{hosts.hostfile(1).read_text()}", flush=True)
+        run(cluster, "undisturbed")
+
+        print(f"host-a$ {COMMAND} --output_dir disturbed", flush=True)
+        process = cluster.start("pdsh", "disturbed")
+        threads = follow(process)
+        cluster.wait_for_step("disturbed", 22, process)
+        hosts.cut_off("host-b")
+        print(f"[host-b's cable is pulled after step {cluster.rows('disturbed')[-1]['step']}]", flush=True)
+        finish(process, threads)
+        cluster.nobody_left(120)
+        print("[no rank is left on either host]\n", flush=True)
+
+        run(cluster, "disturbed")
+        run(cluster, "disturbed", "--hosts", "host-a")
+        pairs = zip(cluster.losses("undisturbed"), cluster.losses("disturbed"), strict=True)
+        apart = max(abs(a - b) for a, b in pairs)
+        print(f"largest difference between the two runs' {cluster.steps} losses: {apart:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
