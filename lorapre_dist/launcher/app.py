@@ -35,7 +35,11 @@ def build_parser() -> Parser:
         "that is not ready. SIGTERM and SIGUSR1 make all ranks finish their step, save and end.",
         allow_abbrev=False,
     )
-    parser.add_argument("settings", help="INI file; launch/cluster.ini is an example with every setting explained")
+    parser.add_argument(
+        "settings",
+        help="INI file; launch/cluster.ini is an example with every setting explained. Relative paths in it, and in "
+        "pretrain.py's options, are of the repository",
+    )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: pdsh")
     parser.add_argument("--hosts", help="use only these of the hostfile, separated by commas")
     parser.add_argument("--dry_run", action="store_true", help="print the command and start nothing; asks no host")
@@ -47,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the front; the exit code is the launcher's, or 2 after one line about what is wrong."""
     try:
         args, more = build_parser().parse_known_args(argv)
-        settings = read_settings(args.settings, [word for word in more if word != "--"])
+        settings = read_settings(os.path.abspath(args.settings), [word for word in more if word != "--"])
+        os.chdir(checks.REPO)  # where the ranks start: a path means the same here and there
         hosts = {} if args.launcher == "slurm" else _chosen(checks.read_hostfile(settings.hostfile), args.hosts)
         _check_pretrain(settings, sum(hosts.values()))
         if args.dry_run:

@@ -56,8 +56,9 @@ def lost_rank(error: BaseException) -> str | None:
     from_gloo = "gloo" in text.lower() and any(sign in text for sign in LOST_BY_GLOO)
     if not (from_gloo or isinstance(error, dist.DistError)):
         return None
-    # "[/build/path/gloo/transport/tcp/pair.cc:554] Connection closed by peer [10.0.0.2]:41"
-    return text.split("] ", 1)[1] if text.startswith("[") and "] " in text else text
+    # "[/build/path/gloo/transport/tcp/pair.cc:554] Connection closed by peer [10.0.0.2]:41. This is typically ..."
+    where, found, reason = text.partition("] ")
+    return (reason if found and where.startswith("[") else text).split(". ", 1)[0]
 
 
 def outlive_the_terminal() -> None:

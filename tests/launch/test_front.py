@@ -190,7 +190,7 @@ def test_ranks_under_slurm(monkeypatch):
 
 
 def test_lost_ranks_are_told_from_other_errors():
-    text = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [10.0.0.2]:41"
+    text = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [10.0.0.2]:41. Bad"
     assert interruption.lost_rank(RuntimeError(text)) == "Connection closed by peer [10.0.0.2]:41"
     assert interruption.lost_rank(dist.DistNetworkError("The client socket has timed out")) is not None
     assert interruption.lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.launch.cluster import RANK, STARTED, Cluster
+from tests.launch.conftest import REPO, environment
 from tests.launch.hosts import Hosts, find, missing
 from tests.launch.slurm import start_slurm
 
 STEPS = 40
-# Seconds that a rank waits for a silent one. From the cut to the end of everything: that, ssh's own patience with a host
-# that does not answer (45 s), and a busy machine.
+# Seconds that a rank waits for a silent one. From the cut to the end of everything: that, ssh's own patience with a
+# host that does not answer (45 s), and a busy machine.
 TIMEOUT = 12.0
 ALL_ENDED = TIMEOUT + 45 + 60
 
@@ -49,48 +51,56 @@ def whole(cluster) -> list[dict]:
     code, said = cluster.output(cluster.start("pdsh", "whole"), STARTED)
     assert code == 0, said
     assert "host-a: layout     ZeRO-2, 2 ranks" in said
-    assert [row["step"] for row in (rows := cluster.rows("whole"))] == list(range(STEPS + 1))
+    rows = cluster.rows("whole")
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
     return rows
 
 
+CHECKS = """
+import contextlib, io, socket
+from pathlib import Path
+from lorapre_dist.launcher import app
+
+def check(replace="", by="", *more):
+    text = Path("{folder}/cluster.ini").read_text()
+    Path("{folder}/check.ini").write_text(text.replace(replace, by))
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        code = app.main(["{folder}/check.ini", "--check", "--output_dir", "{folder}/none", *more])
+    print(code, said.getvalue().strip())
+
+check()
+check("interface = lan0", "interface = ib0")
+Path("{folder}/three").write_text("host-a slots=1\\nhost-c slots=1\\n")
+check("hostfile = ", "hostfile = {folder}/three\\n# ")
+with socket.create_server(("", 29500)):
+    check()
+"""
+
+
 def test_what_is_missing_is_said_before_anything_starts(cluster):
-    """One line each: a wrong interface, a port in use, a host that is not there."""
-    hosts = cluster.hosts
-    listener = hosts.start("host-a", ["python3", "-c", "import socket; socket.create_server(('', 29500)).accept()"])
-    code, said = cluster.output(cluster.start("pdsh", "none", "--check"), 120)
-    listener.kill()
-    listener.communicate()
-    hosts.signal("host-a", "create_server", signal.SIGKILL)
-    assert code == 2 and "error: host-a: port 29500 is in use; set another master_port" in said
-
-    ini = cluster.folder / "cluster.ini"
-    text = ini.read_text()
-    try:
-        ini.write_text(text.replace("interface = lan0", "interface = ib0"))
-        code, said = cluster.output(cluster.start("pdsh", "none", "--check"), 120)
-        assert code == 2
-        assert "error: host-a: network interface ib0 has no IPv4 address; there: lan0, lo (and 1 more)" in said
-    finally:
-        ini.write_text(text)
-
-    hosts.cut_off("host-b")
-    code, said = cluster.output(cluster.start("pdsh", "none", "--check"), 120)
-    hosts.reconnect("host-b")
-    assert code == 2 and "error: host-b: not reachable by ssh without a password: ssh: connect to host" in said
-    code, said = cluster.output(cluster.start("pdsh", "none", "--check"), 120)
-    assert code == 0 and "ready: host-a (1), host-b (1)" in said
+    """All is there; a wrong interface; a host that is not there; a port in use."""
+    script = [sys.executable, "-c", CHECKS.format(folder=cluster.folder)]
+    process = cluster.hosts.start("host-a", script, env=environment(), cwd=REPO)
+    code, said = cluster.output(process, STARTED)
+    assert code == 0, said
+    *_, ready, interface, host, port = said.strip().splitlines()
+    assert ready == "0 ready: host-a (1), host-b (1)"
+    assert "2 error: host-a: network interface ib0 has no IPv4 address; there: lan0, lo (and 1 more)" in interface
+    assert "2 error: host-c: not reachable by ssh without a password: ssh: Could not resolve hostname host-c" in host
+    assert port == "2 error: host-a: port 29500 is in use; set another master_port"
 
 
 def test_stopped_then_cut_off_then_finished_on_one_host(cluster, whole):
-    """SIGUSR1 on one rank stops both; then a cable is pulled; then one host ends the run alone."""
+    """``deepspeed --hostfile`` over pdsh: the front gets a signal, then a cable is pulled, then one host ends it."""
     hosts, name = cluster.hosts, "pdsh"
     process = cluster.start("pdsh", name)
     cluster.wait_for_step(name, 7, process)
-    assert hosts.signal("host-b", RANK, signal.SIGUSR1) == 1
-    code, said = cluster.output(process, 60)
+    assert hosts.signal("host-a", r"launch/run\.py", signal.SIGTERM) == 1
+    code, said = cluster.output(process, 90)
     stopped = cluster.rows(name)[-1]["step"]
     assert code == 75, said
-    assert f"stopped by a signal to another rank after step {stopped}: saved in " in said
+    assert "SIGTERM: asking the ranks on host-a, host-b to save and stop" in said
+    assert f"stopped by SIGUSR1 after step {stopped}: saved in " in said
     assert f"the same command resumes from step{stopped:07d}" in said
     cluster.nobody_left(10)
 
@@ -101,8 +111,7 @@ def test_stopped_then_cut_off_then_finished_on_one_host(cluster, whole):
     code, said = cluster.output(process, ALL_ENDED)
     assert code not in (0, 75, -signal.SIGKILL), said
     assert f"resuming from step{stopped:07d} at step {stopped}" in said
-    lost = [line for line in said.splitlines() if "lost another rank in step" in line]
-    assert len(lost) >= 1 and "error on rank 0 (host-a)" in lost[0], said
+    assert "error on rank 0 (host-a): lost another rank in step" in said, said
     assert "Traceback" not in said
     cluster.nobody_left(max(1.0, ALL_ENDED - (time.monotonic() - begun)))
     reached = len(cluster.rows(name))
@@ -118,72 +127,33 @@ def test_stopped_then_cut_off_then_finished_on_one_host(cluster, whole):
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_the_front_passes_a_signal_on(cluster, whole):
-    """A scheduler knows nothing but the process that it started; then a rank is killed, then the run ends."""
-    hosts, name = cluster.hosts, "front"
-    process = cluster.start("pdsh", name)
-    cluster.wait_for_step(name, 7, process)
-    assert hosts.signal("host-a", r"launch/run\.py", signal.SIGTERM) == 1
-    code, said = cluster.output(process, 60)
-    assert code == 75, said
-    assert "SIGTERM: asking the ranks on host-a, host-b to save and stop" in said
-
-    process = cluster.start("pdsh", name)
-    cluster.wait_for_step(name, 20, process)
-    hosts.signal("host-b", RANK, signal.SIGKILL)
-    code, said = cluster.output(process, 60)
-    assert code not in (0, 75, -signal.SIGKILL), said
-    assert "error on rank 0 (host-a): lost another rank in step" in said
-    cluster.nobody_left(30)
-    code, said = cluster.output(cluster.start("pdsh", name), STARTED)
-    assert code == 0, said
-    assert cluster.rows(name) == whole
-
-
-@needs("ompi_info", "mpirun.openmpi")
-def test_open_mpi(cluster, whole):
-    """``deepspeed --launcher openmpi``, ranks found by mpi4py: one is killed, then the front is stopped, then the end."""
+@needs("ompi_info", "mpirun.openmpi", "mpirun.mpich")
+def test_the_other_launchers_take_over_from_each_other(cluster, whole):
+    """A rank under Open MPI is killed, MPICH goes on and is stopped, torchrun loses a rank, restarts and ends."""
     pytest.importorskip("mpi4py")
-    hosts, name, path = cluster.hosts, "openmpi", mpirun_first(cluster.folder, "openmpi")
-    process = cluster.start("openmpi", name, PATH=path)
+    hosts, name = cluster.hosts, "others"
+    process = cluster.start("openmpi", name, PATH=mpirun_first(cluster.folder, "openmpi"))
     cluster.wait_for_step(name, 7, process)
     hosts.signal("host-b", RANK, signal.SIGKILL)
-    code, said = cluster.output(process, 60)
+    code, said = cluster.output(process, 90)
     assert code not in (0, 75, -signal.SIGKILL), said
+    assert "the same command resumes from step0000005" in said
     cluster.nobody_left(30)
-    process = cluster.start("openmpi", name, PATH=path)
+
+    process = cluster.start("mpich", name, PATH=mpirun_first(cluster.folder, "mpich"))
     cluster.wait_for_step(name, 14, process)
     hosts.signal("host-a", r"launch/run\.py", signal.SIGTERM)
-    code, said = cluster.output(process, 60)
+    code, said = cluster.output(process, 90)
+    # DeepSpeed's helper for MPICH hides the exit codes of the ranks from everybody; the front knows what it asked for.
     assert code == 75, said
-    code, said = cluster.output(cluster.start("openmpi", name, PATH=path), STARTED)
-    assert code == 0, said
-    assert cluster.rows(name) == whole
+    assert "resuming from step0000005 at step 5" in said
 
-
-@needs("mpirun.mpich")
-def test_mpich(cluster, whole):
-    """``deepspeed --launcher mpich``, which hides the exit codes of the ranks from everybody but the front."""
-    hosts, name, path = cluster.hosts, "mpich", mpirun_first(cluster.folder, "mpich")
-    process = cluster.start("mpich", name, PATH=path)
-    cluster.wait_for_step(name, 7, process)
-    hosts.signal("host-a", r"launch/run\.py", signal.SIGTERM)
-    code, said = cluster.output(process, 60)
-    assert code == 75, said
-    code, said = cluster.output(cluster.start("mpich", name, PATH=path), STARTED)
-    assert code == 0, said
-    assert cluster.rows(name) == whole
-
-
-def test_torchrun_restarts_by_itself(cluster, whole):
-    """A killed rank: the agents of both hosts start their ranks again, which go on from the newest checkpoint."""
-    name = "torchrun"
     process = cluster.start("torchrun", name)
-    cluster.wait_for_step(name, 12, process)
-    cluster.hosts.signal("host-b", RANK, signal.SIGKILL)
+    cluster.wait_for_step(name, 25, process)
+    hosts.signal("host-b", RANK, signal.SIGKILL)
     code, said = cluster.output(process, STARTED)
     assert code == 0, said
-    assert "resuming from step00000" in said
+    assert said.count("resuming from step") >= 2, said
     assert cluster.rows(name) == whole
 
 
