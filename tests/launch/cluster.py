@@ -67,6 +67,7 @@ class Cluster:
 
     def __init__(self, hosts: Hosts, folder: Path, steps: int, timeout: float) -> None:
         self.hosts, self.folder, self.steps, self.timeout = hosts, folder, steps, timeout
+        self._logs: dict[int, Path] = {}
         (folder / "model.json").write_text(json.dumps(MODEL))
         lines = [json.dumps({"text": text}) + "\n" for text in documents(400, 80)]
         (folder / "corpus.jsonl").write_text("".join(lines))
@@ -78,8 +79,21 @@ class Cluster:
     def start(self, launcher: str, name: str, *more: str, **env: str) -> subprocess.Popen[str]:
         """``launch/run.py`` on the first host; ``name`` is the run's output folder."""
         options = ["--launcher", launcher, "--output_dir", str(self.folder / name), *more]
-        command = [sys.executable, "launch/run.py", str(self.folder / "cluster.ini"), *options]
-        return self.hosts.start(self.hosts.names[0], command, env=environment() | env, cwd=REPO)
+        return self.python("launch/run.py", str(self.folder / "cluster.ini"), *options, **env)
+
+    def python(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        """A Python program on the first host. What it prints goes to a file, which no forgotten child can hold open."""
+        path = self.folder / f"said-{len(self._logs)}"
+        command, variables = [sys.executable, *arguments], environment() | env
+        with path.open("w") as log:
+            outputs = {"stdout": log, "stderr": subprocess.STDOUT}
+            process = self.hosts.start(self.hosts.names[0], command, env=variables, cwd=REPO, **outputs)
+        self._logs[process.pid] = path
+        return process
+
+    def said(self, process: subprocess.Popen[str]) -> str:
+        """All that was printed so far."""
+        return self._logs[process.pid].read_text(errors="replace")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Metrics without the one column that measures time; a row that is being written does not count."""
@@ -97,20 +111,19 @@ class Cluster:
         end = time.monotonic() + limit
         while not condition():
             if process is not None and process.poll() is not None:
-                raise AssertionError(f"ended with {process.returncode} too early\n{self.output(process, 10)[1]}")
+                raise AssertionError(f"ended with {process.returncode} too early\n{self.said(process)}")
             if time.monotonic() > end:
-                said = "" if process is None else self.output(process, 0.0)[1]
-                raise AssertionError(f"waited {limit} s\n{said}")
+                raise AssertionError(f"waited {limit} s\n{'' if process is None else self.said(process)}")
             time.sleep(0.05)
 
     def output(self, process: subprocess.Popen[str], limit: float) -> tuple[int, str]:
         """Exit code and all that was printed, in at most ``limit`` seconds; else the code is that of a SIGKILL."""
         try:
-            out, err = process.communicate(timeout=limit)
+            process.wait(limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-        return process.returncode, out + err
+            process.wait()
+        return process.returncode, self.said(process)
 
     def nobody_left(self, limit: float) -> None:
         """Every rank on every host ends within ``limit`` seconds."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.launch.cluster import RANK, STARTED, Cluster
-from tests.launch.conftest import REPO, environment
 from tests.launch.hosts import Hosts, find, missing
 from tests.launch.slurm import start_slurm
 
@@ -79,9 +77,7 @@ with socket.create_server(("", 29500)):
 
 def test_what_is_missing_is_said_before_anything_starts(cluster):
     """All is there; a wrong interface; a host that is not there; a port in use."""
-    script = [sys.executable, "-c", CHECKS.format(folder=cluster.folder)]
-    process = cluster.hosts.start("host-a", script, env=environment(), cwd=REPO)
-    code, said = cluster.output(process, STARTED)
+    code, said = cluster.output(cluster.python("-c", CHECKS.format(folder=cluster.folder)), STARTED)
     assert code == 0, said
     *_, ready, interface, host, port = said.strip().splitlines()
     assert ready == "0 ready: host-a (1), host-b (1)"

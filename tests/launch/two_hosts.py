@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -19,32 +18,19 @@ SHOWN = re.compile(r"host-[ab]: (layout|batch|error|warning|resuming|eval loss)|
 COMMAND = "python launch/run.py cluster.ini --launcher pdsh"
 
 
-def follow(process: subprocess.Popen[str]) -> list[threading.Thread]:
-    """Print the lines that tell the story, as they come; DeepSpeed and torch print many more."""
-
-    def read(stream) -> None:
-        for line in stream:
-            if SHOWN.search(line) and "state over" not in line:
-                print(line.rstrip(), flush=True)
-
-    threads = [threading.Thread(target=read, args=(s,)) for s in (process.stdout, process.stderr)]
-    for thread in threads:
-        thread.start()
-    return threads
-
-
-def finish(process: subprocess.Popen[str], threads: list[threading.Thread]) -> None:
+def finish(cluster: Cluster, process: subprocess.Popen[str]) -> None:
+    """Wait for the end; print the lines that tell the story, of many that DeepSpeed and torch print."""
     begun = time.monotonic()
-    code = process.wait(timeout=600)
-    for thread in threads:
-        thread.join()
+    code, said = cluster.output(process, 600)
+    for line in said.splitlines():
+        if SHOWN.search(line) and "state over" not in line:
+            print(line)
     print(f"[exit code {code} after {time.monotonic() - begun:.0f} s]\n", flush=True)
 
 
 def run(cluster: Cluster, name: str, *more: str) -> None:
     print(f"host-a$ {shlex.join([*COMMAND.split(), '--output_dir', name, *more])}", flush=True)
-    process = cluster.start("pdsh", name, *more)
-    finish(process, follow(process))
+    finish(cluster, cluster.start("pdsh", name, *more))
 
 
 def main() -> int:
@@ -60,11 +46,10 @@ def main() -> int:
 
         print(f"host-a$ {COMMAND} --output_dir disturbed", flush=True)
         process = cluster.start("pdsh", "disturbed")
-        threads = follow(process)
         cluster.wait_for_step("disturbed", 22, process)
         hosts.cut_off("host-b")
         print(f"[host-b's cable is pulled after step {cluster.rows('disturbed')[-1]['step']}]", flush=True)
-        finish(process, threads)
+        finish(cluster, process)
         cluster.nobody_left(120)
         print("[no rank is left on either host]\n", flush=True)
 
