@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import FrameType
 
 from lorapre_dist.arguments import Parser
@@ -32,7 +31,8 @@ def build_parser() -> Parser:
         description="Start launch/pretrain.py on several hosts. Options that are not listed here go to pretrain.py, "
         "after those of the settings file.",
         epilog="Exit code: the ranks' (0; 75: stopped by a signal, saved, start again), 2 for bad settings or a host "
-        "that is not ready. SIGTERM and SIGUSR1 make all ranks finish their step, save and end.",
+        "that is not ready. SIGTERM, SIGUSR1 and Ctrl-C make all ranks finish their step, save and end; once more ends "
+        "them at once.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -139,10 +139,13 @@ def _ask_to_stop(launch: Launch, settings: ClusterSettings, hosts: Iterable[str]
     command = f"pkill -{name} -f {shlex.quote(pattern)}"
 
     def ask(host: str) -> None:
-        done = checks.ssh(host, settings, command)
-        if done.returncode > 1:  # 1: none is there any more
-            said = " ".join(done.stderr.split())
-            print(f"warning: {host} could not be asked to stop: {said}", file=sys.stderr, flush=True)
+        try:
+            done = checks.ssh(host, settings, command)
+            problem = " ".join(done.stderr.split()) if done.returncode > 1 else None  # 1: none is there any more
+        except subprocess.TimeoutExpired:
+            problem = "no answer"
+        if problem is not None:
+            print(f"warning: {host} could not be asked to stop: {problem}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(ask, hosts))
@@ -150,18 +153,13 @@ def _ask_to_stop(launch: Launch, settings: ClusterSettings, hosts: Iterable[str]
 
 def _code_that_mpich_hides(settings: ClusterSettings, begun: float, asked: bool) -> int:
     """DeepSpeed starts MPICH's ranks through a helper that ends with 0 whatever became of the rank."""
-    summary = _output(settings) / "summary.json"
+    summary = checks.REPO / settings.output_dir / "summary.json"
     if summary.is_file() and summary.stat().st_mtime >= begun:
         return 0
     return EXIT_STOPPED if asked else 1
 
 
-def _output(settings: ClusterSettings) -> Path:
-    return checks.REPO / (settings.option("output_dir") or "runs/pretrain")
-
-
 def _newest(settings: ClusterSettings) -> str:
-    tags = [
-        path.name for path in (_output(settings) / "checkpoints").glob("step*") if re.fullmatch(r"step\d+", path.name)
-    ]
-    return f"resumes from {max(tags)} in {settings.option('output_dir')}" if tags else "starts from the beginning"
+    names = [path.name for path in (checks.REPO / settings.output_dir / "checkpoints").glob("step*")]
+    tags = [name for name in names if re.fullmatch(r"step\d+", name)]
+    return f"resumes from {max(tags)} in {settings.output_dir}" if tags else "starts from the beginning"

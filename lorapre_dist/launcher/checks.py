@@ -98,8 +98,7 @@ def check_hosts(hosts: Mapping[str, int], settings: ClusterSettings) -> str | No
     Raises:
         ConfigError: a host that cannot be reached, or is not like this one; the first of several, and their number.
     """
-    output = Path(settings.option("output_dir") or "runs/pretrain")
-    folder = output if output.is_absolute() else REPO / output
+    folder = REPO / settings.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".hosts-") as shared, ThreadPoolExecutor(64) as pool:

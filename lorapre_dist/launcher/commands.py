@@ -59,7 +59,7 @@ def build(launcher: str, settings: ClusterSettings, hosts: Mapping[str, int], ad
 
 def ranks_file(settings: ClusterSettings) -> Path:
     """Where DeepSpeed's launcher reads the environment of the ranks from."""
-    return REPO / (settings.option("output_dir") or "runs/pretrain") / "ranks.env"
+    return REPO / settings.output_dir / "ranks.env"
 
 
 def _deepspeed(launcher: str, settings: ClusterSettings, ranks: dict[str, str], address: str | None) -> Launch:
@@ -114,7 +114,7 @@ def _torchrun(
     first, least = next(iter(hosts)), settings.min_hosts or len(hosts)
     if least > len(hosts):
         raise ConfigError(f"[torchrun] min_hosts = {least}, but the hostfile has {len(hosts)}")
-    name = re.sub(r"\W", "_", str(settings.option("output_dir") or "pretrain"))
+    name = re.sub(r"\W", "_", str(settings.output_dir))
     agent = [
         *(sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_id", name),
         *("--nnodes", f"{least}:{len(hosts)}", "--nproc_per_node", str(hosts[first])),
@@ -141,8 +141,7 @@ def _with_repo(ranks: dict[str, str]) -> dict[str, str]:
 
 
 def _output_of(settings: ClusterSettings) -> str:
-    value = settings.option("output_dir")
-    return rf"--output_dir[ =]{re.escape(value)}( |$)" if value else ""
+    return rf"--output_dir[ =]{re.escape(str(settings.option('output_dir')))}( |$)"
 
 
 def _port(settings: ClusterSettings) -> list[str]:

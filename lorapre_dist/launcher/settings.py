@@ -18,6 +18,7 @@ SECTIONS = {
     "slurm": None,  # any option of sbatch
     "pretrain": None,  # any option of pretrain.py, which checks them itself
 }
+DEFAULT_OUTPUT = "runs/pretrain"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SWITCHES = {"true": True, "yes": True, "on": True, "": True, "false": False, "no": False, "off": False}
 
@@ -49,12 +50,17 @@ class ClusterSettings:
     slurm: list[str]
     pretrain: list[str]
 
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes; relative to the repository."""
+        return Path(self.option("output_dir") or DEFAULT_OUTPUT)
+
     def option(self, name: str) -> str | None:
         """The value of an option of ``pretrain.py``; of several the last, as argparse takes it."""
         found = None
-        for word, following in zip(self.pretrain, [*self.pretrain[1:], ""], strict=True):
+        for place, word in enumerate(self.pretrain):
             if word == f"--{name}":
-                found = following
+                found = next(iter(self.pretrain[place + 1 :]), None)
             elif word.startswith(f"--{name}="):
                 found = word.split("=", 1)[1]
         return found
@@ -91,7 +97,7 @@ def read_settings(path: str, more: Sequence[str] = ()) -> ClusterSettings:
     for name in variables:
         if not VARIABLE.fullmatch(name):
             raise ConfigError(f"{path}: [environment] {name}: not the name of an environment variable")
-    return ClusterSettings(
+    settings = ClusterSettings(
         path=Path(path),
         hostfile=get("hosts", "hostfile", "hosts"),
         interface=get("hosts", "interface"),
@@ -104,6 +110,9 @@ def read_settings(path: str, more: Sequence[str] = ()) -> ClusterSettings:
         slurm=_options(file, "slurm"),
         pretrain=[*_options(file, "pretrain"), *more],
     )
+    if settings.option("output_dir") is None:  # by which a run's processes are told from another's
+        settings.pretrain.extend(["--output_dir", DEFAULT_OUTPUT])
+    return settings
 
 
 def _check_names(path: str, file: configparser.ConfigParser) -> None:
