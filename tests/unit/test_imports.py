@@ -23,7 +23,7 @@ LAYERS = [
 # Beside the layers: the oracle, which nothing but its users' front page and measurements may lean on.
 ORACLE = "reference"
 # Modules that name the library deepspeed: the door, the layouts that read its optimizers, and in the training program
-# what builds a model under zero.Init, and what starts the ranks, asks MPI for them and reads the JSON (there only inside
+# what builds a model under zero.Init, what starts the ranks, asks MPI for them and reads the JSON (there only inside
 # functions).
 DEEPSPEED_LAZILY = {"lorapre_dist.training.app", "lorapre_dist.training.discovery"}
 DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.training.models", *DEEPSPEED_LAZILY}
