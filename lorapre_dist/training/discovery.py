@@ -38,7 +38,7 @@ def _ask_mpi() -> None:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"started by mpirun, but mpi4py cannot be used ({error}); pip install mpi4py") from error
+        raise ConfigError(f"started by mpirun, but mpi4py cannot be used: {error}; install it for this MPI") from error
     from deepspeed.comm.comm import mpi_discovery
 
     started = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", 1)))
