@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, more = build_parser().parse_known_args(argv)
         settings = read_settings(os.path.abspath(args.settings), [word for word in more if word != "--"])
+        _prefer_own_programs()
         os.chdir(checks.REPO)  # where the ranks start: a path means the same here and there
         hosts = {} if args.launcher == "slurm" else _chosen(checks.read_hostfile(settings.hostfile), args.hosts)
         _check_pretrain(settings, sum(hosts.values()))
@@ -68,6 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
+
+
+def _prefer_own_programs() -> None:
+    """The ``deepspeed`` and ``ninja`` beside this Python, also where its environment is not activated."""
+    folders = [os.path.dirname(sys.executable), *os.environ.get("PATH", os.defpath).split(os.pathsep)]
+    os.environ["PATH"] = os.pathsep.join(dict.fromkeys(filter(None, folders)))
 
 
 def _chosen(hosts: dict[str, int], names: str | None) -> dict[str, int]:

@@ -182,9 +182,7 @@ def _compare(
 def environment_of_ranks(settings: ClusterSettings, launcher: str, address: str | None) -> dict[str, str]:
     """Variables for every rank: the settings', and what the settings imply."""
     # ssh gives a plain PATH, and DeepSpeed's CPU op looks for ninja there.
-    folders = [os.path.dirname(sys.executable), *os.environ.get("PATH", "").split(os.pathsep)]
-    path = os.pathsep.join(dict.fromkeys(filter(None, folders)))
-    chosen = {"OMP_NUM_THREADS": str(settings.threads), "PATH": path}
+    chosen = {"OMP_NUM_THREADS": str(settings.threads), "PATH": os.environ["PATH"]}
     if settings.interface:
         chosen |= {"GLOO_SOCKET_IFNAME": settings.interface, "NCCL_SOCKET_IFNAME": settings.interface}
     for name in ("TORCH_EXTENSIONS_DIR", "LORAPRE_CACHE"):
