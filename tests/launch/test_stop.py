@@ -12,7 +12,7 @@ import pytest
 from tests.launch.conftest import ds_json, finish, group_members, launch, wait_for
 from tests.launch.test_resume import rows
 
-STEPS = [*("--max_steps", "60", "--warmup_steps", "3", "--eval_every", "10"), *("--save_every", "5", "--keep_last", "2")]
+STEPS = ["--max_steps", "60", "--warmup_steps", "3", "--eval_every", "10", "--save_every", "5", "--keep_last", "2"]
 
 
 @pytest.fixture(scope="module")
