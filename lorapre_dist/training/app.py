@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import socket
 import sys
 import time
 import warnings
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import ranks
+from lorapre_dist.training import discovery, interruption, ranks
 from lorapre_dist.training.settings import Settings, describe, load_settings
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ BUILD_SECONDS = 900.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program.
 
-    Exit code 0; 2 after one line on stderr about bad input; 1 where training diverged, could not read on or could not
-    save its end.
+    Exit code 0; 2 after one line on stderr about bad input; 75 where a signal asked to stop and the state is saved;
+    1 where training diverged, could not read on, could not save its end, or lost a rank.
     """
     try:
-        ranks.fill_launch_environment()
+        discovery.find_ranks()
         settings = load_settings(argv, ranks.world_size())
         _quiet()
         _check_optimizer(settings)
@@ -81,24 +82,62 @@ def _train(settings: Settings) -> int:
 
     _check_deepspeed_config(settings)
     _check_build_lock()
-    deepspeed.init_distributed(verbose=False)
     from lorapre_dist.checkpoint import CheckpointError
     from lorapre_dist.training.loop import DivergedError
     from lorapre_dist.training.reading import ReadError
 
+    trainer, lost = None, None
     try:
+        limit = interruption.limit_waits(settings.collective_timeout)
+        deepspeed.init_distributed(verbose=False, timeout=limit)
         trainer = _set_up(settings)
+        trainer.stop.listen()
         trainer.run()
+        if trainer.stopped:
+            return _stopped(trainer)
         _finish(trainer)
         trainer.engine.destroy()
     except (DivergedError, CheckpointError, ReadError) as error:
         if ranks.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except RuntimeError as error:
+        lost = interruption.lost_rank(error)
+        if lost is None:
+            raise
+        return _lost(settings, trainer, lost)
     finally:
-        if deepspeed.comm.is_initialized():
+        # With a rank gone nobody can be waited for.
+        if lost is None and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
     return 0
+
+
+def _stopped(trainer: Trainer) -> int:
+    """Say why the run ends early and whether it can go on; the exit code."""
+    settings, step = trainer.settings, trainer.step
+    if trainer.writer is not None:
+        trainer.writer.close()
+        by = trainer.stop.signal or "a signal to another rank"
+        from lorapre_dist.training.checkpoints import checkpoint_folder
+
+        where = f"saved in {checkpoint_folder(settings) / f'step{step:07d}'}; the same command goes on from there"
+        lost = "not saved, as --save_every is 0"
+        print(f"stopped by {by} after step {step}: {where if settings.save_every else lost}", flush=True)
+    return interruption.EXIT_STOPPED if settings.save_every else 1
+
+
+def _lost(settings: Settings, trainer: Trainer | None, reason: str) -> int:
+    """One line, from every rank that noticed: the one that is gone, or its host, says nothing."""
+    when = "while starting" if trainer is None else f"in step {trainer.step + 1}"
+    print(
+        f"error on rank {ranks.rank()} ({socket.gethostname()}): lost another rank {when}: {reason}. Its own output or "
+        f"its host says why (--collective_timeout is {settings.collective_timeout:g} s); the same command resumes "
+        "from the newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    return 1
 
 
 def _check_deepspeed_config(settings: Settings) -> None:

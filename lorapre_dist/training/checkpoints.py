@@ -25,6 +25,7 @@ from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import ranks
 from lorapre_dist.training.data import Data, Stream
 from lorapre_dist.training.ds_json import precision, zero_stage
+from lorapre_dist.training.interruption import lost_rank
 from lorapre_dist.training.settings import Settings
 from lorapre_dist.training.streaming import merge_states
 
@@ -153,6 +154,8 @@ def load(engine: Any, settings: Settings, data: Data, path: Path) -> tuple[int, 
     except ConfigError:
         raise
     except Exception as error:  # torch and DeepSpeed raise many kinds on a damaged or foreign file
+        if lost_rank(error) is not None:
+            raise
         raise ConfigError(f"checkpoint {path} cannot be loaded: {type(error).__name__}: {error}") from error
     return int(state["step"]), int(state["tokens"])
 

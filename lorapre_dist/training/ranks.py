@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -35,17 +34,6 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of ranks, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def fill_launch_environment() -> None:
-    """Without a launcher, describe a world of one process, which is what the process is."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in single.items()})
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class Settings:
     resume: str
     resize_rank: bool
     seed: int
+    collective_timeout: float
     gradient_checkpointing: bool
     wandb: bool
     wandb_project: str
@@ -155,6 +156,12 @@ def _add_run_options(group: Any) -> None:
     )
     group.add_argument("--resize_rank", action="store_true", help="resume although the JSON's rank or rank_v changed")
     group.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order")
+    group.add_argument(
+        "--collective_timeout",
+        type=float,
+        default=600.0,
+        help="seconds that a rank waits for the others before it takes one for lost and the run ends",
+    )
     group.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
 
 
@@ -286,6 +293,8 @@ def _check_run(args: dict[str, Any]) -> None:
             raise ConfigError(f"--{name} {args[name]}: must be at least {least}")
     if args["keep_last"] is not None and args["keep_last"] < 1:
         raise ConfigError(f"--keep_last {args['keep_last']}: must be at least 1")
+    if not 1.0 <= args["collective_timeout"] <= 86400.0:
+        raise ConfigError(f"--collective_timeout {args['collective_timeout']:g}: must be from 1 to 86400 seconds")
     if args["warmup_steps"] > args["max_steps"]:
         raise ConfigError(f"--warmup_steps {args['warmup_steps']}: more than --max_steps {args['max_steps']}")
     if args["lr"] is not None and not 0.0 < args["lr"] < float("inf"):

@@ -18,15 +18,16 @@ LAYERS = [
     {"layouts"},
     {"optimizer", "optimizers", "awaiting", "tensors", "state", "report", "shards", "gather"},
     {"deepspeed", "upstream", "checkpoint"},
-    {"training", "bench", "cli", "planner"},
+    {"training", "launcher", "bench", "cli", "planner"},
 ]
 # Beside the layers: the oracle, which nothing but its users' front page and measurements may lean on.
 ORACLE = "reference"
 # Modules that name the library deepspeed: the door, the layouts that read its optimizers, and in the training program
-# what builds a model under zero.Init, and what starts the ranks and reads the JSON (there only inside functions).
-DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.training.models", "lorapre_dist.training.app"}
+# what builds a model under zero.Init, what starts the ranks, asks MPI for them and reads the JSON (there only inside
+# functions).
+DEEPSPEED_LAZILY = {"lorapre_dist.training.app", "lorapre_dist.training.discovery"}
+DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.training.models", *DEEPSPEED_LAZILY}
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
-DEEPSPEED_LAZILY = {"lorapre_dist.training.app"}
 # The library's own heavy or optional companions.
 TRAINING_ONLY = {"transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm"}
 
