@@ -115,6 +115,8 @@ def _train(settings: Settings) -> int:
 
 def _stopped(trainer: Trainer) -> int:
     """Say why the run ends early and whether it can go on; the exit code."""
+    import torch.distributed as dist
+
     settings, step = trainer.settings, trainer.step
     if trainer.writer is not None:
         trainer.writer.close()
@@ -124,6 +126,8 @@ def _stopped(trainer: Trainer) -> int:
         where = f"saved in {checkpoint_folder(settings) / f'step{step:07d}'}; the same command goes on from there"
         lost = "not saved, as --save_every is 0"
         print(f"stopped by {by} after step {step}: {where if settings.save_every else lost}", flush=True)
+    # The first rank to leave may be the sign for the launcher to kill the others.
+    dist.barrier()
     return interruption.EXIT_STOPPED if settings.save_every else 1
 
 
