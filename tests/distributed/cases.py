@@ -83,7 +83,7 @@ def core_case(
         )
         stepper.step()
     errors = {}
-    for piece in [p for p in pieces if p.name in optimizer.factors()]:
+    for piece in [p for p in pieces if p.name in stepper.factors()]:
         theta, state = dense(piece.name, piece.shape, config, steps)
         mine = flat.detach()[piece.offset : piece.offset + piece.stop - piece.start]
         want = theta.reshape(-1)[piece.start : piece.stop]
