@@ -1,6 +1,6 @@
 """LoRAPreMuon on several ranks: bytes sent for one matrix against the closed form, and time of a step.
 
-    python -m lorapre_dist.bench muon [accuracy] [bytes] [time]
+    python -m lorapre_dist.bench muon --parts accuracy bytes time
 
 ``accuracy``: how far the orthogonalised matrix is from the direct form in fp64, for several spectra, and the range of
 its singular values. ``bytes``: 2048 x 5504 in even row shards on 4 ranks, what each rank really sends by purpose, what
@@ -43,9 +43,7 @@ Named = list[tuple[str, torch.Tensor, int]]
 def main(argv: list[str]) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="lorapre_dist.bench muon", description=__doc__)
-    parser.add_argument(
-        "parts", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="bytes, time (default: both)"
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shape", type=int, nargs=2, default=[2048, 5504], help="matrix of the bytes")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--world_size", type=int, default=4, help="ranks of the bytes")

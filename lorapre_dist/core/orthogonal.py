@@ -116,24 +116,24 @@ def transient_bytes(matrix: Matrix, segments: list[int], limit: int) -> int:
 
 @dataclass
 class Task:
-    """One matrix on its way: this rank's piece (1-D), its form, who iterates, and X in that form.
+    """One matrix on its way: this rank's piece (1-D), its form, who iterates, and in that form X, and its Gram or Q.
 
     Attributes:
-        wide: the Gram is ``X X^T``.
+        moved: some elements lie on another rank than in the form.
     """
 
     matrix: Matrix
     piece: Tensor
     form: str = "whole"
     owner: int = 0
+    moved: bool = False
     transfer: Transfer | None = None
     X: Tensor = field(init=False)
     G: Tensor = field(init=False)
-    norm: Tensor = field(init=False)
 
     @property
     def wide(self) -> bool:
-        """Whether the Gram is that of the rows."""
+        """Whether the Gram is ``X X^T``."""
         p, q = self.matrix.interval.shape
         return self.form == "columns" or (self.form == "whole" and p < q)
 
@@ -142,11 +142,6 @@ class Task:
         """Rows of the Gram."""
         p, q = self.matrix.interval.shape
         return p if self.wide else q
-
-    @property
-    def shared(self) -> bool:
-        """Whether several ranks hold parts of X."""
-        return self.matrix.peers is not None and self.form != "whole"
 
     @property
     def iterates(self) -> bool:
@@ -163,122 +158,91 @@ def orthogonalise(
         limit: bytes up to which a matrix may be assembled on one rank.
         bucket: bytes of a collective.
     """
-    tasks = _tasks(pieces, settings, limit)
-    _to_form(tasks, comm)
-    _normalise(tasks, settings, comm)
+    tasks = [Task(matrix, piece) for matrix, piece in pieces]
+    _plan(tasks, settings, limit)
+    for task in tasks:
+        shape = task.matrix.interval.shape if task.transfer is None else task.transfer.mine.shape
+        task.X = task.piece.new_empty(shape) if task.moved else task.piece.view(shape)
+    _exchange(tasks, comm, back=False)
+    # A group's matrices of which several ranks hold parts.
+    shared = by_group([task for task in tasks if task.form != "whole"])
+    _normalise(tasks, shared, settings, comm)
     for steps in settings.segments():
         for task in tasks:
             task.G = gram(task.X, task.wide).to(task.piece.dtype)
-        _polynomials(tasks, steps, settings, comm, bucket)
+        _polynomials(tasks, shared, steps, settings, comm, bucket)
         for task in tasks:
             task.X = task.G @ task.X if task.wide else task.X @ task.G
-    _from_form(tasks, comm)
+    for task in tasks:
+        task.X = task.X.to(task.piece.dtype)
+        if not task.moved:
+            task.piece.copy_(task.X.reshape(-1))
+    _exchange(tasks, comm, back=True)
 
 
-def _tasks(pieces: list[tuple[Matrix, Tensor]], settings: NewtonSchulz, limit: int) -> list[Task]:
+def _plan(tasks: list[Task], settings: NewtonSchulz, limit: int) -> None:
     """Forms and owners, the same on every rank that shares a matrix: each takes the one with least to do so far."""
-    tasks = [Task(matrix, piece) for matrix, piece in pieces]
     for _, shared in by_group(tasks):
         load = [0.0] * shared[0].matrix.parts
         for task in shared:
             matrix = task.matrix
             peers, shape = matrix.peers, matrix.interval.shape
             assert peers is not None
-            split, size = split_of(peers, shape), matrix.dtype.itemsize
-            task.form = choose(shape, matrix.parts, settings.segments(), split, size, limit)
+            split = split_of(peers, shape)
+            task.form = choose(shape, matrix.parts, settings.segments(), split, matrix.dtype.itemsize, limit)
             task.owner = load.index(min(load))
             load[task.owner] += task.side**3
+            task.moved = task.form != split or (task.form == "rows" and bool(peers.cut_rows(shape)))
             task.transfer = Transfer(matrix, targets(task.form, peers, shape, task.owner))
-    return tasks
-
-
-def _moved(tasks: list[Task]) -> list[Task]:
-    """Tasks some of whose elements lie on another rank than in their form; the same on every rank."""
-    moved = []
-    for task in tasks:
-        peers, shape = task.matrix.peers, task.matrix.interval.shape
-        if peers is not None and (task.form != split_of(peers, shape) or (task.form == "rows" and _cut(peers, shape))):
-            moved.append(task)
-    return moved
-
-
-def _cut(peers: Peers, shape: tuple[int, int]) -> bool:
-    return bool(peers.cut_rows(shape))
-
-
-def _to_form(tasks: list[Task], comm: Comm) -> None:
-    """X of every task from this rank's piece and what the others send: one all-to-all a group."""
-    moved = {id(task) for task in _moved(tasks)}
-    for task in tasks:
-        shape = task.matrix.interval.shape if task.transfer is None else task.transfer.mine.shape
-        if id(task) not in moved:
-            task.X = task.piece.view(shape)
-        else:
-            task.X = task.piece.new_empty(shape)
-    _exchange([t for t in tasks if id(t) in moved], comm, back=False)
-
-
-def _from_form(tasks: list[Task], comm: Comm) -> None:
-    moved = {id(task) for task in _moved(tasks)}
-    for task in tasks:
-        task.X = task.X.to(task.piece.dtype)
-        if id(task) not in moved:
-            task.piece.copy_(task.X.reshape(-1))
-    _exchange([t for t in tasks if id(t) in moved], comm, back=True)
 
 
 def _exchange(tasks: list[Task], comm: Comm, back: bool) -> None:
-    """Move parts between pieces and targets; one all-to-all a group."""
+    """Move parts from pieces to X, or ``back``; one all-to-all a group."""
     waits = []
-    for group, shared in by_group(tasks):
-        size = shared[0].matrix.parts
-        out, room = [], []
-        for k in range(size):
-            leaving = [part for t in shared for part in _parts(t, k, back, leaving=True)]
-            arriving = [part for t in shared for part in _parts(t, k, back, leaving=False)]
-            out.append(leaving)
-            room.append(arriving)
-        me = shared[0].transfer.index  # type: ignore[union-attr]
-        for source, target in zip(out[me], room[me], strict=True):
+    for group, some in by_group([task for task in tasks if task.moved]):
+        me, size = some[0].matrix.peers.index, some[0].matrix.parts  # type: ignore[union-attr]
+        in_pieces = [[part for t in some for part in _parts(t, t.piece, k)] for k in range(size)]
+        in_X = [[part for t in some for part in _parts(t, t.X, k)] for k in range(size)]
+        leaving, arriving = (in_X, in_pieces) if back else (in_pieces, in_X)
+        for source, target in zip(leaving[me], arriving[me], strict=True):
             target.copy_(source)
-        out[me], room[me] = [], []
-        waits.append(comm.all_to_all(out, room, group, "return update" if back else "move m"))
+        leaving[me], arriving[me] = [], []
+        waits.append(comm.all_to_all(leaving, arriving, group, "return update" if back else "move m"))
     for wait in waits:
         wait()
 
 
-def _parts(task: Task, k: int, back: bool, leaving: bool) -> list[Tensor]:
-    """Views of what goes to rank k, or comes from it."""
+def _parts(task: Task, tensor: Tensor, k: int) -> list[Tensor]:
+    """What of this rank's piece, or X, lies on rank k in the other arrangement."""
     assert task.transfer is not None
-    if leaving == back:
-        return task.transfer.in_target(task.X, k)
-    return task.transfer.in_piece(task.piece, k)
+    return task.transfer.in_piece(tensor, k) if tensor is task.piece else task.transfer.in_target(tensor, k)
 
 
-def _normalise(tasks: list[Task], settings: NewtonSchulz, comm: Comm) -> None:
+def _normalise(tasks: list[Task], shared: list[tuple[Any, list[Task]]], settings: NewtonSchulz, comm: Comm) -> None:
     """Divide by the Frobenius norm of the whole matrix: one number per matrix that is summed over the ranks."""
+    squares = {id(task): torch.linalg.vector_norm(task.X).square_() for task in tasks}
+    waits = [
+        (comm.all_reduce(torch.stack([squares[id(t)] for t in some]), group, "norm"), some) for group, some in shared
+    ]
+    for wait, some in waits:
+        squares.update({id(task): square for task, square in zip(some, wait(), strict=True)})
     for task in tasks:
-        task.norm = torch.linalg.vector_norm(task.X).square_().view(1)
-    waits = []
-    for group, shared in by_group([t for t in tasks if t.shared]):
-        waits.append((comm.all_reduce(torch.cat([t.norm for t in shared]), group, "norm"), shared))
-    for wait, shared in waits:
-        for task, norm in zip(shared, wait().split(1), strict=True):
-            task.norm = norm
-    for task in tasks:
-        scale = 1 / task.norm.sqrt().clamp_min(settings.eps)
+        scale = 1 / squares[id(task)].sqrt().clamp_min(settings.eps)
         task.X = (task.X * scale).to(iteration_dtype(task.X.device, task.X.dtype))
 
 
-def _polynomials(tasks: list[Task], steps: int, settings: NewtonSchulz, comm: Comm, bucket: int) -> None:
+def _polynomials(
+    tasks: list[Task],
+    shared: list[tuple[Any, list[Task]]],
+    steps: int,
+    settings: NewtonSchulz,
+    comm: Comm,
+    bucket: int,
+) -> None:
     """From each rank's Gram to Q: summed on the owner, iterated there, sent to all."""
-    shared = by_group([t for t in tasks if t.shared])
-    sums: list[tuple[Any, list[tuple[int, Tensor]], list[Task]]] = []
     for group, some in shared:
-        parts = [(t.owner, packed(t.G)) for t in some]
+        parts = [(task.owner, packed(task.G)) for task in some]
         comm.reduce(parts, group, "reduce Gram", bucket)
-        sums.append((group, parts, some))
-    for _, parts, some in sums:
         for task, (_, flat) in zip(some, parts, strict=True):
             if task.iterates:
                 task.G = unpacked(flat, task.side)
@@ -286,10 +250,7 @@ def _polynomials(tasks: list[Task], steps: int, settings: NewtonSchulz, comm: Co
         if task.iterates:
             task.G = polynomial(task.G.to(task.X.dtype), steps, settings.coefficients)
     for group, some in shared:
-        parts = []
-        for t in some:
-            sent = packed(t.G) if t.iterates else t.X.new_empty(packed_numel(t.side))
-            parts.append((t.owner, sent))
+        parts = [(t.owner, packed(t.G) if t.iterates else t.X.new_empty(packed_numel(t.side))) for t in some]
         comm.broadcast(parts, group, "broadcast polynomial", bucket)
         for task, (_, flat) in zip(some, parts, strict=True):
             if not task.iterates:

@@ -217,6 +217,10 @@ OTHER_PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
+def params_of(optimizer: str) -> dict[str, Any]:
+    return PARAMS if optimizer == "LoRAPre" else OTHER_PARAMS[optimizer]
+
+
 def equality_case(
     rank: int,
     world_size: int,
@@ -236,7 +240,7 @@ def equality_case(
     """Train for ``steps`` and compare with the reference, for each (accumulation, clipping) of ``combos``."""
     found = []
     for accumulation, clip in combos:
-        options = {**(PARAMS if optimizer == "LoRAPre" else OTHER_PARAMS[optimizer]), **(params or {})}
+        options = {**params_of(optimizer), **(params or {})}
         config = merge(ds_config(stage, precision, accumulation, clip, options), changes or {})
         config["optimizer"]["type"] = optimizer
         kwargs: dict[str, Any] = {}
