@@ -120,9 +120,9 @@ def _fsdp2(request: Request, spread: Spread) -> Frame:
     reduce_dtype=torch.float32)``: whole weights and gradients of two layers and of the rest of the model in e bytes,
     and one unit's in fp32 on the way to the reduction. Layers are gathered forward and backward, the rest once.
     """
-    e, held = request.width, spread.partition
+    e, padded = request.width, np.full_like(spread.partition, spread.partition.max())
     units: dict[str, int] = defaultdict(int)
-    for share in spread.shares:  # rank 0 has the largest part, to which all are padded
+    for share in spread.shares:  # rank 0 has the largest part of each, to which all are padded
         layer = re.match(r".*?\.\d+(?=\.)", share.parameter.name)
         units[layer.group() if layer else ""] += int(share.held.numel[0]) * request.world_size
     rest, layers, largest = units.pop("", 0), sum(units.values()), max(units.values(), default=0)
@@ -130,9 +130,9 @@ def _fsdp2(request: Request, spread: Spread) -> Frame:
     alone = request.world_size == 1 and e == FP32
     buffers = 0 if alone else 2 * e * live + FP32 * max(rest, largest)
     sent = _sharded(request, FP32 * passes * (rest + layers), e * passes * (rest + 2 * layers))
-    shards = FP32 * held
+    shards = FP32 * padded
     if request.offload:
-        return Frame(0 * held, 0 * held, buffers, 2 * shards, sent)
+        return Frame(0 * padded, 0 * padded, buffers, 2 * shards, sent)
     return Frame(shards, shards, buffers, 0, sent)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,10 +89,11 @@ def _usage(request: Request, spread: Spread, entry: Optimizer) -> Usage:
 
 
 def smallest_world(request: Request, limit: int, largest: int = 4096) -> int | None:
-    """The smallest power of two of ranks at which LoRAPre's fullest rank needs at most ``limit`` bytes of its device."""
-    world = 1
-    while world <= largest:
-        if plan(replace(request, world_size=world), ("LoRAPre",))["LoRAPre"].total.max() <= limit:
-            return world
-        world *= 2
-    return None
+    """The smallest power of two of ranks on each of which LoRAPre needs at most ``limit`` bytes of device memory."""
+    exponents = range(largest.bit_length())
+
+    def fits(exponent: int) -> bool:
+        return bool(plan(replace(request, world_size=1 << exponent), ("LoRAPre",))["LoRAPre"].total.max() <= limit)
+
+    found = bisect.bisect_left(exponents, True, key=fits)
+    return 1 << found if found < len(exponents) else None

@@ -1,0 +1,128 @@
+"""What runs on the ranks of the planner's tests: a small Llama under every layout, one step, and what that took."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import deepspeed
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorapre_dist
+from lorapre_dist.deepspeed import base_optimizer
+from tests.deepspeed.cases import allow_fp16
+
+# Sizes that no world size divides, a key and a value that are narrower, a tied head.
+CONFIG: dict[str, Any] = {
+    "hidden_size": 60,
+    "intermediate_size": 154,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "vocab_size": 251,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+BUCKET = 5_000
+PARAMS: dict[str, Any] = {"lr": 1e-3, "rank": 8, "rank_v": 3}
+
+
+def ds_config(layout: str, precision: str, zero: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "LoRAPre", "params": {**PARAMS, **params}},
+        "zero_optimization": {"stage": int(layout[-1]), "reduce_bucket_size": BUCKET, **zero},
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    return config
+
+
+def measured_case(
+    rank: int,
+    world_size: int,
+    *,
+    layout: str,
+    precision: str,
+    zero: dict[str, Any],
+    params: dict[str, Any],
+) -> dict[str, Any]:
+    """Train one step; state, workspace and sent bytes as the optimizer tells them, and what lay in memory."""
+    allow_fp16()
+    before = _tensors()  # held until the end, so that no other tensor gets their memory
+    torch.manual_seed(0)
+    ids = torch.randint(CONFIG["vocab_size"], (1, 6))
+    if layout.startswith("zero"):
+        config = ds_config(layout, precision, zero, params)
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=layout == "zero3"):
+            model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+        engine = lorapre_dist.initialize(model=model, config=config)[0]
+        optimizer, backward, step, close = base_optimizer(engine), engine.backward, engine.step, engine.destroy
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+        engine = _native(layout, model, world_size)
+        optimizer = lorapre_dist.LoRAPre(engine.named_parameters(), **{**PARAMS, **params})
+        backward, step, close = torch.Tensor.backward, optimizer.step, lambda: None
+    seen: dict[str, int] = {}
+    inner = optimizer.step
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if not seen:
+            optimizer.memory_report()  # binds the layout
+            gc.collect()
+            now = _tensors()
+            seen["alive"] = sum(t.untyped_storage().nbytes() for key, t in now.items() if key not in before)
+        return inner(*args, **kwargs)
+
+    optimizer.step = watched
+    loss = engine(input_ids=ids, labels=ids).loss
+    backward(loss)
+    del loss
+    step() if layout.startswith("zero") else watched()
+    report = optimizer.memory_report()
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for bound in optimizer.bound()
+        for t in bound.state.tensors().values()
+        if t.numel()
+    }
+    found = {
+        "state": report.state_bytes,
+        "held": sum(held.values()),
+        "workspace": report.workspace_bytes,
+        "sent": dict(optimizer.comm.bytes),
+        **seen,
+    }
+    close()
+    return found
+
+
+def _native(layout: str, model: Any, world_size: int) -> Any:
+    if layout == "ddp":
+        return DistributedDataParallel(model) if world_size > 1 else model
+    mesh = init_device_mesh("cpu", (world_size,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+    return fully_shard(model, mesh=mesh)
+
+
+def _tensors() -> dict[int, torch.Tensor]:
+    """Every tensor with memory that Python can see, gradients included, once for each storage, by its address."""
+    found: dict[int, torch.Tensor] = {}
+    for thing in gc.get_objects():
+        try:
+            if issubclass(type(thing), torch.Tensor):
+                for tensor in (thing, thing.grad if thing.is_leaf else None):
+                    tensor = getattr(tensor, "_local_tensor", tensor)
+                    if tensor is not None and tensor.untyped_storage().nbytes():
+                        found[tensor.untyped_storage().data_ptr()] = tensor
+        except (RuntimeError, NotImplementedError, ReferenceError):
+            continue
+    return found
