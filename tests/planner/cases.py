@@ -56,7 +56,8 @@ def measured_case(
 ) -> dict[str, Any]:
     """Train one step; state, workspace and sent bytes as the optimizer tells them, and what lay in memory."""
     allow_fp16()
-    before = _tensors()  # held until the end, so that no other tensor gets their memory
+    gc.collect()
+    gc.freeze()  # what is there already is not counted, nor looked at again
     torch.manual_seed(0)
     ids = torch.randint(CONFIG["vocab_size"], (1, 6))
     if layout.startswith("zero"):
@@ -70,15 +71,14 @@ def measured_case(
         engine = _native(layout, model, world_size)
         optimizer = lorapre_dist.LoRAPre(engine.named_parameters(), **{**PARAMS, **params})
         backward, step, close = torch.Tensor.backward, optimizer.step, lambda: None
-    seen: dict[str, int] = {}
+    alive = []
     inner = optimizer.step
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if not seen:
-            optimizer.memory_report()  # binds the layout
-            gc.collect()
-            now = _tensors()
-            seen["alive"] = sum(t.untyped_storage().nbytes() for key, t in now.items() if key not in before)
+        optimizer.memory_report()  # binds the layout
+        gc.collect()
+        buffers = {t.untyped_storage().data_ptr() for t in optimizer.workspace.buffers.values()}
+        alive.append(sum(size for address, size in _tensors().items() if address not in buffers))
         return inner(*args, **kwargs)
 
     optimizer.step = watched
@@ -98,9 +98,10 @@ def measured_case(
         "held": sum(held.values()),
         "workspace": report.workspace_bytes,
         "sent": dict(optimizer.comm.bytes),
-        **seen,
+        "alive": max(alive),  # ZeRO-3 steps sub-group by sub-group
     }
     close()
+    gc.unfreeze()
     return found
 
 
@@ -113,16 +114,13 @@ def _native(layout: str, model: Any, world_size: int) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-def _tensors() -> dict[int, torch.Tensor]:
-    """Every tensor with memory that Python can see, gradients included, once for each storage, by its address."""
-    found: dict[int, torch.Tensor] = {}
+def _tensors() -> dict[int, int]:
+    """Bytes by address of the memory of every tensor that Python can see, gradients included."""
+    found: dict[int, int] = {}
     for thing in gc.get_objects():
-        try:
-            if issubclass(type(thing), torch.Tensor):
-                for tensor in (thing, thing.grad if thing.is_leaf else None):
-                    tensor = getattr(tensor, "_local_tensor", tensor)
-                    if tensor is not None and tensor.untyped_storage().nbytes():
-                        found[tensor.untyped_storage().data_ptr()] = tensor
-        except (RuntimeError, NotImplementedError, ReferenceError):
-            continue
+        if issubclass(type(thing), torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                storage = None if tensor is None else getattr(tensor, "_local_tensor", tensor).untyped_storage()
+                if storage is not None and storage.nbytes():
+                    found[storage.data_ptr()] = storage.nbytes()
     return found
