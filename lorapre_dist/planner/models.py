@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.presets import PRESETS, parameter_shapes
 
 from .request import Parameter
 
@@ -17,26 +17,21 @@ def load(model: str) -> tuple[Parameter, ...]:
     Raises:
         ConfigError: there is no such model, or transformers cannot build a causal LM from its config.
     """
-    return parameters(_config(model))
-
-
-def _config(model: str) -> Any:
+    if model in PRESETS:  # at once, where transformers takes seconds to import
+        return tuple(Parameter(name, shape) for name, shape in parameter_shapes(PRESETS[model]))
     path = Path(model)
-    if model not in PRESETS and not path.exists():
+    file = path / "config.json" if path.is_dir() else path
+    if not path.exists():
         raise ConfigError(
             f"--model {model}: no such folder or file; give one that holds a Hugging Face config.json, or a preset: "
             + ", ".join(PRESETS)
         )
-    # Slow to import.
-    from lorapre_dist.training.models import file_config, preset_config
-
-    if model in PRESETS:
-        return preset_config(model)
-    file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"--model {model}: the folder holds no config.json")
+    from lorapre_dist.training.models import file_config
+
     try:
-        return file_config(str(file), 1)
+        return parameters(file_config(str(file), 1))
     except ConfigError as error:
         raise ConfigError(str(error).replace("--model_config", "--model", 1)) from error
 
