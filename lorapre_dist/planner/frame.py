@@ -99,8 +99,9 @@ def _zero12(request: Request, spread: Spread) -> Frame:
 def _zero3(request: Request, spread: Spread) -> Frame:
     """Weights, masters and gradients of one partition; at the step, fp32 gradients of one sub-group at a time.
 
-    Weights gathered for computation are bounded by ``stage3_max_live_parameters``. They are gathered forward and
-    backward for each micro-batch.
+    Weights gathered for computation are bounded by ``stage3_max_live_parameters``. They are counted as gathered forward
+    and backward for each micro-batch: what DeepSpeed keeps in between (of a model that fits in its prefetch bucket, all)
+    goes once, and a tied parameter once more for each use.
     """
     e, part, size, zero = request.width, spread.partition, request.world_size, request.zero
     weights, step = (e + FP32) * part, (FP32 + (e if e < FP32 else 0)) * spread.call_elements

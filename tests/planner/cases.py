@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from typing import Any
 
 import deepspeed
@@ -10,6 +11,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorapre_dist
@@ -30,6 +32,36 @@ CONFIG: dict[str, Any] = {
 }
 BUCKET = 5_000
 PARAMS: dict[str, Any] = {"lr": 1e-3, "rank": 8, "rank_v": 3}
+
+
+# What PyTorch calls the collectives that frameworks use, and how often each byte is sent in a ring, times n / (n - 1).
+COLLECTIVES = {
+    "c10d::allreduce_": ("all-reduce gradients", 2),
+    "c10d::reduce_": ("reduce-scatter gradients", 1),
+    "c10d::_reduce_scatter_base_": ("reduce-scatter gradients", 1),
+    "c10d::_allgather_base_": ("all-gather weights", 1),
+}
+
+
+class Counting(TorchDispatchMode):
+    """While entered, counts the bytes of collectives by purpose, unless ``paused``."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+        self.world_size, self.paused = world_size, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        purpose, times = COLLECTIVES.get(func._schema.name, ("", 0))
+        if times and not self.paused:
+            # Tensors or lists of them; of two, the larger is the whole and the other one a part of it.
+            sizes = [sum(t.nbytes for t in (x if isinstance(x, list) else [x])) for x in args[:2] if _is_data(x)]
+            self.sent[purpose] += round(max(sizes) * times * (self.world_size - 1) / self.world_size)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_data(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) or (isinstance(x, list) and all(isinstance(t, torch.Tensor) for t in x))
 
 
 def ds_config(layout: str, precision: str, zero: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +86,9 @@ def measured_case(
     zero: dict[str, Any],
     params: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train one step; state, workspace and sent bytes as the optimizer tells them, and what lay in memory."""
+    """Train two steps; state, workspace and sent bytes as the optimizer tells them after the first, what lay in memory,
+    and what the framework sent in the second.
+    """
     allow_fp16()
     gc.collect()
     gc.freeze()  # what is there already is not counted, nor looked at again
@@ -71,7 +105,7 @@ def measured_case(
         engine = _native(layout, model, world_size)
         optimizer = lorapre_dist.LoRAPre(engine.named_parameters(), **{**PARAMS, **params})
         backward, step, close = torch.Tensor.backward, optimizer.step, lambda: None
-    alive = []
+    alive, counting = [], Counting(world_size)
     inner = optimizer.step
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -79,13 +113,23 @@ def measured_case(
         gc.collect()
         buffers = {t.untyped_storage().data_ptr() for t in optimizer.workspace.buffers.values()}
         alive.append(sum(size for address, size in _tensors().items() if address not in buffers))
-        return inner(*args, **kwargs)
+        counting.paused = True
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            counting.paused = False
+
+    def train() -> None:
+        loss = engine(input_ids=ids, labels=ids).loss
+        backward(loss)
+        del loss
+        step() if layout.startswith("zero") else watched()
 
     optimizer.step = watched
-    loss = engine(input_ids=ids, labels=ids).loss
-    backward(loss)
-    del loss
-    step() if layout.startswith("zero") else watched()
+    train()
+    sent = dict(optimizer.comm.bytes)
+    with counting:  # ZeRO-3 takes its first step to learn the order of the model's modules
+        train()
     report = optimizer.memory_report()
     held = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -97,7 +141,8 @@ def measured_case(
         "state": report.state_bytes,
         "held": sum(held.values()),
         "workspace": report.workspace_bytes,
-        "sent": dict(optimizer.comm.bytes),
+        "sent": sent,
+        "frame_sent": dict(counting.sent),
         "alive": max(alive),  # ZeRO-3 steps sub-group by sub-group
     }
     close()
