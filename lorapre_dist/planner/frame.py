@@ -100,7 +100,7 @@ def _zero3(request: Request, spread: Spread) -> Frame:
     """Weights, masters and gradients of one partition; at the step, fp32 gradients of one sub-group at a time.
 
     Weights gathered for computation are bounded by ``stage3_max_live_parameters``. They are counted as gathered forward
-    and backward for each micro-batch: what DeepSpeed keeps in between (of a model that fits in its prefetch bucket, all)
+    and backward for each micro-batch; what DeepSpeed keeps in between (all of a model that fits in its prefetch bucket)
     goes once, and a tied parameter once more for each use.
     """
     e, part, size, zero = request.width, spread.partition, request.world_size, request.zero
