@@ -96,7 +96,9 @@ def _from_json(
 
     config = ds_json.read_deepspeed_config(path)
     check_config(config)
-    section = config.get("zero_optimization") or {}
+    kind, section = config["optimizer"]["type"], config.get("zero_optimization") or {}
+    if kind.startswith("LoRAPre") and kind != "LoRAPre":
+        raise ConfigError(f"--deepspeed_config {path}: optimizer.type {kind!r} is not planned for, LoRAPre alone is")
     if (section.get("offload_param") or {}).get("device", "none") != "none":
         raise ConfigError(f"--deepspeed_config {path}: zero_optimization.offload_param is not planned for; remove it")
     if accumulation is None:
@@ -112,7 +114,7 @@ def _from_json(
         "zero": _zero(path, section),
     }
     params = config["optimizer"].get("params") or {}
-    return values, {k: params[k] for k in SETTINGS if config["optimizer"]["type"].startswith("LoRAPre") and k in params}
+    return values, {k: params[k] for k in SETTINGS if kind == "LoRAPre" and k in params}
 
 
 def _zero(path: str, section: dict[str, Any]) -> Zero:

@@ -121,11 +121,12 @@ def _fsdp2(request: Request, spread: Spread) -> Frame:
     reduce_dtype=torch.float32)``: whole weights and gradients of two layers and of the rest of the model in e bytes,
     and one unit's in fp32 on the way to the reduction. Layers are gathered forward and backward, the rest once.
     """
-    e, padded = request.width, np.full_like(spread.partition, spread.partition.max())
+    e, padded = request.width, np.full_like(spread.partition, spread.partition[0])
     units: dict[str, int] = defaultdict(int)
-    for share in spread.shares:  # rank 0 has the largest part of each, to which all are padded
-        layer = re.match(r".*?\.\d+(?=\.)", share.parameter.name)
-        units[layer.group() if layer else ""] += int(share.held.numel[0]) * request.world_size
+    for p in request.parameters:
+        layer, rows = re.match(r".*?\.\d+(?=\.)", p.name), max(1, p.shape[0] if p.shape else 1)
+        parts = -(-rows // request.world_size) * request.world_size  # all are padded to the largest
+        units[layer.group() if layer else ""] += parts * (p.numel // rows)
     rest, layers, largest = units.pop("", 0), sum(units.values()), max(units.values(), default=0)
     live, passes = rest + min(layers, 2 * largest), request.accumulation
     alone = request.world_size == 1 and e == FP32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,27 +101,25 @@ def lorapre(request: Request, spread: Spread) -> Costs:
     Rows are those that the rank's interval touches, columns a block of all columns of ``A`` (core/factors.py); AdamW
     elsewhere. It sends the factors of matrices that ranks share, see :func:`_sent`.
     """
-    r, rv = request.optimizer.rank, request.optimizer.resolved_rank_v
-    energies = request.optimizer.variant == "stable"
+    ours = request.optimizer
+    ranks, energies = tuple(ours.ranks.values()), len(ours.vectors)
     state = _zeros(spread)
     for share in spread.shares:
         if share.low_rank:
-            numbers = (r + rv + energies) * share.held.rows + (r + rv) * share.held.columns
+            numbers = (sum(ranks) + energies) * share.held.rows + sum(ranks) * share.held.columns
         else:
             numbers = 2 * share.held.numel
         state += spread.total(share, FP32 * numbers)
     workspace = _zeros(spread)
     sent: dict[str, Array] = defaultdict(lambda: _zeros(spread))
-    held = _held(spread, int(np.argmax(state)))
-    for rank, matrices in held.items():
-        ranks = slice(None) if spread.uniform else slice(rank, rank + 1)
-        workspace[ranks] = _workspace(matrices, r, rv, request.cpu or request.offload)
-        for purpose, count in _sent(matrices, r, rv).items():
-            sent[purpose][ranks] += count
+    for rank, matrices in _held(spread, int(np.argmax(state)), ranks).items():
+        same = slice(None) if spread.uniform else slice(rank, rank + 1)
+        workspace[same] = _workspace(matrices, ranks, request.cpu or request.offload)
+        for purpose, count in _sent(matrices, ranks).items():
+            sent[purpose][same] += count
     if request.layout == "ddp" and request.world_size > 1:
-        sent["broadcast parameters"] = sum(
-            (spread.total(s, FP32 * s.held.numel) for s in spread.shares), _zeros(spread)
-        )
+        stepped = sum((spread.total(s, s.held.numel) for s in spread.shares), _zeros(spread))
+        sent["broadcast parameters"] = FP32 * stepped
     return Costs(state, workspace, dict(sent))
 
 
@@ -139,7 +138,17 @@ def _zeros(spread: Spread) -> Array:
 
 @dataclass(frozen=True)
 class Held:
-    """A matrix on one rank: rows touched, columns, ranks that share it, rows cut between them, and who they are."""
+    """A matrix on one rank.
+
+    Attributes:
+        rows: touched.
+        q: columns of the whole matrix.
+        parts: ranks that share it.
+        cut: rows cut between them.
+        group: who they are.
+        call: of the optimizer, in which it is stepped.
+        bucket: in which its factors are exchanged.
+    """
 
     rows: int
     q: int
@@ -147,50 +156,49 @@ class Held:
     cut: int
     group: Any
     call: int
+    bucket: int
 
     @property
-    def block(self) -> int:
-        """Columns of ``A`` in every rank's block, the last ones padded."""
-        return -(-self.q // self.parts)
+    def padded(self) -> int:
+        """Columns of ``A`` in the blocks of all ranks, the last ones padded."""
+        return -(-self.q // self.parts) * self.parts
 
 
-def _held(spread: Spread, fullest: int) -> dict[int, list[Held]]:
-    """The matrices of each rank in the order of the step; of the fullest rank alone where all send the same."""
+def _held(spread: Spread, fullest: int, ranks: tuple[int, ...]) -> dict[int, list[Held]]:
+    """The matrices of each rank in the order of the step; of the fullest rank alone where all send the same.
+
+    Buckets are cut by what is ahead of a matrix, as ``core/regression.py`` does.
+    """
     found: dict[int, list[Held]] = {rank: [] for rank in ([fullest] if spread.uniform else range(spread.ranks))}
+    start: dict[int, tuple[int, int]] = {}
     for share in spread.shares:
-        if not share.low_rank:
+        if not (share.low_rank or spread.own_order):
             continue
-        parts = len(share.held)
-        group = int(share.ranks[0]), parts
-        if spread.uniform:
-            pairs = [(fullest, int(share.held.rows[fullest]))]
-        else:
-            pairs = list(zip(share.ranks.tolist(), share.held.rows.tolist(), strict=True))
-        for rank, rows in pairs:
-            found[rank].append(Held(rows, share.held.q, parts, share.held.cut, group, share.call))
+        parts, held = len(share.held), share.held
+        group, cut = tuple(share.ranks.tolist()) if parts < spread.ranks else None, held.cut if share.low_rank else 0
+        pairs = zip(share.ranks.tolist(), held.rows.tolist(), strict=True)
+        for rank, rows in [(fullest, int(held.rows[fullest]))] if spread.uniform else pairs:
+            count, columns = start.setdefault(rank, share.first) if spread.own_order else (0, 0)
+            if share.low_rank:
+                ahead = _bytes(ranks, 5 * (share.ahead[1] - columns), 4 * (share.ahead[0] - count))
+                found[rank].append(Held(rows, held.q, parts, cut, group, share.call, ahead // Workspace.bucket))
     return found
 
 
-def _runs(matrices: list[Held], r: int, rv: int) -> list[list[Held]]:
-    """Consecutive matrices whose transient factors fit in a bucket, as ``core/adam.py`` cuts them."""
-    runs: list[list[Held]] = []
-    used = 0
-    for matrix in matrices:
-        size = _transient(matrix, r, rv)
-        if not runs or used + size > Workspace.bucket:
-            runs.append([])
-            used = 0
-        runs[-1].append(matrix)
-        used += size
-    return runs
+def _runs(matrices: list[Held]) -> list[list[Held]]:
+    """Consecutive matrices of one bucket."""
+    return [list(run) for _, run in itertools.groupby(matrices, key=lambda matrix: matrix.bucket)]
 
 
-def _transient(matrix: Held, r: int, rv: int) -> int:
-    factors = (1 if matrix.parts == 1 else 5) * matrix.block * matrix.parts * (r + rv)
-    return FP32 * (factors + 4 * (r * r + rv * rv))
+def _bytes(ranks: tuple[int, ...], columns: int, squares: int) -> int:
+    return FP32 * (columns * sum(ranks) + squares * sum(r * r for r in ranks))
 
 
-def _sent(matrices: list[Held], r: int, rv: int) -> dict[str, int]:
+def _transient(matrix: Held, ranks: tuple[int, ...]) -> int:
+    return _bytes(ranks, (1 if matrix.parts == 1 else 5) * matrix.padded, 4)
+
+
+def _sent(matrices: list[Held], ranks: tuple[int, ...]) -> dict[str, int]:
     """Bytes that a rank sends, by the purposes of ``core/exchange.py``; for each bucket and group one collective.
 
     Of a matrix over n ranks, with blocks of b = ceil(q / n) columns and c rows cut between ranks, in numbers of 4
@@ -198,17 +206,17 @@ def _sent(matrices: list[Held], r: int, rv: int) -> dict[str, int]:
     r_v^2); Gram of B 2 (n-1)/n (r^2 + r_v^2).
     """
     found: dict[str, int] = defaultdict(int)
-    grams = r * r + rv * rv
+    grams = sum(r * r for r in ranks)
     for call in sorted({m.call for m in matrices}):
-        for run in _runs([m for m in matrices if m.call == call], r, rv):
+        for run in _runs([m for m in matrices if m.call == call]):
             groups: dict[Any, list[Held]] = {}
             for matrix in run:
                 if matrix.parts > 1:
                     groups.setdefault(matrix.group, []).append(matrix)
             for shared in groups.values():
                 n = shared[0].parts
-                blocks = n * sum(m.block for m in shared) * (r + rv)
-                edges = sum(m.cut * (2 + r + rv) + grams for m in shared)
+                blocks = sum(m.padded for m in shared) * sum(ranks)
+                edges = sum(m.cut * (2 + sum(ranks)) + grams for m in shared)
                 found["gather A"] += round(blocks * FP32 * ((n - 1) / n))
                 found["edge rows and Gram of A"] += round(edges * FP32 * (2 * (n - 1) / n))
                 found["reduce Z"] += round(blocks * FP32 * ((n - 1) / n))
@@ -216,17 +224,16 @@ def _sent(matrices: list[Held], r: int, rv: int) -> dict[str, int]:
     return dict(found)
 
 
-def _workspace(matrices: list[Held], r: int, rv: int, cpu: bool) -> int:
-    """The bound that ``memory_report`` states, from numbers alone (``report.py``)."""
+def _workspace(matrices: list[Held], ranks: tuple[int, ...], cpu: bool) -> int:
+    """The bound that ``memory_report`` states, from numbers alone (``workspace_bytes`` of ``core/regression.py``)."""
     if not matrices:
         return 0
-    runs = _runs(matrices, r, rv)
-    square = r * r + rv * rv
+    runs, square = _runs(matrices), sum(r * r for r in ranks)
     batch = square * max(map(len, runs))
     if cpu:
         batch = min(batch, max(CHUNK, square))
     block = max(max(Workspace.block, m.q * FP32) for m in matrices)
     rows = max(min(m.rows, max(1, Workspace.block // (m.q * FP32))) for m in matrices)
     solved = max(m.q if m.rows >= m.q else 0 for m in matrices)
-    bucket = max(sum(_transient(m, r, rv) for m in run) for run in runs)
-    return bucket + 4 * batch * 8 + 5 * block + (3 * rows + solved) * (r + rv) * FP32
+    bucket = max(sum(_transient(m, ranks) for m in run) for run in runs)
+    return bucket + 4 * batch * 8 + 5 * block + (3 * rows + solved) * sum(ranks) * FP32

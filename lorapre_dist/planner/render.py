@@ -52,12 +52,11 @@ def as_json(
 ) -> dict[str, Any]:
     """The plan as plain values, all sizes in bytes."""
     ours = request.optimizer
-    low_rank = [p for p in request.parameters if request.is_low_rank(p)]
     found: dict[str, Any] = {
         "model": request.model,
         "elements": request.elements,
-        "low_rank_matrices": len(low_rank),
-        "low_rank_elements": sum(p.numel for p in low_rank),
+        "low_rank_matrices": request.matrices,
+        "low_rank_elements": request.low_rank_elements,
         "layout": request.layout,
         "world_size": request.world_size,
         "precision": request.precision,
@@ -76,11 +75,10 @@ def as_json(
 
 def table(request: Request, usages: Usages, fits: Fits, limit: int | None) -> str:
     """The plan for people."""
-    low_rank = [p for p in request.parameters if request.is_low_rank(p)]
-    ours, share = request.optimizer, sum(p.numel for p in low_rank) / request.elements
+    ours, share = request.optimizer, request.low_rank_elements / request.elements
     ranks = f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
     lines = [
-        f"{request.model}: {request.elements:,} parameters, {len(low_rank)} low-rank matrices ({share:.1%} of them), "
+        f"{request.model}: {request.elements:,} parameters, {share:.1%} of them in {request.matrices:,} low-rank matrices, "
         f"rank {ours.rank}, rank_v {ours.resolved_rank_v}, {ours.variant}",
         f"{TITLES[request.layout]}{', offload' if request.offload else ''}, {ranks}, {request.precision}, "
         f"{request.accumulation} micro-batch{'es' if request.accumulation > 1 else ''} per step",
@@ -171,7 +169,7 @@ def _against_world(request: Request, axes: Any) -> None:
 
 def _against_rank(request: Request, axes: Any) -> None:
     """Total and state, on average; ``rank_v`` follows its default where it is not given."""
-    smallest = min(min(p.shape) for p in request.parameters if request.is_low_rank(p))
+    smallest = min(min(p.shape[-2:]) for p in request.parameters if request.is_low_rank(p))
     floor = request.optimizer.rank_v or 1
     ranks = sorted({1 << k for k in range(2, 20) if max(1 << k, floor - 1) < smallest} | {request.optimizer.rank})
     settings = [replace(request.optimizer, rank=rank) for rank in ranks]

@@ -100,6 +100,16 @@ class Request:
         return is_low_rank(parameter.name, parameter.shape, ours.rank, ours.resolved_rank_v, ours.target_modules)
 
     @property
+    def matrices(self) -> int:
+        """Number of low-rank matrices, those in stacks included."""
+        return sum(p.shape[0] if len(p.shape) == 3 else 1 for p in self.parameters if self.is_low_rank(p))
+
+    @property
+    def low_rank_elements(self) -> int:
+        """Elements of the low-rank matrices."""
+        return sum(p.numel for p in self.parameters if self.is_low_rank(p))
+
+    @property
     def elements(self) -> int:
         """Elements of all parameters."""
         return sum(p.numel for p in self.parameters)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lorapre_dist.core.interval import Range, column_block, cut_rows, equal_ranges, holders
+from lorapre_dist.core.interval import Range, column_block, cut_rows, equal_ranges, holders, overlap
 from lorapre_dist.layouts.ddp import owners
+from lorapre_dist.layouts.matrices import expert_name
 
 from .request import Parameter, Request
 
@@ -61,11 +62,13 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Share:
-    """One parameter, and the ranks that share it.
+    """One parameter, or one matrix of a low-rank stack, and the ranks that share it.
 
     Attributes:
         ranks: of those, in order; under ZeRO-3 and FSDP2 all, also with nothing.
         held: the interval of each.
+        ahead: numbers of matrices and of their columns ahead of it, as ``layouts/matrices.py`` counts them.
+        first: those ahead of its parameter.
         call: in which of the optimizer's calls per step it is stepped (one for each sub-group of ZeRO-3).
     """
 
@@ -73,6 +76,8 @@ class Share:
     low_rank: bool
     ranks: Array
     held: Intervals
+    ahead: tuple[int, int]
+    first: tuple[int, int]
     call: int = 0
 
 
@@ -84,6 +89,7 @@ class Spread:
         ranks: how many of them differ; 1 where each rank holds the same.
         uniform: every rank takes part in every matrix, so that all of them send the same.
         shares: in the order in which they are stepped.
+        own_order: a rank counts what is ahead of a matrix from its own first parameter, not from the model's.
         partition: elements of master weights on each rank, padding included; 0 where there are no partitions.
         call_elements: of those, the largest share that one call of the optimizer steps.
     """
@@ -93,6 +99,7 @@ class Spread:
     shares: tuple[Share, ...]
     partition: Array = field(default_factory=lambda: np.zeros(1, np.int64))
     call_elements: int = 0
+    own_order: bool = False
 
     def total(self, share: Share, values: Any) -> Array:
         """``values``, one for each of the share's ranks, as an array over all ranks."""
@@ -107,18 +114,46 @@ def spread(request: Request) -> Spread:
     return make.get(request.layout, replicated)(request)
 
 
+class _Shares:
+    """Collects the shares of a layout, low-rank stacks matrix by matrix."""
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.found = request, list[Share]()
+        self._ahead = 0, 0
+
+    def add(self, p: Parameter, ranks: Array, held: Intervals, call: int = 0, pieces: int = 1) -> None:
+        """``p`` on ``ranks``, in the order of the layout, which has it as so many pieces."""
+        (count, columns), q = self._ahead, p.shape[-1] if len(p.shape) > 1 else 0
+        low_rank = self.request.is_low_rank(p)
+        size = p.shape[0] if low_rank and len(p.shape) == 3 else pieces
+        self._ahead = count + size, columns + size * q
+        if not (low_rank and len(p.shape) == 3):
+            self.found.append(Share(p, low_rank, ranks, held, (count, columns), (count, columns), call))
+            return
+        for e, parts in _experts(p.shape, ranks, held).items():
+            matrix = Parameter(expert_name(p.name, e), p.shape[1:])
+            intervals = Intervals(parts.values(), q)
+            ahead = count + e, columns + e * q
+            self.found.append(Share(matrix, True, _array(parts), intervals, ahead, (count, columns), call))
+
+    def spread(self, ranks: int, **rest: Any) -> Spread:
+        """The layout; without ``uniform`` where there are stacks, whose matrices few ranks share."""
+        stacks = any(len(p.shape) == 3 and self.request.is_low_rank(p) for p in self.request.parameters)
+        rest["uniform"] = rest.get("uniform", False) and not stacks
+        return Spread(ranks, shares=tuple(self.found), **rest)
+
+
 def replicated(request: Request) -> Spread:
     """Every rank holds, and steps, all (ZeRO-0)."""
-    everyone = np.arange(1)
-    shares = [
-        Share(p, request.is_low_rank(p), everyone, Intervals([(0, p.numel)], p.columns)) for p in request.parameters
-    ]
-    return Spread(1, False, tuple(shares))
+    shares = _Shares(request)
+    for p in request.parameters:
+        shares.add(p, np.arange(1), Intervals([(0, p.numel)], p.columns))
+    return shares.spread(1)
 
 
 def _zero12(request: Request) -> Spread:
     """DeepSpeed's one flat buffer, padded to 2 N elements and cut into N parts (``stage_1_and_2.py``)."""
-    size = request.world_size
+    size, shares = request.world_size, _Shares(request)
     ordered = list(request.parameters)
     if request.zero.round_robin_gradients:
         ordered = [p for _, p in sorted(enumerate(ordered), key=lambda pair: pair[0] % size)]
@@ -128,54 +163,70 @@ def _zero12(request: Request) -> Spread:
         offsets.append(-(-end // align) * align)
         end = offsets[-1] + p.numel
     part = -(-end // (2 * size)) * 2
-    shares = []
     for p, at in zip(ordered, offsets, strict=True):
         held = holders(at, at + p.numel, part)
-        intervals = Intervals(held.values(), p.columns)
-        shares.append(Share(p, request.is_low_rank(p), np.array(list(held), np.int64), intervals))
-    return Spread(size, False, tuple(shares), np.full(size, part), part)
+        shares.add(p, _array(held), Intervals(held.values(), p.columns))
+    return shares.spread(size, partition=np.full(size, part), call_elements=part, own_order=True)
 
 
 def _zero3(request: Request) -> Spread:
     """Each parameter cut into N padded parts, packed by sub-groups (``stage3.py``, ``_create_fp16_sub_groups``)."""
-    size, everyone = request.world_size, np.arange(request.world_size)
-    parts = [-(-p.numel // size) for p in request.parameters]
-    shares, calls, call = [], [0], 0
-    for p, part in zip(request.parameters, parts, strict=True):
-        if calls[call] >= request.zero.sub_group_size:
+    size, shares = request.world_size, _Shares(request)
+    calls = [0]
+    for p in request.parameters:
+        if calls[-1] >= request.zero.sub_group_size:
             calls.append(0)
-            call += 1
-        calls[call] += part
-        shares.append(Share(p, request.is_low_rank(p), everyone, _equal(p.numel, size, p.columns), call))
-    return Spread(size, True, tuple(shares), np.full(size, sum(parts)), max(calls))
+        calls[-1] += -(-p.numel // size)
+        shares.add(p, np.arange(size), _equal(p.numel, size, p.columns), len(calls))
+    return shares.spread(size, uniform=True, partition=np.full(size, sum(calls)), call_elements=max(calls))
 
 
 def _fsdp2(request: Request) -> Spread:
     """``Shard(0)``: whole slices of dim 0, as ``torch.chunk`` deals them out."""
-    size, everyone = request.world_size, np.arange(request.world_size)
-    shares, held = [], np.zeros(size, np.int64)
+    size, shares = request.world_size, _Shares(request)
+    elements = np.zeros(size, np.int64)
     for p in request.parameters:
         rows = p.shape[0] if p.shape else 1
-        intervals = _equal(rows, size, p.columns, p.numel // max(1, rows))
-        shares.append(Share(p, request.is_low_rank(p), everyone, intervals))
-        held += intervals.numel
-    return Spread(size, True, tuple(shares), held)
+        held = _equal(rows, size, p.columns, p.numel // max(1, rows))
+        shares.add(p, np.arange(size), held)
+        elements += held.numel
+    return shares.spread(size, uniform=True, partition=elements)
 
 
 def _ddp(request: Request) -> Spread:
     """A matrix is stepped by one rank, a vector by each in part."""
-    size, everyone = request.world_size, np.arange(request.world_size)
+    size, shares = request.world_size, _Shares(request)
     if size == 1:
         return replicated(request)
-    low_rank = {p.name: request.is_low_rank(p) for p in request.parameters}
-    owner = owners({p.name: p.numel for p in request.parameters if low_rank[p.name]}, size)
-    shares = []
+    matrices = {p.name: _matrices(p) for p in request.parameters if request.is_low_rank(p)}
+    owner = owners({m.name: m.numel for found in matrices.values() for m in found}, size)
     for p in request.parameters:
-        if low_rank[p.name]:
-            shares.append(Share(p, True, np.array([owner[p.name]]), Intervals([(0, p.numel)], p.columns)))
-        else:
-            shares.append(Share(p, False, everyone, _equal(p.numel, size, p.columns)))
-    return Spread(size, False, tuple(shares))
+        for matrix in matrices.get(p.name, ()):
+            shares.add(matrix, np.array([owner[matrix.name]]), Intervals([(0, matrix.numel)], matrix.columns))
+        if p.name not in matrices:
+            held = _equal(p.numel, size, p.columns)
+            shares.add(p, np.arange(size), held, pieces=int((held.numel > 0).sum()))
+    return shares.spread(size)
+
+
+def _matrices(p: Parameter) -> list[Parameter]:
+    """A matrix, or those of a stack."""
+    if len(p.shape) == 2:
+        return [p]
+    return [Parameter(expert_name(p.name, e), p.shape[1:]) for e in range(p.shape[0])]
+
+
+def _experts(shape: tuple[int, ...], ranks: Array, held: Intervals) -> dict[int, dict[int, Range]]:
+    """For each matrix of a stack, the ranks that hold a part of it, and which."""
+    inner, found = shape[1] * shape[2], dict[int, dict[int, Range]]()
+    for rank, (start, stop) in zip(ranks.tolist(), held.ranges, strict=True):
+        for e in range(start // inner, -(-stop // inner) if start < stop else 0):
+            found.setdefault(e, {})[rank] = overlap(e * inner, (e + 1) * inner, start, stop)
+    return found
+
+
+def _array(ranks: Iterable[int]) -> Array:
+    return np.array(list(ranks), np.int64)
 
 
 @functools.lru_cache(maxsize=64)  # the same few shapes come again and again, and there may be thousands of ranks

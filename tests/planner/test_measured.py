@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 
 from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.planner import Request, Zero, plan
@@ -14,11 +13,12 @@ from lorapre_dist.planner.models import parameters
 from lorapre_dist.planner.spread import spread
 from tests.distributed.harness import run_ranks
 
-from .cases import BUCKET, CONFIG, PARAMS, measured_case
+from .cases import BUCKET, PARAMS, config_of, measured_case
 
 # Whole weights are gathered forward and backward, and released in between, as they are in models of a size for it.
 ZERO3 = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
-CASES: list[tuple[str, int, str, dict[str, Any], dict[str, Any]]] = [
+Case = tuple[str, int, str, dict[str, Any], dict[str, Any]]
+CASES: list[Case] = [
     *((layout, world, "fp32", {}, {}) for world in (1, 2, 3, 4) for layout in ("zero1", "zero2", "fsdp2")),
     *(("zero3", world, "fp32", {"sub_group_size": 20_000, **ZERO3}, {}) for world in (1, 2, 3, 4)),
     ("zero0", 2, "bf16", {}, {}),
@@ -29,11 +29,12 @@ CASES: list[tuple[str, int, str, dict[str, Any], dict[str, Any]]] = [
     ("zero2", 3, "fp32", {"use_multi_rank_bucket_allreduce": False}, {}),
     ("zero2", 2, "fp32", {"offload_optimizer": {"device": "cpu"}}, {}),
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return parameters(LlamaConfig(**CONFIG))
+EXPERTS: list[Case] = [
+    ("zero2", 3, "fp32", {}, {}),
+    ("zero3", 3, "fp32", {"sub_group_size": 40_000, **ZERO3}, {}),
+    ("fsdp2", 3, "fp32", {}, {}),
+    ("ddp", 3, "fp32", {}, {}),
+]
 
 
 def request_of(model, layout, world, precision, zero, params):
@@ -51,12 +52,15 @@ def request_of(model, layout, world, precision, zero, params):
     )
 
 
-@pytest.mark.parametrize("layout, world, precision, zero, params", CASES)
+@pytest.mark.parametrize(
+    "model, layout, world, precision, zero, params",
+    [("llama", *case) for case in CASES] + [("mixtral", *case) for case in EXPERTS],
+)
 def test_plan_is_what_is_measured(model, layout, world, precision, zero, params):
     """State and sent bytes to the byte on every rank, also the framework's; the workspace's bound; memory within 2%."""
-    request = request_of(model, layout, world, precision, zero, params)
+    request = request_of(parameters(config_of(model)), layout, world, precision, zero, params)
     usage = plan(request, ("LoRAPre",))["LoRAPre"]
-    arguments = {"layout": layout, "precision": precision, "zero": zero, "params": params}
+    arguments = {"layout": layout, "precision": precision, "zero": zero, "params": params, "model": model}
     for rank, measured in enumerate(run_ranks(world, measured_case, timeout=300, **arguments)):
         at = rank if len(usage.total) > 1 else 0
         sent = {purpose: int(count[at]) for purpose, count in usage.sent.items() if count[at]}
