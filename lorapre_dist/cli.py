@@ -1,4 +1,4 @@
-"""The command ``lorapre``: what is done with checkpoints and data outside a training run.
+"""The command ``lorapre``: what is done before and after a training run, in one process and without devices.
 
 A command is an entry of ``COMMANDS``: its options, and a function that runs it and returns the exit code. What is
 slow to import is imported there.
@@ -158,9 +158,30 @@ def _tokenize(options: argparse.Namespace) -> int:
     return 0
 
 
+# plan ---------------------------------------------------------------------------------------------------------------
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    from lorapre_dist.planner.command import options
+
+    options(parser)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from lorapre_dist.planner.command import run
+
+    return run(options)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
+    "plan": Command(
+        "memory per rank and bytes sent per step of a training run, for any world size and without devices",
+        "--model llama-7b --stage 2 --world_size 64 --rank 1024",
+        _plan_options,
+        _plan,
+    ),
     "consolidate": Command(
         "write a checkpoint as safetensors: a model folder for transformers, and the optimizer state",
         "runs/llama/checkpoints/step0010000 llama-hf --dtype bf16",
@@ -190,7 +211,7 @@ def _top_parser() -> Parser:
     parser = Parser(
         prog="lorapre",
         usage="lorapre COMMAND ...   (lorapre COMMAND --help lists its options)",
-        description="Work with LoRA-Pre checkpoints and data outside a training run.",
+        description="Plan LoRA-Pre training runs, and work with their checkpoints and data.",
         epilog="commands, each with an example:\n" + "\n".join(shown),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
