@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,11 @@ def test_optimizer_settings_are_the_papers(name):
     assert (params.scale, params.lr in LRS) == (0.25, True)
     assert config["train_batch_size"] == 512
     assert precision(config) == "bf16"
+
+
+@pytest.mark.parametrize("given", [["--optimizer", "Muon"], ["--optimizer=AdamW"], ["--optimizer"]])
+def test_the_quick_start_refuses_an_optimizer_that_it_does_not_know(given):
+    script = FOLDER.parent / "launch" / "quickstart.sh"
+    result = subprocess.run(["bash", str(script), *given], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and all(name in result.stderr for name in OPTIMIZERS)
