@@ -24,7 +24,7 @@ def finish(cluster: Cluster, process: subprocess.Popen[str]) -> None:
     code, said = cluster.output(process, 600)
     for line in said.splitlines():
         if SHOWN.search(line) and "state over" not in line:
-            print(line)
+            print(line.replace(f"{cluster.folder}/", ""))
     print(f"[exit code {code} after {time.monotonic() - begun:.0f} s]\n", flush=True)
 
 
