@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,15 @@ def allocate(
     sizes = {name: p if name.endswith("_row") else q for name in vectors}
     zeros = {name: torch.zeros(size, device=device, dtype=dtype) for name, size in sizes.items()}
     return Matrix(interval, peers, held, zeros, optimizer, variant, before)
+
+
+def state_shapes(shape: tuple[int, int], ranks: dict[str, int], vectors: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of what :meth:`Matrix.tensors` holds of a p x q matrix."""
+    p, q = shape
+    found: dict[str, tuple[int, ...]] = {}
+    for moment, r in ranks.items():
+        found |= {f"{moment}_B": (p, r), f"{moment}_A": (r, q)}
+    return found | {name: (p if name.endswith("_row") else q,) for name in vectors}
 
 
 def initial_At(name: str, moment: str, q: int, r: int, std: float, seed: int) -> Tensor:
