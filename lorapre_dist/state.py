@@ -293,7 +293,7 @@ def _group_differences(optimizer: StatefulOptimizer, saved: list[dict[str, Any]]
         found.append(f"{len(saved)} parameter groups were saved, there are {len(groups)}")
     for i, (group, options) in enumerate(zip(groups, saved, strict=False)):
         if options.get("optimizer", optimizer.config.optimizer) != optimizer.config.optimizer:
-            found.append(f"group {i}: saved by {options['optimizer']}, this is {optimizer.config.optimizer}")
+            found.append(f"group {i}: optimizer was {options['optimizer']}, is {optimizer.config.optimizer}")
         for key in _SHAPING:
             if key in options and _plain(options[key]) != _plain(group.get(key)):
                 found.append(f"group {i}: {key} was {options[key]!r}, is {group.get(key)!r}")

@@ -29,6 +29,11 @@ class Peers:
     index: int
     columns: tuple[Range, ...] | None = None
 
+    def own_columns(self, shape: tuple[int, int]) -> bool:
+        """Whether every rank has all rows of a p x q matrix and just the columns that are its block of ``A``."""
+        blocks = tuple(column_block(shape[1], len(self.ranges), k) for k in range(len(self.ranges)))
+        return self.columns == blocks and set(self.ranges) == {(0, shape[0] * shape[1])}
+
     def cut_rows(self, shape: tuple[int, int]) -> Sequence[int]:
         """Rows of a p x q matrix that more than one of these ranks holds a part of, in order."""
         return cut_rows(self.ranges, shape[1]) if self.columns is None else range(shape[0])
@@ -91,6 +96,16 @@ class Matrix:
     def parts(self) -> int:
         """Number of ranks that share the matrix."""
         return len(self.peers.ranges) if self.peers else 1
+
+    @property
+    def lends(self) -> bool:
+        """Whether a step needs this rank's block of ``A`` alone, and gives no more of it."""
+        return self.peers is None or self.peers.own_columns(self.interval.shape)
+
+    @property
+    def first_column(self) -> int:
+        """The first column of the ``A`` that a step on this rank needs."""
+        return column_block(self.interval.shape[1], self.parts, self.peers.index)[0] if self.peers and self.lends else 0
 
     @property
     def block_size(self) -> int:

@@ -19,7 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lorapre_dist import LoRAPre, checkpoint
-from lorapre_dist.config import ConfigError, LoRAPreConfig
+from lorapre_dist.config import ConfigError
+from lorapre_dist.optimizer import LowRankOptimizer
+from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
 
 from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped
@@ -29,9 +31,9 @@ ADAMW = "o_proj"
 STEPS = 3
 
 
-def dense_path(steps: int) -> list[dict[str, torch.Tensor]]:
+def dense_path(optimizer: str, steps: int) -> list[dict[str, torch.Tensor]]:
     """Parameters after every ``STEPS`` steps of the reference, in fp64."""
-    config = LoRAPreConfig(**OPTIONS)
+    config = OPTIMIZERS[optimizer].config_class(**OPTIONS[optimizer])
     model = Net(torch.float64)
     theta = {n: p.data for n, p in model.named_parameters()}
     matrices = oracle.each_expert(theta)
@@ -46,17 +48,17 @@ def dense_path(steps: int) -> list[dict[str, torch.Tensor]]:
     return [*path, theta]
 
 
-def built(layout: str, world_size: int) -> tuple[nn.Module, LoRAPre]:
+def built(layout: str, world_size: int, optimizer: str = "LoRAPre") -> tuple[nn.Module, LowRankOptimizer]:
     model = wrapped(layout, Net(torch.float64), world_size)
     named = list(model.named_parameters())
     groups = [
         {"params": [(n, p) for n, p in named if ADAMW not in n]},
         {"params": [(n, p) for n, p in named if ADAMW in n], "rank": 0},
     ]
-    return model, LoRAPre(groups, shard_state=layout != "ddp replicated", **OPTIONS)
+    return model, OPTIMIZERS[optimizer](groups, shard_state=layout != "ddp replicated", **OPTIONS[optimizer])
 
 
-def train(model: nn.Module, optimizer: LoRAPre, steps: range) -> None:
+def train(model: nn.Module, optimizer: LowRankOptimizer, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
         model(batch_of(step, torch.float64)).backward()
@@ -70,44 +72,47 @@ def distance(layout: str, model: nn.Module, want: dict[str, torch.Tensor]) -> tu
     return max((float((got[n] - want[n]).norm() / want[n].norm()), n) for n in want)
 
 
-def relay_case(rank: int, world_size: int, *, layout: str, how: str, folder: str, leg: int) -> tuple[float, str]:
+def relay_case(
+    rank: int, world_size: int, *, layout: str, optimizer: str, how: str, folder: str, leg: int
+) -> tuple[float, str]:
     """Go on from what the leg before left in ``folder``, train, leave the same; the distance to the reference."""
-    model, optimizer = built(layout, world_size)
+    model, stepper = built(layout, world_size, optimizer)
     load, save = HOW[how]
+    lr = OPTIONS[optimizer]["lr"]
     if leg:
-        load(model, optimizer, f"{folder}/{leg}")
-        assert {bound.state.step for bound in optimizer.bound()} <= {leg * STEPS}
-        assert optimizer.param_groups[0]["lr"] == OPTIONS["lr"] * (1 + leg), optimizer.param_groups[0]["lr"]
-        for group in optimizer.param_groups:
-            group["lr"] = OPTIONS["lr"]
-    train(model, optimizer, range(leg * STEPS, (leg + 1) * STEPS))
-    for group in optimizer.param_groups:  # to be found there by the next leg
-        group["lr"] = OPTIONS["lr"] * (2 + leg)
-    save(model, optimizer, f"{folder}/{leg + 1}")
+        load(model, stepper, f"{folder}/{leg}")
+        assert {bound.state.step for bound in stepper.bound()} <= {leg * STEPS}
+        assert stepper.param_groups[0]["lr"] == lr * (1 + leg), stepper.param_groups[0]["lr"]
+        for group in stepper.param_groups:
+            group["lr"] = lr
+    train(model, stepper, range(leg * STEPS, (leg + 1) * STEPS))
+    for group in stepper.param_groups:  # to be found there by the next leg
+        group["lr"] = lr * (2 + leg)
+    save(model, stepper, f"{folder}/{leg + 1}")
     dist.barrier()
     return distance(layout, model, torch.load(f"{folder}/reference.pt")[leg + 1])
 
 
-def _save_ours(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _save_ours(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     checkpoint.save(model, optimizer, Path(path).parent, Path(path).name)
 
 
-def _load_ours(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _load_ours(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     assert checkpoint.load(model, optimizer, Path(path).parent, Path(path).name) == {}
 
 
-def _save_dcp(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _save_dcp(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
 
 
-def _load_dcp(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _load_dcp(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
 
 
-def _save_full(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _save_full(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     both = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         torch.save(both, path)
@@ -115,29 +120,29 @@ def _save_full(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
         assert both == ({}, {})
 
 
-def _load_full(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _load_full(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     weights, state = torch.load(path, weights_only=True)
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
 
 
-def _save_flat(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _save_flat(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     weights, state = get_state_dict(model, optimizer, options=FLAT)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
 
 
-def _load_flat(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _load_flat(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     weights, state = get_state_dict(model, optimizer, options=FLAT)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=FLAT)
 
 
-def _save_plain(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _save_plain(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     weights, _ = get_state_dict(model, optimizer)
     torch.save({"model": weights, "optimizer": optimizer.state_dict()}, f"{path}.{dist.get_rank()}")
 
 
-def _load_plain(model: nn.Module, optimizer: LoRAPre, path: str) -> None:
+def _load_plain(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     saved = torch.load(f"{path}.{dist.get_rank()}", weights_only=True)
     set_state_dict(model, [], model_state_dict=saved["model"], optim_state_dict={})
     optimizer.load_state_dict(saved["optimizer"])

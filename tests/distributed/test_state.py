@@ -9,24 +9,25 @@ from .harness import run_ranks
 from .state_cases import STEPS, columns_case, dense_path, fresh_case, refusal_case, relay_case
 
 RELAYS = {
-    "ours": [("tp", 3), ("fsdp1", 3), ("tp+fsdp2", 4), ("ddp", 2), ("tp", 2)],
-    "dcp": [("ddp", 1), ("fsdp2", 2), ("ddp", 3), ("hsdp", 4), ("fsdp2", 3), ("tp+fsdp2", 4), ("tp", 3)],
-    "dcp, FSDP1": [("fsdp1", 2), ("fsdp1", 3), ("fsdp1 hybrid", 4)],
-    "full": [("tp+fsdp2", 4), ("ddp", 3), ("fsdp2", 3), ("ddp replicated", 2)],
-    "flat": [("fsdp2", 3), ("ddp", 2), ("tp+fsdp2", 4)],
-    "plain, FSDP2": [("tp+fsdp2", 4)] * 2,
-    "plain, FSDP1": [("fsdp1", 3)] * 2,
-    "plain, DDP": [("ddp", 2)] * 2,
+    "ours": ("LoRAPreMuon", [("tp", 3), ("fsdp1", 3), ("tp+fsdp2", 4), ("ddp", 2), ("tp", 2)]),
+    "dcp": ("LoRAPre", [("ddp", 1), ("fsdp2", 2), ("ddp", 3), ("hsdp", 4), ("fsdp2", 3), ("tp+fsdp2", 4), ("tp", 3)]),
+    "dcp, FSDP1": ("LoRAPreAdafactor", [("fsdp1", 2), ("fsdp1", 3), ("fsdp1 hybrid", 4)]),
+    "full": ("LoRAPreAdafactor", [("tp+fsdp2", 4), ("ddp", 3), ("fsdp2", 3), ("ddp replicated", 2)]),
+    "flat": ("LoRAPreAdafactor", [("fsdp2", 3), ("ddp", 2), ("tp+fsdp2", 4)]),
+    "plain, FSDP2": ("LoRAPre", [("tp+fsdp2", 4)] * 2),
+    "plain, FSDP1": ("LoRAPre", [("fsdp1", 3)] * 2),
+    "plain, DDP": ("LoRAPre", [("ddp", 2)] * 2),
 }
 
 
 @pytest.mark.parametrize("relay", RELAYS)
 def test_training_goes_on_in_another_layout(relay, tmp_path):
     """fp64, so that what is lost or misplaced on the way shows: rounding alone leaves 1e-15."""
-    torch.save(dense_path(STEPS * len(RELAYS[relay])), tmp_path / "reference.pt")
-    for leg, (layout, world) in enumerate(RELAYS[relay]):
+    optimizer, legs = RELAYS[relay]
+    torch.save(dense_path(optimizer, STEPS * len(legs)), tmp_path / "reference.pt")
+    for leg, (layout, world) in enumerate(legs):
         arguments = {"layout": layout, "how": relay.split(",")[0], "folder": str(tmp_path), "leg": leg}
-        for error, name in run_ranks(world, relay_case, **arguments):
+        for error, name in run_ranks(world, relay_case, optimizer=optimizer, **arguments):
             assert error <= 1e-10, (leg, layout, world, name, error)
 
 
