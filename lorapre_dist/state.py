@@ -222,12 +222,11 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
     assert optimizer.layout is not None
     found = _group_differences(optimizer, saved["param_groups"])
     entries = _by_name(optimizer, saved, found)
-    known = {piece.name for unit in optimizer.layout.units for piece in unit.pieces}
-    found += [f"{name}: saved, but not a parameter here" for name in sorted(entries.keys() - known)]
-    loads = []
+    loads, unknown = [], set(entries) - {piece.name for unit in optimizer.layout.units for piece in unit.pieces}
     for unit in optimizer.layout.units:
         states = {bound.piece.name: bound.state for bound in optimizer._bound[id(unit.tensor)]}
         for name, keys in optimizer._exposed(unit).items():
+            unknown.discard(name)
             entry = entries.get(name)
             if entry is None:
                 found += [f"{name}: not in the saved state"] if name in states else []
@@ -236,6 +235,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
                 if (problem := to.check(entry.get(key))) is not None:
                     found.append(f"{name}: {key} {problem}, is of shape {tuple(to.tensor.shape)}")
             loads.append((states.get(name), keys, entry))
+    found += [f"{name}: saved, but not a parameter here" for name in sorted(unknown)]
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise ConfigError("the optimizer state does not fit: " + "; ".join(found[:3]) + more)
