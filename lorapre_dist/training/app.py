@@ -206,7 +206,7 @@ def _set_up(settings: Settings) -> Trainer:
     ranks.agree_on("the text or the tokenizer", data.fingerprint)
     with ranks.together():
         path, complaints = checkpoints.choose(settings)
-    engine = engines.build_engine(config, settings)
+    engine = engines.build_engine(models.build_model(config, settings), settings)
     checkpoints.seed_everything(settings.seed, ranks.rank())
     step = tokens = 0
     if path is not None:

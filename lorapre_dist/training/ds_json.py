@@ -11,10 +11,10 @@ from typing import Any
 from lorapre_dist.config import ConfigError
 
 #: What the backends without DeepSpeed read, or can do without telling.
-NATIVE = frozenset(
-    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    + ("optimizer", "bf16", "bfloat16", "fp16", "steps_per_print")
-)
+NATIVE = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "bf16", "bfloat16", "fp16", "steps_per_print"),
+}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 import lorapre_dist
 from lorapre_dist.config import ConfigError
@@ -65,15 +65,17 @@ class Engine(Protocol):
         """Wait for what is under way and give back what is held."""
 
 
-def build_engine(config: PretrainedConfig, settings: Settings) -> Engine:
+def build_engine(model: PreTrainedModel, settings: Settings) -> Engine:
     """Model, optimizer and schedule under the backend; a collective.
+
+    Args:
+        model: of :func:`models.build_model`.
 
     Raises:
         ConfigError: the optimizer rejects its options or matches nothing, or DeepSpeed refuses the JSON.
     """
     if settings.backend != "deepspeed":
-        return NativeEngine(config, settings)
-    model = models.build_model(config, settings)
+        return NativeEngine(model, settings)
     buffers = models.BufferKeeper(model)
     # DeepSpeed asserts what it does not support; torch's optimizers raise TypeError for an unknown option.
     refusals = (

@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from lorapre_dist.config import ConfigError
 from lorapre_dist.layouts.base import local
 from lorapre_dist.layouts.dtensor import block
+from lorapre_dist.training import ranks
 from lorapre_dist.training.ds_json import precision
 from lorapre_dist.training.presets import PRESETS
 from lorapre_dist.training.settings import Settings
@@ -87,11 +88,12 @@ def fit_vocabulary(config: PretrainedConfig, settings: Settings, tokens: int) ->
         )
 
 
-def build_model(config: PretrainedConfig, settings: Settings, device: torch.device | None = None) -> PreTrainedModel:
+def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
     """Construct the model, partitioned from birth under ZeRO-3 and FSDP2, and initialise it.
 
-    Under DeepSpeed it is in the JSON's precision, otherwise in fp32 on ``device``. Initial weights depend on the seed
-    and each module's name only: not on the backend, the stage, the number of ranks, or (up to rounding) the precision.
+    For DeepSpeed it is in the JSON's precision, otherwise in fp32 and on this rank's device. Initial weights depend on
+    the seed and each module's name only: not on the backend, the stage, the number of ranks, or (up to rounding) the
+    precision.
 
     Raises:
         ConfigError: transformers cannot build a causal LM from this config.
@@ -110,7 +112,8 @@ def build_model(config: PretrainedConfig, settings: Settings, device: torch.devi
             raise ConfigError(f"cannot build a causal LM from {type(config).__name__}: {error}") from error
     if settings.backend == "fsdp2":
         _shard(model, kind)
-    if device is not None:
+    if settings.backend != "deepspeed":
+        device = ranks.device()
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     initialise(model, settings.seed)
     model.tie_weights()

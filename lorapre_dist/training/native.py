@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 from lorapre_dist.checkpoint import engine as engine_checkpoints
 from lorapre_dist.checkpoint import native, run
 from lorapre_dist.deepspeed import OPTIMIZERS
-from lorapre_dist.training import models, ranks
+from lorapre_dist.training import ranks
 from lorapre_dist.training.ds_json import precision
 from lorapre_dist.training.schedule import scheduler_factory
 from lorapre_dist.training.settings import Settings
 
 
 class NativeEngine:
-    """Model, LoRAPre and schedule from the DeepSpeed JSON; a collective.
+    """The model with the optimizer of the DeepSpeed JSON and the schedule; a collective.
 
     fp32 master weights. With bf16 FSDP2 computes in bf16 (``MixedPrecisionPolicy``) and DDP under ``torch.autocast``;
     gradients are reduced in fp32. Under FSDP2 they stay sharded between micro-batches; under DDP the last one reduces.
@@ -31,10 +31,10 @@ class NativeEngine:
         ConfigError: the optimizer rejects its options or matches nothing.
     """
 
-    def __init__(self, config: PretrainedConfig, settings: Settings) -> None:
-        self.device = torch.device("cuda", ranks.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-        self.module: Any = models.build_model(config, settings, self.device)
-        self._model: nn.Module = self.module
+    def __init__(self, model: PreTrainedModel, settings: Settings) -> None:
+        self.device = ranks.device()
+        self.module: Any = model
+        self._model: nn.Module = model
         self._autocast = False
         if settings.backend == "ddp":
             indices = [self.device.index] if self.device.type == "cuda" else None
