@@ -63,6 +63,10 @@ class Unit:
     tensor: torch.Tensor
     group: int
     pieces: list[Piece]
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = self.tensor.device
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Layout:
         units: in the order in which they are stepped; the same on every rank.
         world_size: ranks over which the optimizer state is spread (1: every rank has all of it).
         sends: what ranks of ``group`` send to all others after a step, in an order that is the same on every rank.
+        fixed: an engine said where the parameters lie, and puts other tensors in ``param_groups`` at times.
     """
 
     name: str
@@ -81,6 +86,12 @@ class Layout:
     world_size: int = 1
     sends: list[Send] = field(default_factory=list)
     group: Any = None
+    fixed: bool = True
+
+    def replaced(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether a tensor of it is in none of an optimizer's groups any more, or on another device."""
+        present = {id(p) for group in groups for p in group["params"]}
+        return not self.fixed and any(id(u.tensor) not in present or u.tensor.device != u.device for u in self.units)
 
 
 def local_gradient(tensor: torch.Tensor) -> torch.Tensor:
