@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """A plain training loop with Hugging Face Accelerate and LoRAPre, no downloads; the plugin is the YAML's.
 
-    accelerate launch --config_file launch/accelerate_fsdp2.yaml launch/accelerate_train.py --output_dir runs/accelerate
-    accelerate launch --config_file launch/accelerate_deepspeed.yaml launch/accelerate_train.py --output_dir runs/accelerate
-    accelerate launch --num_processes 2 --multi_gpu launch/accelerate_train.py --output_dir runs/accelerate     # DDP
+    accelerate launch --config_file launch/accelerate_fsdp2.yaml launch/accelerate_train.py --output_dir runs/acc
+    accelerate launch --config_file launch/accelerate_deepspeed.yaml launch/accelerate_train.py --output_dir runs/acc
+    torchrun --nproc_per_node 2 launch/accelerate_train.py --output_dir runs/acc               # DDP
 
-``--resume_from_checkpoint runs/accelerate/step20`` goes on from there.
+``--resume_from_checkpoint runs/acc/step20`` goes on from there.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 """A small Llama with the Hugging Face Trainer and LoRAPre, no downloads.
 
     deepspeed --num_gpus 2 launch/hf_trainer.py --deepspeed ds_configs/hf_zero2.json --output_dir runs/hf
+    torchrun --nproc_per_node 2 launch/hf_trainer.py --fsdp --output_dir runs/hf      # FSDP2
     torchrun --nproc_per_node 2 launch/hf_trainer.py --output_dir runs/hf      # DDP, the state dealt out over the ranks
 
 Every option of ``TrainingArguments`` works; ``--resume_from_checkpoint runs/hf/checkpoint-20`` goes on from there.

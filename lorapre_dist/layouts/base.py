@@ -78,7 +78,7 @@ class Layout:
         units: in the order in which they are stepped; the same on every rank.
         world_size: ranks over which the optimizer state is spread (1: every rank has all of it).
         sends: what ranks of ``group`` send to all others after a step, in an order that is the same on every rank.
-        fixed: an engine said where the parameters lie, and puts other tensors in ``param_groups`` at times.
+        native: found out by the optimizer itself, not told by an engine.
     """
 
     name: str
@@ -86,12 +86,14 @@ class Layout:
     world_size: int = 1
     sends: list[Send] = field(default_factory=list)
     group: Any = None
-    fixed: bool = True
+    native: bool = False
 
     def replaced(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a tensor of it is in none of an optimizer's groups any more, or on another device."""
+        if not self.native:
+            return False
         present = {id(p) for group in groups for p in group["params"]}
-        return not self.fixed and any(id(u.tensor) not in present or u.tensor.device != u.device for u in self.units)
+        return any(id(u.tensor) not in present or u.tensor.device != u.device for u in self.units)
 
 
 def local_gradient(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.conftest import REPO, ds_json, environment
+from tests.launch import forked_ranks
+from tests.launch.conftest import ds_json, environment
 
 # 12 sequences a step: three micro-batches on each of two ranks, two on each of three.
 BATCH = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}
@@ -26,8 +25,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> t
     common = [*base_options, *STEPS, "--deepspeed_config", config, "--backend"]
 
     def job(name: str, world_size: int, backend: str, *options: str, origin: str = "") -> dict[str, Any]:
-        paths = {"output_dir": str(folder / name), "origin": str(folder / origin) if origin else None}
-        return {"world_size": world_size, "argv": [*common, backend, *options], **paths}
+        """A run, or its continuation: from a copy of another run's folder as it was at step 3."""
+        copy = [str(folder / origin), str(folder / name)] if origin else None
+        argv = [*common, backend, *options, "--output_dir", str(folder / name)]
+        return forked_ranks.job("pretrain.py", world_size, argv, copy=copy)
 
     short = ["--deepspeed_config", bf16, "--max_steps", "1", "--warmup_steps", "1", "--save_every", "0"]
     jobs = [
@@ -41,15 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> t
         job("ddp to fsdp2", 1, "fsdp2", origin="ddp"),
         job("fsdp2 to ddp", 2, "ddp", origin="fsdp2"),
     ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "tests.launch.backends", str(folder / "jobs.json"), str(folder / "codes.json")]
-    options = {"env": environment(), "cwd": REPO, "capture_output": True, "text": True}
-    done = subprocess.run(command, timeout=500, check=False, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = (folder / "codes.log").read_text()
-    codes = json.loads((folder / "codes.json").read_text())
-    assert codes == [[0] * job["world_size"] for job in jobs], log[-3000:]
-    return folder, log
+    return folder, forked_ranks.run(folder, jobs, environment())
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
