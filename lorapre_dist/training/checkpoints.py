@@ -26,6 +26,7 @@ from lorapre_dist.training import ranks
 from lorapre_dist.training.data import Data, Stream
 from lorapre_dist.training.ds_json import precision
 from lorapre_dist.training.interruption import lost_rank
+from lorapre_dist.training.models import architecture
 from lorapre_dist.training.settings import Settings
 from lorapre_dist.training.streaming import merge_states
 
@@ -108,7 +109,7 @@ def save(engine: Any, settings: Settings, data: Data, step: int, tokens: int) ->
     def hugging_face_files(path: Path) -> None:
         if ranks.rank() == 0:
             config = copy.deepcopy(engine.module.config)
-            config.architectures = [type(engine.module).__name__]
+            config.architectures = [architecture(engine.module)]
             config.save_pretrained(path / HF_FOLDER)
             data.tokenizer.save_pretrained(path / HF_FOLDER)
 

@@ -63,7 +63,8 @@ class LoRAPreAccelerator(Accelerator):
     def _without_ours(self) -> Iterator[None]:
         """Accelerate does not see our optimizers meanwhile; the hooks save and load them."""
         everything = self._optimizers
-        self._aside = [o for o in everything if isinstance(getattr(o, "optimizer", None), LoRAPre)]
+        if self.distributed_type != DistributedType.DEEPSPEED:
+            self._aside = [o for o in everything if isinstance(getattr(o, "optimizer", None), LoRAPre)]
         self._optimizers = [o for o in everything if o not in self._aside]
         try:
             yield

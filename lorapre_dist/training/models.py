@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -230,6 +230,11 @@ class BufferKeeper:
             owner_name, _, leaf = name.rpartition(".")
             owner: Any = model.get_submodule(owner_name)
             owner._buffers[leaf] = value.to(owner._buffers[leaf].device)
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """Name of the model's class, of which FSDP2 makes one of its own."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def count_parameters(model: nn.Module) -> int:

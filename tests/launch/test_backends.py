@@ -68,6 +68,8 @@ def test_the_same_settings_give_the_same_losses(name, runs):
     assert_alike(folder / "zero2", folder / name)
     assert "of the DeepSpeed JSON: zero_optimization" in log
     assert f"layout     {name.upper()}, " in log
+    config = json.loads((folder / name / "checkpoints" / "step0000006" / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
 
 
 @pytest.mark.timeout(600)
