@@ -36,9 +36,11 @@ class Engine(Protocol):
     def __call__(self, **inputs: Any) -> Any:
         """The model's output."""
 
-    def train(self) -> Any: ...  # noqa: D102
+    def train(self) -> Any:
+        """Switch dropout on."""
 
-    def eval(self) -> Any: ...  # noqa: D102
+    def eval(self) -> Any:
+        """Switch dropout off."""
 
     def backward(self, loss: Any) -> Any:
         """Add the gradients of one micro-batch, whose mean loss this is."""

@@ -34,6 +34,9 @@ class LoRAPreTrainer(Trainer):
         """As ``Trainer``'s; FSDP runs without a GPU too."""
         ranks_without_gpu(fsdp=bool(self.args.fsdp))
         super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_optimizer
+        # Else Accelerate asks for the state before it shards the model, and whole weights and state stay around.
+        self.accelerator.prepare_optimizer = lambda optimizer, **_: prepare(optimizer, device_placement=False)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with weight decay where ``Trainer`` has it."""
