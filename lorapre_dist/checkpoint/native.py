@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ..optimizer import LowRankOptimizer
 from ..param_groups import clean_name
@@ -45,7 +46,7 @@ def save(
 
 def job(
     module: torch.nn.Module,
-    optimizer: LoRAPre,
+    optimizer: LowRankOptimizer,
     *,
     step: int | None = None,
     lr_scheduler: Any = None,
@@ -56,6 +57,7 @@ def job(
     if step is None:
         steps = [bound.state.step for bound in optimizer.bound()]
         step = max(max(part, default=0) for part in Team().gather(steps))
+    _reshard(module)
     rest = model.untrained(module, _trained(module, optimizer))
     schedule = lr_scheduler.state_dict() if lr_scheduler is not None else None
     state = {"global_steps": step, "skipped_steps": 0, "lr_scheduler": schedule, "loss_scaler": {}}
@@ -98,6 +100,7 @@ def load(
     if not chosen:
         return None
     optimizer.bound()  # finds the layout
+    _reshard(module)
     found = run.load(
         directory / chosen[0],
         optimizer,
@@ -111,6 +114,13 @@ def load(
         lr_scheduler.load_state_dict(found["engine"]["lr_scheduler"])
     client_state: dict[str, Any] = found["client_state"]
     return client_state
+
+
+def _reshard(module: torch.nn.Module) -> None:
+    """Show FSDP2's parameters in shards; after an evaluation those of the outermost unit are whole."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _trained(module: torch.nn.Module, optimizer: LowRankOptimizer) -> set[str]:
