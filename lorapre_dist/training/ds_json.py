@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import ConfigError
+from lorapre_dist.optimizers import OPTIMIZERS
 
 #: What the backends without DeepSpeed read, or can do without telling.
 NATIVE = {
@@ -115,9 +116,10 @@ def check_native(backend: str, config: dict[str, Any]) -> None:
     if precision(config) == "fp16":
         raise ConfigError(f"--backend {backend}: fp16 is not supported; enable bf16, or use --backend deepspeed")
     kind = config["optimizer"]["type"]
-    if not kind.startswith("LoRAPre"):
+    if kind not in OPTIMIZERS:
         raise ConfigError(
-            f"--backend {backend}: optimizer.type {kind!r} is not supported, LoRAPre is; or use --backend deepspeed"
+            f"--backend {backend}: optimizer.type {kind!r} is not supported; take one of {', '.join(OPTIMIZERS)}, or "
+            "--backend deepspeed"
         )
     clip = config.get("gradient_clipping", 0.0)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0.0 <= clip < float("inf"):

@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
 from lorapre_dist import checkpoint
-from lorapre_dist.optimizer import LoRAPre
+from lorapre_dist.optimizers import LowRankOptimizer
 
 FOLDER = "lorapre"
 
@@ -30,7 +30,7 @@ def ranks_without_gpu(fsdp: bool) -> None:
 
 
 class LoRAPreAccelerator(Accelerator):
-    """``Accelerator`` for programs that step with :class:`lorapre_dist.LoRAPre`; everything else is Accelerate's.
+    """``Accelerator`` for programs that step with :class:`lorapre_dist.LoRAPre` or another optimizer of this package.
 
     Under the DeepSpeed plugin the engine saves and loads (:mod:`lorapre_dist.checkpoint.engine`). Otherwise (FSDP2,
     FSDP1, DDP, one process) ``save_state`` puts a checkpoint of :mod:`lorapre_dist.checkpoint.native` into its folder,
@@ -47,7 +47,8 @@ class LoRAPreAccelerator(Accelerator):
 
     def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> Any:
         """As Accelerate's, but LoRAPre's state is allocated once the model is sharded and on its device."""
-        return super().prepare_optimizer(optimizer, False if isinstance(optimizer, LoRAPre) else device_placement)
+        ours = isinstance(optimizer, LowRankOptimizer)
+        return super().prepare_optimizer(optimizer, False if ours else device_placement)
 
     def save_state(self, *args: Any, **kwargs: Any) -> Any:
         """As Accelerate's; a collective."""
@@ -64,7 +65,7 @@ class LoRAPreAccelerator(Accelerator):
         """Accelerate does not see our optimizers meanwhile; the hooks save and load them."""
         everything = self._optimizers
         if self.distributed_type != DistributedType.DEEPSPEED:
-            self._aside = [o for o in everything if isinstance(getattr(o, "optimizer", None), LoRAPre)]
+            self._aside = [o for o in everything if isinstance(getattr(o, "optimizer", None), LowRankOptimizer)]
         self._optimizers = [o for o in everything if o not in self._aside]
         try:
             yield
@@ -79,7 +80,7 @@ class LoRAPreAccelerator(Accelerator):
         for k, (model, optimizer) in enumerate(self._ours()):
             checkpoint.load(model, optimizer, os.path.join(input_dir, FOLDER), f"optimizer_{k}")
 
-    def _ours(self) -> Iterator[tuple[Any, LoRAPre]]:
+    def _ours(self) -> Iterator[tuple[Any, LowRankOptimizer]]:
         """Each of our optimizers with the model that it steps."""
         for wrapper in self._aside:
             held = {id(p) for group in wrapper.param_groups for p in group["params"]}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lorapre_dist.checkpoint import engine as engine_checkpoints
 from lorapre_dist.checkpoint import native, run
-from lorapre_dist.deepspeed import OPTIMIZERS
+from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import ranks
 from lorapre_dist.training.ds_json import precision
 from lorapre_dist.training.schedule import scheduler_factory
