@@ -84,5 +84,5 @@ class LoRAPreAccelerator(Accelerator):
         """Each of our optimizers with the model that it steps."""
         for wrapper in self._aside:
             held = {id(p) for group in wrapper.param_groups for p in group["params"]}
-            model = next(m for m in self._models if any(id(p) in held for p in m.parameters()))
-            yield model, wrapper.optimizer
+            steps = [m for m in self._models if any(id(p) in held for p in m.parameters())]
+            yield (steps or self._models)[0], wrapper.optimizer
