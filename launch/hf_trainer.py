@@ -39,7 +39,8 @@ def data(cache: str) -> tuple[datasets.Dataset, object]:
 
 def main() -> None:
     """Train, and save at the end."""
-    cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true", "--ddp_backend", "gloo"]
+    cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
+    cpu += ["--ddp_backend", "gloo"] if cpu and "LOCAL_RANK" in os.environ else []
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*sys.argv[1:], *cpu])
     rows, tokenizer = data(default_cache())
     torch.manual_seed(arguments.seed)
