@@ -32,10 +32,10 @@ setup(
         "ninja>=1.11",
     ],
     extras_require={
-        # The Hugging Face Trainer and Accelerate
-        "hf": ["accelerate>=1.1"],
+        # The Hugging Face Trainer and Accelerate; 1.6 brought FSDP2
+        "hf": ["accelerate>=1.6"],
         "test": [
-            "accelerate>=1.1",
+            "accelerate>=1.6",
             "mpi4py>=3.1",
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -2,6 +2,7 @@
 """A small Llama with the Hugging Face Trainer and LoRAPre, no downloads.
 
     deepspeed --num_gpus 2 launch/hf_trainer.py --deepspeed ds_configs/hf_zero2.json --output_dir runs/hf
+    torchrun --nproc_per_node 2 launch/hf_trainer.py --fsdp --output_dir runs/hf      # FSDP2
     torchrun --nproc_per_node 2 launch/hf_trainer.py --output_dir runs/hf      # DDP, the state dealt out over the ranks
 
 Every option of ``TrainingArguments`` works; ``--resume_from_checkpoint runs/hf/checkpoint-20`` goes on from there.
@@ -38,7 +39,8 @@ def data(cache: str) -> tuple[datasets.Dataset, object]:
 
 def main() -> None:
     """Train, and save at the end."""
-    cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true", "--ddp_backend", "gloo"]
+    cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
+    cpu += ["--ddp_backend", "gloo"] if cpu and "LOCAL_RANK" in os.environ else []
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*sys.argv[1:], *cpu])
     rows, tokenizer = data(default_cache())
     torch.manual_seed(arguments.seed)

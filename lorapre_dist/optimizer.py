@@ -125,13 +125,16 @@ class LowRankOptimizer(StatefulOptimizer):
         Raises:
             ConfigError: a name appears twice, or steps have been taken already.
         """
-        if any(b.state.step for bound in self._bound.values() for b in bound):
+        if self._stepped():
             raise ConfigError(f"cannot change the layout of a {self.config.optimizer} optimizer after its first step")
         self._bound, self.layout, self.awaiting_layout = {}, layout, False
         arrange(layout, self._in_group)
         for unit in layout.units:
             self._bind_unit(unit)
         refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
+
+    def _stepped(self) -> bool:
+        return any(b.state.step for bound in self._bound.values() for b in bound)
 
     def _bind_unit(self, unit: Unit) -> None:
         config = self.group_config(self.param_groups[unit.group])
@@ -200,6 +203,8 @@ class LowRankOptimizer(StatefulOptimizer):
             raise ConfigError(
                 f"this {self.config.optimizer} optimizer waits for DeepSpeed's engine to tell where its parameters lie"
             )
+        if self.layout is not None and self.layout.replaced(self.param_groups) and not self._stepped():
+            self.layout = None  # Accelerate looks at the state first, and then puts FSDP2's shards in
         if self.layout is None:
             named = [(n, p, i) for n, p, i in self._named() if may_step(p)]
             found = detect.layout(named, self.shard_state, self._in_group)
@@ -209,7 +214,7 @@ class LowRankOptimizer(StatefulOptimizer):
             self.bind(found)
         elif self.layout.name == "one device":
             missing = [(n, p, i) for n, p, i in self._named() if may_step(p) and id(p) not in self._bound]
-            added = whole.layout(missing)
+            added = whole.layout([] if self.layout.replaced(self.param_groups) else missing)
             arrange(added, self._in_group)
             for unit in added.units:
                 self.layout.units.append(unit)
@@ -270,7 +275,8 @@ class LowRankOptimizer(StatefulOptimizer):
             raise ConfigError(f"{self.config.optimizer} does not support sparse gradients")
         if id(tensor) not in self._bound:
             raise ConfigError(
-                f"a tensor in param_groups is not one that {self.config.optimizer} was bound to; build it anew"
+                f"a tensor in param_groups is not one that {self.config.optimizer} was bound to: wrap the model before "
+                "the optimizer steps or loads its state"
             )
         held = local(tensor).detach()
         theta, grad = flat(held), local_gradient(tensor).reshape(-1)

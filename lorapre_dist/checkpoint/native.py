@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ..optimizer import LowRankOptimizer
 from ..param_groups import clean_name
@@ -39,15 +40,29 @@ def save(
     Raises:
         CheckpointError: on every rank, if one could not write; training can go on.
     """
+    made = job(module, optimizer, step=step, lr_scheduler=lr_scheduler, extra=extra, also=also)
+    return run.save(made, directory, tag, keep_last=keep_last)
+
+
+def job(
+    module: torch.nn.Module,
+    optimizer: LowRankOptimizer,
+    *,
+    step: int | None = None,
+    lr_scheduler: Any = None,
+    extra: dict[str, Any] | None = None,
+    also: Callable[[Path], None] | None = None,
+) -> run.Job:
+    """What :func:`save` saves, for :mod:`lorapre_dist.checkpoint.run`; a collective."""
     if step is None:
         steps = [bound.state.step for bound in optimizer.bound()]
         step = max(max(part, default=0) for part in Team().gather(steps))
+    _reshard(module)
     rest = model.untrained(module, _trained(module, optimizer))
     schedule = lr_scheduler.state_dict() if lr_scheduler is not None else None
     state = {"global_steps": step, "skipped_steps": 0, "lr_scheduler": schedule, "loss_scaler": {}}
     content = {"engine": state, "client_state": extra or {}}
-    job = run.Job(optimizer, step, rest, model.aliases(module), content, also=also)
-    return run.save(job, directory, tag, keep_last=keep_last)
+    return run.Job(optimizer, step, rest, model.aliases(module), content, also=also)
 
 
 def load(
@@ -59,6 +74,8 @@ def load(
     lr_scheduler: Any = None,
     states: bool = True,
     resize_rank: bool = False,
+    verify: bool = True,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any] | None:
     """Load what :func:`save` or a DeepSpeed engine with LoRAPre wrote, under any layout; a collective.
 
@@ -67,6 +84,8 @@ def load(
         lr_scheduler: to restore as well.
         states: False to load weights alone.
         resize_rank: adapt factors of another rank.
+        verify: False if the files have been read through already (:func:`lorapre_dist.checkpoint.verify`).
+        check: called with ``extra`` before anything is loaded; what it raises ends the load.
 
     Returns:
         ``extra`` (the client state of a DeepSpeed engine); None if ``directory`` holds no checkpoint.
@@ -81,12 +100,27 @@ def load(
     if not chosen:
         return None
     optimizer.bound()  # finds the layout
-    rest = model.untrained(module, _trained(module, optimizer))
-    found = run.load(directory / chosen[0], optimizer, untrained=rest, states=states, resize_rank=resize_rank)
+    _reshard(module)
+    found = run.load(
+        directory / chosen[0],
+        optimizer,
+        untrained=model.untrained(module, _trained(module, optimizer)),
+        states=states,
+        resize_rank=resize_rank,
+        intact=not verify,
+        check=(lambda saved: check(saved["client_state"])) if check is not None else None,
+    )
     if lr_scheduler is not None and found["engine"]["lr_scheduler"] is not None:
         lr_scheduler.load_state_dict(found["engine"]["lr_scheduler"])
     client_state: dict[str, Any] = found["client_state"]
     return client_state
+
+
+def _reshard(module: torch.nn.Module) -> None:
+    """Show FSDP2's parameters in shards; after an evaluation those of the outermost unit are whole."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _trained(module: torch.nn.Module, optimizer: LowRankOptimizer) -> set[str]:

@@ -65,6 +65,10 @@ class Unit:
     tensor: torch.Tensor
     group: int
     pieces: list[Piece]
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = self.tensor.device
 
 
 @dataclass
@@ -85,6 +89,13 @@ class Layout:
     sends: list[Send] = field(default_factory=list)
     group: Any = None
     native: bool = False
+
+    def replaced(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether a tensor of it is in none of an optimizer's groups any more, or on another device."""
+        if not self.native:
+            return False
+        present = {id(p) for group in groups for p in group["params"]}
+        return any(id(u.tensor) not in present or u.tensor.device != u.device for u in self.units)
 
 
 def local_gradient(tensor: torch.Tensor) -> torch.Tensor:

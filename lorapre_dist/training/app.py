@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,11 @@ def _check_resume(settings: Settings) -> None:
 
 def _train(settings: Settings) -> int:
     import deepspeed
+    import torch.distributed as dist
 
     _check_deepspeed_config(settings)
-    _check_build_lock()
+    if settings.backend == "deepspeed":
+        _check_build_lock()
     from lorapre_dist.checkpoint import CheckpointError
     from lorapre_dist.training.loop import DivergedError
     from lorapre_dist.training.reading import ReadError
@@ -89,7 +92,7 @@ def _train(settings: Settings) -> int:
     trainer, lost = None, None
     try:
         limit = interruption.limit_waits(settings.collective_timeout)
-        deepspeed.init_distributed(verbose=False, timeout=limit)
+        _join(settings, limit)
         trainer = _set_up(settings)
         trainer.stop.listen()
         trainer.run()
@@ -110,6 +113,8 @@ def _train(settings: Settings) -> int:
         # With a rank gone nobody can be waited for.
         if lost is None and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
+        elif lost is None and dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
@@ -142,6 +147,21 @@ def _lost(settings: Settings, trainer: Trainer | None, reason: str) -> int:
         flush=True,
     )
     return 1
+
+
+def _join(settings: Settings, timeout: timedelta) -> None:
+    """Start ``torch.distributed``."""
+    import torch
+    import torch.distributed as dist
+
+    if settings.backend == "deepspeed":
+        import deepspeed
+
+        deepspeed.init_distributed(verbose=False, timeout=timeout)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
 def _check_deepspeed_config(settings: Settings) -> None:
@@ -186,7 +206,7 @@ def _set_up(settings: Settings) -> Trainer:
     ranks.agree_on("the text or the tokenizer", data.fingerprint)
     with ranks.together():
         path, complaints = checkpoints.choose(settings)
-    engine = engines.build_engine(config, settings)
+    engine = engines.build_engine(models.build_model(config, settings), settings)
     checkpoints.seed_everything(settings.seed, ranks.rank())
     step = tokens = 0
     if path is not None:

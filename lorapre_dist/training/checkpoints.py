@@ -24,8 +24,9 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import ranks
 from lorapre_dist.training.data import Data, Stream
-from lorapre_dist.training.ds_json import precision, zero_stage
+from lorapre_dist.training.ds_json import precision
 from lorapre_dist.training.interruption import lost_rank
+from lorapre_dist.training.models import architecture
 from lorapre_dist.training.settings import Settings
 from lorapre_dist.training.streaming import merge_states
 
@@ -52,7 +53,7 @@ def identity(settings: Settings, data: Data) -> dict[str, Any]:
     }
     if not _ours(settings):
         same["world_size"] = ranks.world_size()
-        same["zero_stage"] = zero_stage(settings.ds_config)
+        same["zero_stage"] = settings.zero_stage
         same["precision"] = precision(settings.ds_config)
     return same
 
@@ -108,7 +109,7 @@ def save(engine: Any, settings: Settings, data: Data, step: int, tokens: int) ->
     def hugging_face_files(path: Path) -> None:
         if ranks.rank() == 0:
             config = copy.deepcopy(engine.module.config)
-            config.architectures = [type(engine.module).__name__]
+            config.architectures = [architecture(engine.module)]
             config.save_pretrained(path / HF_FOLDER)
             data.tokenizer.save_pretrained(path / HF_FOLDER)
 

@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import ConfigError
+from lorapre_dist.optimizers import OPTIMIZERS
+
+#: What the backends without DeepSpeed read, or can do without telling.
+NATIVE = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "bf16", "bfloat16", "fp16", "steps_per_print"),
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,26 @@ def precision(config: dict[str, Any]) -> str:
         if isinstance(section, dict) and section.get("enabled") is True:
             return name
     return "fp32"
+
+
+def check_native(backend: str, config: dict[str, Any]) -> None:
+    """Raise a ConfigError if the JSON asks for what the backends without DeepSpeed cannot do."""
+    if precision(config) == "fp16":
+        raise ConfigError(f"--backend {backend}: fp16 is not supported; enable bf16, or use --backend deepspeed")
+    kind = config["optimizer"]["type"]
+    if kind not in OPTIMIZERS:
+        raise ConfigError(
+            f"--backend {backend}: optimizer.type {kind!r} is not supported; take one of {', '.join(OPTIMIZERS)}, or "
+            "--backend deepspeed"
+        )
+    clip = config.get("gradient_clipping", 0.0)
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0.0 <= clip < float("inf"):
+        raise ConfigError(f"gradient_clipping={clip!r}: must be a number, 0 for none")
+
+
+def ignored(config: dict[str, Any]) -> list[str]:
+    """Top-level keys of the JSON that mean something to DeepSpeed only."""
+    return sorted(config.keys() - NATIVE)
 
 
 def batch_sizes(config: dict[str, Any], world_size: int) -> BatchSizes:

@@ -1,11 +1,11 @@
-"""The DeepSpeed engine, and what to say about it at the start and the end."""
+"""The engine that trains, under DeepSpeed or not, and what to say about it at the start and the end."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 import lorapre_dist
 from lorapre_dist.config import ConfigError
@@ -13,19 +13,71 @@ from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import models
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import Data
-from lorapre_dist.training.ds_json import precision, zero_stage
+from lorapre_dist.training.ds_json import ignored, precision
+from lorapre_dist.training.native import NativeEngine
 from lorapre_dist.training.plots import PLOT_FILE
 from lorapre_dist.training.schedule import scheduler_factory
 from lorapre_dist.training.settings import Settings
 
 
-def build_engine(config: PretrainedConfig, settings: Settings) -> Any:
-    """Model, optimizer and schedule under DeepSpeed; a collective.
+class Engine(Protocol):
+    """What the training loop uses of a DeepSpeed engine; :class:`NativeEngine` has it for FSDP2 and DDP.
+
+    Attributes:
+        module: the model.
+        device: where its inputs go.
+        basic_optimizer: what steps.
+    """
+
+    module: Any
+    device: Any
+    basic_optimizer: Any
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's output."""
+
+    def train(self) -> Any:
+        """Switch dropout on."""
+
+    def eval(self) -> Any:
+        """Switch dropout off."""
+
+    def backward(self, loss: Any) -> Any:
+        """Add the gradients of one micro-batch, whose mean loss this is."""
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether this micro-batch is the last of its step."""
+
+    def step(self) -> None:
+        """After each micro-batch; after the last of a step clip, step and forget the gradients."""
+
+    def get_global_grad_norm(self) -> Any:
+        """Norm of the last step's gradients before clipping; None where it is not known."""
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each parameter group in the next step."""
+
+    def save_checkpoint(self, save_dir: str, tag: str, client_state: dict[str, Any], **options: Any) -> Any:
+        """:func:`lorapre_dist.checkpoint.engine.save`."""
+
+    def load_checkpoint(self, load_dir: str, tag: str, **options: Any) -> tuple[Any, Any]:
+        """:func:`lorapre_dist.checkpoint.engine.load`."""
+
+    def destroy(self) -> None:
+        """Wait for what is under way and give back what is held."""
+
+
+def build_engine(model: PreTrainedModel, settings: Settings) -> Engine:
+    """Model, optimizer and schedule under the backend; a collective.
+
+    Args:
+        model: of :func:`models.build_model`.
 
     Raises:
         ConfigError: the optimizer rejects its options or matches nothing, or DeepSpeed refuses the JSON.
     """
-    model = models.build_model(config, settings)
+    if settings.backend != "deepspeed":
+        return NativeEngine(model, settings)
     buffers = models.BufferKeeper(model)
     # DeepSpeed asserts what it does not support; torch's optimizers raise TypeError for an unknown option.
     refusals = (
@@ -50,14 +102,22 @@ def start_table(engine: Any, settings: Settings, plan: BatchPlan, data: Data) ->
     accumulation = plan.per_rank // plan.micro_batch
     lines = [
         f"model      {name}, {models.count_parameters(engine.module):,} parameters, vocabulary {data.vocab_size:,}",
-        f"layout     ZeRO-{zero_stage(settings.ds_config)}, {plan.world_size} ranks, {precision(settings.ds_config)}",
+        f"layout     {layout_name(settings)}, {plan.world_size} ranks, {precision(settings.ds_config)}",
         f"batch      {plan.global_batch} x {settings.seq_len} tokens = {plan.world_size} ranks x "
         f"{plan.micro_batch} sequences x {accumulation} accumulation",
         f"data       {settings.dataset}, {len(data.held_out):,} held-out sequences",
         f"optimizer  {settings.ds_config['optimizer']['type']}",
     ]
+    unused = ignored(settings.ds_config) if settings.backend != "deepspeed" else []
+    if unused:
+        lines.append(f"ignored    of the DeepSpeed JSON: {', '.join(unused)}")
     report = memory_report(engine)
     return "\n".join(lines) + (f"\n{report}" if report is not None else "")
+
+
+def layout_name(settings: Settings) -> str:
+    """ZeRO-2, FSDP2, ..."""
+    return settings.backend.upper() if settings.zero_stage is None else f"ZeRO-{settings.zero_stage}"
 
 
 def memory_report(engine: Any) -> Any:

@@ -6,10 +6,12 @@ import os
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_model
 from transformers import Trainer
 
 from lorapre_dist import checkpoint
 from lorapre_dist.optimizers import LoRAPre, LowRankOptimizer
+from lorapre_dist.training.hf_accelerate import ranks_without_gpu
 
 STATE, TAG, SCHEDULER = "lorapre", "state", "scheduler.pt"
 
@@ -17,8 +19,8 @@ STATE, TAG, SCHEDULER = "lorapre", "state", "scheduler.pt"
 class LoRAPreTrainer(Trainer):
     """``Trainer`` whose optimizer is :class:`lorapre_dist.LoRAPre`.
 
-    With ``--deepspeed ds.json`` the optimizer is the JSON's. Otherwise (one process, DDP, FSDP2) it is built here: lr,
-    betas, eps and weight decay from the training arguments, the rest from ``lorapre``.
+    With ``--deepspeed ds.json`` the optimizer is the JSON's. Otherwise (one process, DDP, FSDP2, FSDP1) it is built
+    here: lr, betas, eps and weight decay from the training arguments, the rest from ``lorapre``.
 
     Args:
         lorapre: options of :class:`lorapre_dist.config.LoRAPreConfig` (``rank``, ``scale``, ...), and ``shard_state``.
@@ -27,6 +29,14 @@ class LoRAPreTrainer(Trainer):
     def __init__(self, *args: Any, lorapre: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.lorapre = lorapre or {}
         super().__init__(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As ``Trainer``'s; FSDP runs without a GPU too."""
+        ranks_without_gpu(fsdp=bool(self.args.fsdp))
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_optimizer
+        # Else Accelerate asks for the state before it shards the model, and whole weights and state stay around.
+        self.accelerator.prepare_optimizer = lambda optimizer, **_: prepare(optimizer, device_placement=False)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with weight decay where ``Trainer`` has it."""
@@ -48,6 +58,8 @@ class LoRAPreTrainer(Trainer):
         if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        if self.is_fsdp_enabled:  # what Trainer takes the weights from before it asks for the optimizer
+            save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir)
         checkpoint.save(self.model, _ours(self.optimizer), os.path.join(output_dir, STATE), TAG)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))

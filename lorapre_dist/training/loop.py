@@ -19,7 +19,7 @@ from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.training import checkpoints, ranks
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import Data
-from lorapre_dist.training.ds_json import zero_stage
+from lorapre_dist.training.engines import Engine
 from lorapre_dist.training.evaluation import Evaluation, evaluate
 from lorapre_dist.training.interruption import StopRequest
 from lorapre_dist.training.metrics import MetricsWriter
@@ -42,7 +42,7 @@ class Trainer:
         stopped: the ranks have agreed to end before ``max_steps``; what was trained is saved.
     """
 
-    engine: Any
+    engine: Engine
     settings: Settings
     data: Data
     plan: BatchPlan
@@ -147,7 +147,7 @@ class Trainer:
 
     def _local_grad_norm(self) -> float | None:
         """Under ZeRO-0 in fp32 DeepSpeed reports no norm, but every rank holds the averaged gradients."""
-        if zero_stage(self.settings.ds_config) != 0:
+        if self.settings.zero_stage != 0:
             return None
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None

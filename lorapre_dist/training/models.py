@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.ds_json import precision, zero_stage
+from lorapre_dist.layouts.base import local
+from lorapre_dist.layouts.dtensor import block
+from lorapre_dist.training import ranks
+from lorapre_dist.training.ds_json import precision
 from lorapre_dist.training.presets import PRESETS
 from lorapre_dist.training.settings import Settings
 
@@ -83,29 +89,67 @@ def fit_vocabulary(config: PretrainedConfig, settings: Settings, tokens: int) ->
 
 
 def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
-    """Construct the model in the JSON's precision, partitioned from birth under ZeRO-3, and initialise it.
+    """Construct the model, partitioned from birth under ZeRO-3 and FSDP2, and initialise it.
 
-    Initial weights depend on the seed and each module's name only: not on the stage, the number of ranks, or
-    (up to rounding) the precision.
+    For DeepSpeed it is in the JSON's precision, otherwise in fp32 and on this rank's device. Initial weights depend on
+    the seed and each module's name only: not on the backend, the stage, the number of ranks, or (up to rounding) the
+    precision.
 
     Raises:
         ConfigError: transformers cannot build a causal LM from this config.
     """
-    stage = zero_stage(settings.ds_config)
-    sharded = deepspeed.zero.Init(config_dict_or_path=settings.ds_config) if stage == 3 else contextlib.nullcontext()
-    dtype = DTYPES[precision(settings.ds_config)]
-    with no_init_weights(), sharded:
+    kind, dtype, born = precision(settings.ds_config), torch.float32, contextlib.nullcontext()
+    if settings.backend == "deepspeed":
+        dtype = DTYPES[kind]
+        if settings.zero_stage == 3:
+            born = deepspeed.zero.Init(config_dict_or_path=settings.ds_config)
+    elif settings.backend == "fsdp2":
+        born = _without_storage()
+    with no_init_weights(), born:
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except (ValueError, ImportError, AttributeError) as error:
             raise ConfigError(f"cannot build a causal LM from {type(config).__name__}: {error}") from error
+    if settings.backend == "fsdp2":
+        _shard(model, kind)
+    if settings.backend != "deepspeed":
+        device = ranks.device()
+        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     initialise(model, settings.seed)
     model.tie_weights()
     if settings.gradient_checkpointing:
         # ZeRO-3 frees a recomputed parameter's storage between forward and backward, which the non-reentrant form
         # takes for changed metadata.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": stage == 3})
+        reentrant = settings.zero_stage == 3
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return model
+
+
+@contextlib.contextmanager
+def _without_storage() -> Iterator[None]:
+    """New parameters are of the meta device, so that no rank ever holds the whole model; buffers are real."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one is registered again, and stays the same
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _shard(model: PreTrainedModel, kind: str) -> None:
+    """FSDP2 over all ranks: a unit for each block of the model, one for the rest; fp32 weights and reductions."""
+    policy = MixedPrecisionPolicy(param_dtype=None if kind == "fp32" else DTYPES[kind], reduce_dtype=torch.float32)
+    blocks = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
@@ -144,24 +188,32 @@ def _module_seed(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def _initialise_module(owner: PreTrainedModel, module: nn.Module, parameters: list[nn.Parameter], name: str) -> None:
-    """Draw in fp32 on the CPU whatever the precision and device, and round once."""
+    """Draw in fp32 on the CPU whatever the precision, device and shards, and round once."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
         if partitioned and torch.distributed.get_rank() != 0:
             return
-        targets = [p.data for p in parameters]
-        for parameter, target in zip(parameters, targets, strict=True):
-            parameter.data = torch.full(target.shape, float("nan"), dtype=torch.float32)
+        wanted = {key: p for key, p in module._parameters.items() if any(p is other for other in parameters)}
+        for key, p in wanted.items():
+            module._parameters[key] = nn.Parameter(torch.full(p.shape, float("nan"), dtype=torch.float32))
         owner._init_weights(module)
-        if any(bool(p.isnan().any()) for p in parameters) and hasattr(module, "reset_parameters"):
+        if any(bool(module._parameters[key].isnan().any()) for key in wanted) and hasattr(module, "reset_parameters"):
             module.reset_parameters()
             owner._init_weights(module)
-        left = any(bool(p.isnan().any()) for p in parameters)
-        for parameter, target in zip(parameters, targets, strict=True):
-            target.copy_(parameter.data)
-            parameter.data = target
+        left = any(bool(module._parameters[key].isnan().any()) for key in wanted)
+        for key, p in wanted.items():
+            _fill(name, p, module._parameters[key])
+            module._parameters[key] = p
     if left:
         raise ConfigError(f"{type(owner).__name__} has no rule to initialise {name} ({type(module).__name__})")
+
+
+def _fill(name: str, parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Copy ``values`` to a parameter, or to this rank's shard of it."""
+    if isinstance(parameter, DTensor):
+        held = block(name, parameter)
+        values = values.reshape(-1)[held.start : held.stop].view(local(parameter).shape)
+    local(parameter.data).copy_(values)
 
 
 class BufferKeeper:
@@ -178,6 +230,11 @@ class BufferKeeper:
             owner_name, _, leaf = name.rpartition(".")
             owner: Any = model.get_submodule(owner_name)
             owner._buffers[leaf] = value.to(owner._buffers[leaf].device)
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """Name of the model's class, of which FSDP2 makes one of its own."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def count_parameters(model: nn.Module) -> int:

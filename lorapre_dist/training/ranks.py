@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapre_dist.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 # The launcher polls its children once a second and stops the others when one fails. Ranks other than 0 wait a
 # little longer than that, so that one bad setting gives one line and not one line per rank.
@@ -34,6 +37,13 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of ranks, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextmanager

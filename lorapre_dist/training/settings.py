@@ -13,10 +13,18 @@ from typing import Any
 
 from lorapre_dist.arguments import Parser
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.ds_json import BatchSizes, batch_sizes, override_lr, read_deepspeed_config
+from lorapre_dist.training.ds_json import (
+    BatchSizes,
+    batch_sizes,
+    check_native,
+    override_lr,
+    read_deepspeed_config,
+    zero_stage,
+)
 from lorapre_dist.training.presets import PRESETS, RECIPES, recipe
 
 BUILTIN = "builtin"
+BACKENDS = ("deepspeed", "fsdp2", "ddp")
 LOCAL_SUFFIXES = {
     ".txt": "text",
     ".md": "text",
@@ -35,6 +43,7 @@ class Settings:
     recipe: str | None
     model: str | None
     model_config: str | None
+    backend: str
     deepspeed_config: str
     dataset: str
     dataset_config: str | None
@@ -74,6 +83,11 @@ class Settings:
     ds_config: dict[str, Any]
     batch: BatchSizes
 
+    @property
+    def zero_stage(self) -> int | None:
+        """ZeRO stage under DeepSpeed, None under the other backends."""
+        return zero_stage(self.ds_config) if self.backend == "deepspeed" else None
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """States defaults, but not that there is none: the help text then says what happens."""
@@ -86,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; every default is shown by ``--help``."""
     parser = Parser(
         prog="pretrain.py",
-        description="Pre-train a causal LM under DeepSpeed with the optimizer of the DeepSpeed JSON.",
+        description="Pre-train a causal LM with the optimizer of the DeepSpeed JSON.",
         formatter_class=_Help,
         allow_abbrev=False,
     )
@@ -141,6 +155,9 @@ def _add_data_options(group: Any) -> None:
 
 def _add_run_options(group: Any) -> None:
     group.add_argument("--deepspeed_config", help="DeepSpeed JSON: batch sizes, optimizer, precision; needed")
+    group.add_argument(
+        "--backend", default="deepspeed", choices=BACKENDS, help="what distributes; the last two are PyTorch's own"
+    )
     group.add_argument("--max_steps", type=int, help="optimizer steps in all (default: the preset's)")
     group.add_argument("--warmup_steps", type=int, help="steps of linear warm-up (default: a tenth of max_steps)")
     group.add_argument("--lr", type=float, help="overrides the JSON's optimizer.params.lr")
@@ -206,6 +223,8 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     if args["lr"] is not None:
         ds_config = override_lr(ds_config, args["lr"])
     batch = batch_sizes(ds_config, world_size)
+    if args["backend"] != "deepspeed":
+        check_native(args["backend"], ds_config)
     return Settings(**args, ds_config=ds_config, batch=batch)
 
 

@@ -82,6 +82,24 @@ CASES = {
         ["train_batch_size=7", "micro batch"], ds={"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}
     ),
     "DeepSpeed's own settings": Case(["stage", "0, 1, 2"], ds={"zero_optimization": {"stage": 7}}),
+    "fp16 without DeepSpeed": Case(
+        ["--backend ddp", "fp16", "bf16"], ["--backend", "ddp"], ds={"fp16": {"enabled": True}}
+    ),
+    "AdamW without DeepSpeed": Case(
+        ["--backend fsdp2", "'AdamW'", "LoRAPre"],
+        ["--backend", "fsdp2"],
+        ds={"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}},
+    ),
+    "option of the optimizer without DeepSpeed": Case(
+        ["rnak", "rank"], ["--backend", "ddp"], ds={"params": {"rnak": 4}}
+    ),
+    "rank above every matrix without DeepSpeed": Case(
+        ["rank", "4096"], ["--backend", "fsdp2"], ds={"params": {"rank": 4096}}
+    ),
+    "clipping without DeepSpeed": Case(
+        ["gradient_clipping='1.0'", "number"], ["--backend", "ddp"], ds={"gradient_clipping": "1.0"}
+    ),
+    "unknown backend": Case(["--backend", "fsdp3", "deepspeed", "fsdp2", "ddp"], ["--backend", "fsdp3"]),
     "unknown preset": Case(["llama-tiny", "did you mean"], ["--model", "llama-tinny"]),
     "unknown option": Case(["--max_stepps", "did you mean --max_steps"], ["--max_stepps", "3"]),
     "max_steps": Case(["--max_steps 0"], ["--max_steps", "0"]),

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer example on two ranks: save, resume, and go on as the run that was never stopped."""
+"""The Hugging Face examples on two ranks: save, resume, and go on as the run that was never stopped."""
 
 from __future__ import annotations
 
@@ -10,39 +10,97 @@ from typing import Any
 
 import pytest
 
+from tests.launch import forked_ranks
 from tests.launch.conftest import REPO, environment, free_port
 
-STEPS = ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--learning_rate", "0.01"]
-STEPS += ["--per_device_train_batch_size", "4", "--report_to", "none", "--disable_tqdm", "true"]
+TRAINER = ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--learning_rate", "0.01"]
+TRAINER += ["--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true"]
+ACCELERATE = ["--max_steps", "6", "--save_steps", "3", "--batch_size", "2"]
+# Without a GPU Accelerate cannot sync the ranks' initial weights, which are the same here.
+FSDP1 = {"version": 1, "sync_module_states": False}
+OPTIONS = {
+    "trainer ddp": [],
+    "trainer deepspeed": ["--deepspeed", "ds_configs/hf_zero2.json"],
+    "trainer fsdp2": ["--fsdp", "--fsdp_config", "FSDP2"],
+    "trainer fsdp1": ["--fsdp", "--fsdp_config", "FSDP1"],
+    "accelerate ddp": [],
+    "accelerate deepspeed": [],
+    "accelerate fsdp2": [],
+}
 
 
-def run(launcher: list[str], output: Path, cache: Path, *options: str) -> list[dict[str, Any]]:
-    """The log of a run, without times."""
-    command = [sys.executable, "-m", *launcher, "launch/hf_trainer.py", "--output_dir", str(output), *STEPS, *options]
-    env = environment() | {"LORAPRE_CACHE": str(cache)}
-    done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    history = json.loads((output / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
-    return [{k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for row in history if "loss" in row]
+def plugin(name: str) -> dict[str, str]:
+    """What ``accelerate launch`` tells its ranks about a YAML, in its own words."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    config = str(REPO / "launch" / f"accelerate_{name}.yaml")
+    args = launch_command_parser().parse_args(["--config_file", config, "--main_process_port", "0", "x.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        env = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        env = prepare_multi_gpu_env(args)
+    return {key: value for key, value in env.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hf-cache")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs: one named as in OPTIONS, and one that resumed from its third step."""
+    folder = tmp_path_factory.mktemp("hf")
+    for version, config in (("FSDP1", FSDP1), ("FSDP2", {"version": 2})):
+        (folder / version).write_text(json.dumps(config))
+    jobs = []
+    for name, options in OPTIONS.items():
+        library, layout = name.split()
+        trainer = library == "trainer"
+        options = [str(folder / o) if o.startswith("FSDP") else o for o in options]
+        env = {} if trainer or layout == "ddp" else plugin(layout)
+        argv = [*(TRAINER if trainer else ACCELERATE), *options, "--output_dir"]
+        script = "hf_trainer.py" if trainer else "accelerate_train.py"
+        jobs.append(forked_ranks.job(script, 2, [*argv, str(folder / name)], env=env))
+        saved = folder / name / ("checkpoint-3" if trainer else "step3")
+        argv += [str(folder / f"{name} resumed"), "--resume_from_checkpoint", str(saved)]
+        jobs.append(forked_ranks.job(script, 2, argv, env=env))
+    forked_ranks.run(folder, jobs, environment() | {"LORAPRE_CACHE": str(folder / "cache")})
+    return folder
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The log of a run, without times."""
+    if (run / "metrics.jsonl").exists():
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    history = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    return [{k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for row in history if "loss" in row]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("backend", ["ddp", "deepspeed"])
-def test_the_trainer_saves_and_resumes(backend, cache, tmp_path):
-    options = []
-    if backend == "ddp":
-        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    else:
-        launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-        options = ["--deepspeed", "ds_configs/hf_zero2.json"]
-    whole = run(launcher, tmp_path, cache, *options)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_saves_and_resumes(name, folder):
+    whole = rows(folder / name)
     assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
     assert whole[-1]["loss"] < whole[0]["loss"] - 0.5
-    (tmp_path / "checkpoint-6").rename(tmp_path / "away")
-    resumed = run(launcher, tmp_path, cache, *options, "--resume_from_checkpoint", str(tmp_path / "checkpoint-3"))
-    assert resumed == whole
+    resumed = rows(folder / f"{name} resumed")
+    assert resumed == whole[-len(resumed) :]
+    assert resumed[-3:] == whole[3:]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in OPTIONS if not name.endswith("ddp")])
+def test_the_layout_does_not_change_the_losses(name, folder):
+    """fp32 sums in another order."""
+    for a, b in zip(rows(folder / f"{name.split()[0]} ddp"), rows(folder / name), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]
+
+
+@pytest.mark.timeout(300)
+def test_accelerate_launch(folder, tmp_path):
+    """The command of the README."""
+    config = ["--config_file", "launch/accelerate_fsdp2.yaml", "--main_process_port", str(free_port())]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "launch/accelerate_train.py", *ACCELERATE]
+    command += ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(folder / "accelerate fsdp2" / "step3")]
+    env = environment() | {"LORAPRE_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert rows(tmp_path) == rows(folder / "accelerate fsdp2")[3:]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from transformers import AutoModelForCausalLM
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training import models
 from lorapre_dist.training.presets import PRESETS
+from tests.distributed.harness import run_ranks
+
+from .model_cases import born_in_shards
 
 # GaLore's shapes: (hidden, intermediate, heads, layers), and parameters without embeddings and lm_head:
 # layers * (4 h^2 + 3 h i + 2 h) + h.
@@ -109,6 +113,25 @@ def test_model_that_is_no_causal_lm(make_settings, tmp_path):
     settings = make_settings("--model_config", path, "--max_steps", "3")
     with pytest.raises(ConfigError, match="cannot build a causal LM"):
         models.build_model(models.model_config(settings), settings)
+
+
+def test_fsdp2_models_are_born_in_shards_with_the_same_weights(make_settings, tmp_path):
+    """Shapes that three ranks cannot share evenly, tied embeddings, and a model with rules of its own."""
+    tied = {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tied |= {"hidden_size": 20, "intermediate_size": 37, "vocab_size": 50}
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 32}
+    lorapre = {"optimizer": {"type": "LoRAPre", "params": {"rank": 4}}}
+    for values in (tied, gpt2):
+        path = write_config(tmp_path / "model.json", **values)
+        options = ["--model_config", path, "--max_steps", "3", "--seq_len", "16"]
+        settings = make_settings(*options, "--backend", "ddp", ds=lorapre)
+        wanted = dict(models.build_model(models.model_config(settings), settings).named_parameters())
+        sharded = make_settings(*options, "--backend", "fsdp2", ds=lorapre)
+        for whole, sizes, loss in run_ranks(3, born_in_shards, settings=sharded):
+            assert whole.keys() == wanted.keys()
+            assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
+            assert sum(sizes.values()) < 0.5 * sum(p.numel() for p in wanted.values())
+            assert loss == pytest.approx(math.log(50), abs=0.5)
 
 
 def test_buffers_keep_their_precision(make_settings):

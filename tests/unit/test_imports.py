@@ -29,7 +29,7 @@ DEEPSPEED_LAZILY = {"lorapre_dist.training.app", "lorapre_dist.training.discover
 DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.training.models", *DEEPSPEED_LAZILY}
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
 # The library's own heavy or optional companions.
-TRAINING_ONLY = {"transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm"}
+TRAINING_ONLY = {"accelerate", "transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm"}
 
 
 def module_name(path: Path) -> str:

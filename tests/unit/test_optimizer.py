@@ -368,6 +368,22 @@ def test_a_tensor_put_into_a_group_by_hand_is_refused_if_it_is_not_one_of_ours()
         optimizer.step()
 
 
+def test_parameters_that_are_replaced_before_the_first_step_are_bound_again():
+    """Accelerate asks for the state, then shards the model and puts the shards where the parameters were."""
+    first, model, wanted = Toy(), Toy(), Toy()
+    optimizer = LoRAPre(first.named_parameters(), **STABLE)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    train(model, optimizer)
+    train(wanted, Reference(wanted.named_parameters(), **STABLE))
+    assert_matches(model, wanted, FP64)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), Toy().parameters(), strict=True))
+    optimizer.param_groups[0]["params"] = list(first.parameters())
+    loss_of(first, 0).backward()
+    with pytest.raises(ConfigError, match="wrap the model before the optimizer"):
+        optimizer.step()
+
+
 def test_repr_shows_the_settings():
     text = repr(LoRAPre(Toy().named_parameters(), **STABLE))
     assert text.startswith("LoRAPre (")
