@@ -114,7 +114,7 @@ def _tokenized_data(settings: Settings, plan: BatchPlan, cache: Path) -> Data:
     encoder = Encoder(load_tokenizer(str(folder.path / TOKENIZER)))
     if settings.tokenizer is not None:
         given = Encoder(load_tokenizer(settings.tokenizer)).fingerprint
-        if given not in (folder.content["tokenizer"], folder.content["plan"]["given"]):
+        if given not in (folder.content["tokenizer"], folder.content["plan"]["given_tokenizer"]):
             raise ConfigError(
                 f"--tokenizer {settings.tokenizer}: is not the one that {folder.path} was tokenised with, "
                 "which lies in it; leave --tokenizer out"

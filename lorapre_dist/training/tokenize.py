@@ -100,21 +100,21 @@ def _plan(job: Job, portions: list[Portion]) -> dict[str, Any]:
     """What decides every byte of the result; also writes the tokenizer into the folder."""
     folder = job.folder / TOKENIZER
     portion = portions[0]
-    if folder.is_dir() and job.tokenizer is None:
-        tokenizer = load_tokenizer(str(folder))
-    else:
-        tokenizer = find_tokenizer(job, portion.source, portion.split, Path(job.data_cache), VOCABULARY)
+    if not any((job.folder / name).is_file() for name in (MANIFEST, f"{WORK}/{PLAN}")):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it had said what it is
+    given = None
+    if job.tokenizer is not None or not folder.is_dir():
+        given = find_tokenizer(job, portion.source, portion.split, Path(job.data_cache), VOCABULARY)
     if not folder.is_dir():
-        temporary = job.folder / WORK / TOKENIZER
-        tokenizer.save_pretrained(str(temporary))
-        temporary.rename(folder)
+        _save_tokenizer(given, folder, job.folder / WORK / TOKENIZER)
     # What is used is what was saved: the two must cut text alike.
     encoder = Encoder(load_tokenizer(str(folder)))
     return {
         "dataset": job.dataset,
         "text": [c.source.fingerprint for c in portions],
         "tokenizer": encoder.fingerprint,
-        "given": Encoder(tokenizer).fingerprint,
+        "given_tokenizer": None if job.tokenizer is None else Encoder(given).fingerprint,
+        "given_vocab_size": job.vocab_size,
         "vocab_size": len(encoder.tokenizer),
         "end_of_text": encoder.end,
         "held_out": f"{portion.split.threshold:x}",
@@ -122,6 +122,14 @@ def _plan(job: Job, portions: list[Portion]) -> dict[str, Any]:
         "eval_tokens": job.eval_tokens,
         "part_tokens": job.part_tokens,
     }
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path, temporary: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(temporary))
+    except Exception as error:  # tokenizers raises a bare Exception where the disk is full
+        raise OSError(f"tokenizer: {error}") from error
+    temporary.rename(folder)
 
 
 def _compare(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
