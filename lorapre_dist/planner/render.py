@@ -78,8 +78,8 @@ def table(request: Request, usages: Usages, fits: Fits, limit: int | None) -> st
     ours, share = request.optimizer, request.low_rank_elements / request.elements
     ranks = f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
     lines = [
-        f"{request.model}: {request.elements:,} parameters, {share:.1%} of them in {request.matrices:,} "
-        f"low-rank matrices, rank {ours.rank}, rank_v {ours.resolved_rank_v}, {ours.variant}",
+        f"{request.model}: {request.elements:,} parameters, {share:.1%} of them in {request.matrices:,} matrices of "
+        f"rank {ours.rank}, rank_v {ours.resolved_rank_v}, {ours.variant}",
         f"{TITLES[request.layout]}{', offload' if request.offload else ''}, {ranks}, {request.precision}, "
         f"{request.accumulation} micro-batch{'es' if request.accumulation > 1 else ''} per step",
     ]

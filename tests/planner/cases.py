@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, PreTrainedModel
 
 import lorapre_dist
 from lorapre_dist.deepspeed import base_optimizer
@@ -30,8 +30,14 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
-# Experts are stacks of matrices there.
-EXPERTS: dict[str, Any] = {**CONFIG, "num_local_experts": 5, "num_hidden_layers": 2, "tie_word_embeddings": False}
+# Experts are stacks of matrices there, whose rows must be of 16 bytes or a multiple.
+EXPERTS: dict[str, Any] = {
+    **CONFIG,
+    "intermediate_size": 156,
+    "num_local_experts": 5,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": False,
+}
 BUCKET = 5_000
 PARAMS: dict[str, Any] = {"lr": 1e-3, "rank": 8, "rank_v": 3}
 
@@ -70,6 +76,11 @@ def config_of(model: str) -> PretrainedConfig:
     return MixtralConfig(**EXPERTS) if model == "mixtral" else LlamaConfig(**CONFIG)
 
 
+def build(model: str) -> PreTrainedModel:
+    # The grouped product of experts leaves some gradients undefined on a CPU.
+    return AutoModelForCausalLM.from_config(config_of(model), experts_implementation="eager")
+
+
 def ds_config(layout: str, precision: str, zero: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -104,11 +115,11 @@ def measured_case(
     if layout.startswith("zero"):
         config = ds_config(layout, precision, zero, params)
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=layout == "zero3"):
-            module = AutoModelForCausalLM.from_config(config_of(model))
+            module = build(model)
         engine = lorapre_dist.initialize(model=module, config=config)[0]
         optimizer, backward, step, close = base_optimizer(engine), engine.backward, engine.step, engine.destroy
     else:
-        engine = _native(layout, AutoModelForCausalLM.from_config(config_of(model)), world_size)
+        engine = _native(layout, build(model), world_size)
         optimizer = lorapre_dist.LoRAPre(engine.named_parameters(), **{**PARAMS, **params})
         backward, step, close = torch.Tensor.backward, optimizer.step, lambda: None
     alive, counting = [], Counting(world_size)

@@ -180,7 +180,7 @@ def test_the_table_says_what_the_json_says(capsys):
     text = capsys.readouterr().out
     assert main([*ARGUMENTS, "--max_memory", "2GiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert "in 56 low-rank matrices" in text and found["low_rank_matrices"] == 56
+    assert "in 56 matrices of rank 128, rank_v 16, stable" in text and found["low_rank_matrices"] == 56
     assert "ZeRO-2, 6 ranks, bf16" in text
     for name, usage in found["optimizers"].items():
         line = next(line for line in text.splitlines() if line.startswith(f"  {name} "))
