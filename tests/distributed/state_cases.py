@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
+from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizer import LowRankOptimizer
 from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
@@ -138,13 +139,15 @@ def _load_flat(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None
 
 
 def _save_plain(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
-    weights, _ = get_state_dict(model, optimizer)
-    torch.save({"model": weights, "optimizer": optimizer.state_dict()}, f"{path}.{dist.get_rank()}")
+    weights = [local(p).detach() for p in model.parameters()]
+    torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, f"{path}.{dist.get_rank()}")
 
 
 def _load_plain(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     saved = torch.load(f"{path}.{dist.get_rank()}", weights_only=True)
-    set_state_dict(model, [], model_state_dict=saved["model"], optim_state_dict={})
+    with torch.no_grad():
+        for p, weight in zip(model.parameters(), saved["weights"], strict=True):
+            local(p).copy_(weight)
     optimizer.load_state_dict(saved["optimizer"])
 
 

@@ -47,7 +47,7 @@ def test_asking_for_a_fresh_state_takes_no_step(tmp_path):
     """Torch would take one with zero gradients if it found no state."""
     for same, steps, said in run_ranks(2, fresh_case, folder=str(tmp_path)):
         assert same and steps == 0
-        assert "was of other ranks (torch.distributed.checkpoint would reshard it)" in said
+        assert "was split otherwise: torch.distributed.checkpoint would reshard it" in said
 
 
 def test_tensor_parallel_columns_need_no_other_ranks_columns():
