@@ -192,6 +192,22 @@ def fresh_case(rank: int, world_size: int, *, folder: str) -> tuple[bool, int, s
     return same, steps, "accepted"
 
 
+def whole_case(rank: int, world_size: int, *, layout: str, path: str, train_first: bool) -> dict[str, torch.Tensor]:
+    """The full state by key: after some steps (then it is left in ``path``), or loaded from there."""
+    model, optimizer = built(layout, world_size)
+    if train_first:
+        train(model, optimizer, range(STEPS))
+    else:
+        optimizer.load_state_dict(torch.load(path, weights_only=True))
+    options = StateDictOptions(full_state_dict=True)
+    full = get_optimizer_state_dict(model, optimizer, options=options)
+    if train_first and rank == 0:
+        torch.save(full, path)
+    flat = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    return {key: value for key, value in state.items() if key.startswith("state.")}
+
+
 def columns_case(rank: int, world_size: int) -> dict[str, int]:
     """Collectives of a step of two matrices split by columns, of which the last rank holds fewer."""
     mesh = init_device_mesh("cpu", (world_size,))
