@@ -233,7 +233,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
                 continue
             for key, to in keys.items():
                 if (problem := to.check(entry.get(key))) is not None:
-                    found.append(f"{name}: {key} {problem}, is of shape {tuple(to.tensor.shape)}")
+                    found.append(f"{name}: {key} {problem}")
             loads.append((states.get(name), keys, entry))
     found += [f"{name}: saved, but not a parameter here" for name in sorted(unknown)]
     if found:

@@ -121,16 +121,17 @@ class Exposed:
 
     def check(self, value: Any) -> str | None:
         """Why ``value`` cannot be loaded, in words, or None."""
+        shape = f"is of shape {tuple(self.tensor.shape)}"
         if not isinstance(value, Tensor):
-            return "was missing" if value is None else f"was a {type(value).__name__}"
+            return f"was missing, {shape}" if value is None else f"was a {type(value).__name__}, {shape}"
         if value.shape != self.tensor.shape:
-            return f"was of shape {tuple(value.shape)}"
+            return f"was of shape {tuple(value.shape)}, {shape}"
         if isinstance(value, DTensor):
             if isinstance(self.tensor, DTensor) and value.device_mesh.shape == self.tensor.device_mesh.shape:
                 theirs, ours = value._local_tensor, self.tensor._local_tensor
                 if not isinstance(theirs, Part) or (isinstance(ours, Part) and _place(theirs) == _place(ours)):
                     return None
-            return "was of other ranks (torch.distributed.checkpoint would reshard it)"
+            return "is another rank's, or was split otherwise: torch.distributed.checkpoint would reshard it"
         return None
 
     def _mine(self, value: Tensor) -> Tensor:

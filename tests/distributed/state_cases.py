@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
+from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizer import LowRankOptimizer
 from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
@@ -138,13 +139,15 @@ def _load_flat(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None
 
 
 def _save_plain(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
-    weights, _ = get_state_dict(model, optimizer)
-    torch.save({"model": weights, "optimizer": optimizer.state_dict()}, f"{path}.{dist.get_rank()}")
+    weights = [local(p).detach() for p in model.parameters()]
+    torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, f"{path}.{dist.get_rank()}")
 
 
 def _load_plain(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     saved = torch.load(f"{path}.{dist.get_rank()}", weights_only=True)
-    set_state_dict(model, [], model_state_dict=saved["model"], optim_state_dict={})
+    with torch.no_grad():
+        for p, weight in zip(model.parameters(), saved["weights"], strict=True):
+            local(p).copy_(weight)
     optimizer.load_state_dict(saved["optimizer"])
 
 
@@ -187,6 +190,22 @@ def fresh_case(rank: int, world_size: int, *, folder: str) -> tuple[bool, int, s
     except ConfigError as error:
         return same, steps, str(error)
     return same, steps, "accepted"
+
+
+def whole_case(rank: int, world_size: int, *, layout: str, path: str, train_first: bool) -> dict[str, torch.Tensor]:
+    """The full state by key: after some steps (then it is left in ``path``), or loaded from there."""
+    model, optimizer = built(layout, world_size)
+    if train_first:
+        train(model, optimizer, range(STEPS))
+    else:
+        optimizer.load_state_dict(torch.load(path, weights_only=True))
+    options = StateDictOptions(full_state_dict=True)
+    full = get_optimizer_state_dict(model, optimizer, options=options)
+    if train_first and rank == 0:
+        torch.save(full, path)
+    flat = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    return {key: value for key, value in state.items() if key.startswith("state.")}
 
 
 def columns_case(rank: int, world_size: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .harness import run_ranks
-from .state_cases import STEPS, columns_case, dense_path, fresh_case, refusal_case, relay_case
+from .state_cases import STEPS, columns_case, dense_path, fresh_case, refusal_case, relay_case, whole_case
 
 RELAYS = {
     "ours": ("LoRAPreMuon", [("tp", 3), ("fsdp1", 3), ("tp+fsdp2", 4), ("ddp", 2), ("tp", 2)]),
@@ -47,7 +47,17 @@ def test_asking_for_a_fresh_state_takes_no_step(tmp_path):
     """Torch would take one with zero gradients if it found no state."""
     for same, steps, said in run_ranks(2, fresh_case, folder=str(tmp_path)):
         assert same and steps == 0
-        assert "was of other ranks (torch.distributed.checkpoint would reshard it)" in said
+        assert "was split otherwise: torch.distributed.checkpoint would reshard it" in said
+
+
+def test_a_full_state_is_loaded_under_any_layout(tmp_path):
+    """Also where torch cannot cut it: uneven rows under tensor parallelism and FSDP2."""
+    path = str(tmp_path / "full.pt")
+    want = run_ranks(2, whole_case, layout="ddp", path=path, train_first=True)[0]
+    for layout, world in (("tp+fsdp2", 4), ("fsdp2", 3)):
+        for got in run_ranks(world, whole_case, layout=layout, path=path, train_first=False):
+            assert got.keys() == want.keys()
+            assert all(torch.equal(got[key], want[key]) for key in want)
 
 
 def test_tensor_parallel_columns_need_no_other_ranks_columns():
