@@ -5,26 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 import lorapre_dist
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training import models
 from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import Data
+from lorapre_dist.training.data import TrainingData
 from lorapre_dist.training.ds_json import precision, zero_stage
 from lorapre_dist.training.plots import PLOT_FILE
 from lorapre_dist.training.schedule import scheduler_factory
-from lorapre_dist.training.settings import Settings
+from lorapre_dist.training.settings import RunSettings
 
 
-def build_engine(config: PretrainedConfig, settings: Settings) -> Any:
-    """Model, optimizer and schedule under DeepSpeed; a collective.
+def build_engine(model: PreTrainedModel, settings: RunSettings) -> Any:
+    """The model, with the JSON's optimizer and the schedule, under DeepSpeed; a collective.
 
     Raises:
         ConfigError: the optimizer rejects its options or matches nothing, or DeepSpeed refuses the JSON.
     """
-    model = models.build_model(config, settings)
     buffers = models.BufferKeeper(model)
     # DeepSpeed asserts what it does not support; torch's optimizers raise TypeError for an unknown option.
     refusals = (
@@ -43,16 +42,16 @@ def build_engine(config: PretrainedConfig, settings: Settings) -> Any:
     return engine
 
 
-def start_table(engine: Any, settings: Settings, plan: BatchPlan, data: Data) -> str:
-    """Model, batch, data and optimizer state, one line each."""
-    name = settings.model or settings.model_config
+def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, data: TrainingData) -> str:
+    """Model, batch, data (``what`` is in it) and optimizer state, one line each."""
     accumulation = plan.per_rank // plan.micro_batch
     lines = [
-        f"model      {name}, {models.count_parameters(engine.module):,} parameters, vocabulary {data.vocab_size:,}",
+        f"model      {settings.model_name}, {models.count_parameters(engine.module):,} parameters, "
+        f"vocabulary {data.vocab_size:,}",
         f"layout     ZeRO-{zero_stage(settings.ds_config)}, {plan.world_size} ranks, {precision(settings.ds_config)}",
         f"batch      {plan.global_batch} x {settings.seq_len} tokens = {plan.world_size} ranks x "
         f"{plan.micro_batch} sequences x {accumulation} accumulation",
-        f"data       {settings.dataset}, {len(data.held_out):,} held-out sequences",
+        f"data       {settings.dataset}, {what}",
         f"optimizer  {settings.ds_config['optimizer']['type']}",
     ]
     report = memory_report(engine)
@@ -66,15 +65,14 @@ def memory_report(engine: Any) -> Any:
 
 
 def summary(trainer: Any) -> dict[str, Any]:
-    """What ``summary.json`` holds: losses before and after, optimizer state per rank, where the plot is."""
-    rows = [row for row in trainer.writer.rows if row.get("eval_loss") is not None]
+    """What ``summary.json`` holds: evaluation before and after, optimizer state per rank, where the plot is."""
+    rows = [row for row in trainer.writer.rows if any(name.startswith("eval_") for name in row)]
     report = memory_report(trainer.engine)
     return {
         "steps": trainer.step,
         "tokens": trainer.tokens,
-        "eval_loss_before": rows[0]["eval_loss"],
-        "eval_loss_after": rows[-1]["eval_loss"],
-        "eval_ppl_after": rows[-1]["eval_ppl"],
+        **{f"{name}_before": value for name, value in rows[0].items() if name.startswith("eval_")},
+        **{f"{name}_after": value for name, value in rows[-1].items() if name.startswith("eval_")},
         "optimizer_state_bytes": getattr(report, "state_bytes", None),
         "adamw_state_bytes": getattr(report, "adamw_state_bytes", None),
         "plot": str(Path(trainer.settings.output_dir) / PLOT_FILE),

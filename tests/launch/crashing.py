@@ -1,8 +1,8 @@
 """Kill a training run with SIGKILL again and again, at random moments and inside saves, until it has had enough kills.
 
 Forks the ranks of every attempt from one process that has the heavy imports behind it. Reads a JSON job from the file
-named first (``world_size``, ``argv``, ``options``: more of them per attempt, in turn, ``output_dir``, ``kills``,
-``seed``) and writes what happened to the file named second.
+named first (``program``: its module, ``world_size``, ``argv``, ``options``: more of them per attempt, in turn,
+``output_dir``, ``kills``, ``seed``) and writes what happened to the file named second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 
-def start(world_size: int, argv: list[str], log: Path) -> list[int]:
+def start(program: str, world_size: int, argv: list[str], log: Path) -> list[int]:
     """Fork the ranks of one attempt; their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -36,9 +36,7 @@ def start(world_size: int, argv: list[str], log: Path) -> list[int]:
                 address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
                 os.environ.update(address | ranks)
-                from lorapre_dist.training.app import main
-
-                code = main(argv)
+                code = importlib.import_module(program).main(argv)
             except BaseException:
                 import traceback
 
@@ -68,7 +66,7 @@ class Attempt:
     def __init__(self, job: dict[str, Any], number: int, log: Path) -> None:
         options = job["options"][number % len(job["options"])]
         self.checkpoints = Path(job["output_dir"]) / "checkpoints"
-        self.children = start(job["world_size"], [*job["argv"], *options], log)
+        self.children = start(job["program"], job["world_size"], [*job["argv"], *options], log)
         self.before = self._tags()
 
     def _tags(self) -> set[str]:

@@ -37,6 +37,7 @@ def test_fifty_kills_change_nothing(base_options, tmp_path):
     assert code == 0, err
 
     job = {
+        "program": "lorapre_dist.training.app",
         "world_size": 2,
         "argv": [*options, str(tmp_path / "killed")],
         "options": [[], ["--background_save"]],
