@@ -34,8 +34,11 @@ setup(
     extras_require={
         # The Hugging Face Trainer and Accelerate
         "hf": ["accelerate>=1.1"],
+        # LoRA as a baseline; loading a model under ZeRO-3
+        "finetune": ["peft>=0.15", "accelerate>=1.1"],
         "test": [
             "accelerate>=1.1",
+            "peft>=0.15",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

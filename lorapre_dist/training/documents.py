@@ -14,8 +14,14 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.training import builtin_text
 from lorapre_dist.training.settings import BUILTIN, COMPRESSIONS, LOCAL_SUFFIXES
 
-# Short names of hub datasets: (repository, configuration).
-HUB_ALIASES = {"c4": ("allenai/c4", "en")}
+# Short names of hub datasets, and what needs a configuration: (repository, configuration).
+HUB_ALIASES: dict[str, tuple[str, str | None]] = {
+    "c4": ("allenai/c4", "en"),
+    "metamath": ("meta-math/MetaMathQA", None),
+    "gsm8k": ("openai/gsm8k", "main"),
+    "openai/gsm8k": ("openai/gsm8k", "main"),
+    "math500": ("HuggingFaceH4/MATH-500", None),
+}
 
 # Of a large file only this much at each end goes into its fingerprint.
 EDGE_BYTES = 2**20
@@ -52,14 +58,29 @@ def open_source(name: str, *, config: str | None, split: str, column: str | None
     """
     if name == BUILTIN:
         return Source(name, builtin_text.fingerprint(), builtin_text.documents)
+    stream, facts, hub = open_rows(name, config, split)
+    return _stream_source(name, facts, stream, column, finite=not (hub or streaming), hub=hub)
+
+
+def open_rows(name: str, config: str | None, split: str, option: str = "--dataset") -> tuple[Any, str, bool]:
+    """The rows of a local file, folder or glob, or of a hub dataset.
+
+    Returns:
+        A ``datasets.IterableDataset``, facts that change when the rows do, and whether it is of the hub.
+
+    Raises:
+        ConfigError: nothing there, an unknown kind of file, no such configuration or split; names ``option``.
+    """
     if Path(name).exists() or any(c in name for c in "*?["):
-        files = local_files(name)
+        files = local_files(name, option)
         if files:
-            return _local_source(name, files, column, streaming)
-    return _hub_source(name, config, split, column)
+            return _local_rows(name, files, option)
+    repository, default = HUB_ALIASES.get(name, (name, None))
+    stream = _load(name, option, repository, config or default, split=split)
+    return stream, json.dumps([repository, config or default, split]), True
 
 
-def local_files(name: str) -> list[Path]:
+def local_files(name: str, option: str = "--dataset") -> list[Path]:
     """The data files that ``name`` (file, folder or glob) means, sorted; all of one kind.
 
     A folder with a dataset card (``README.md`` and no other text) is read as the hub would; then the list is empty.
@@ -76,10 +97,10 @@ def local_files(name: str) -> list[Path]:
         found = sorted(Path(p) for p in (glob.glob(name, recursive=True) if not path.is_file() else [name]))
         found = [p for p in found if p.is_file() and kind_of(p)]
     if not found:
-        raise ConfigError(f"--dataset {name}: holds no {', '.join(LOCAL_SUFFIXES)} file")
+        raise ConfigError(f"{option} {name}: holds no {', '.join(LOCAL_SUFFIXES)} file")
     kinds = sorted({kind_of(p) or "" for p in found})
     if len(kinds) > 1:
-        raise ConfigError(f"--dataset {name}: mixes {' and '.join(kinds)} files; name one kind with a glob")
+        raise ConfigError(f"{option} {name}: mixes {' and '.join(kinds)} files; name one kind with a glob")
     return found
 
 
@@ -89,15 +110,14 @@ def kind_of(path: Path) -> str | None:
     return LOCAL_SUFFIXES.get(suffix)
 
 
-def _local_source(name: str, files: list[Path], column: str | None, streaming: bool) -> Source:
+def _local_rows(name: str, files: list[Path], option: str) -> tuple[Any, str, bool]:
     if not any(f.stat().st_size for f in files):
-        raise ConfigError(f"--dataset {name}: is empty")
+        raise ConfigError(f"{option} {name}: is empty")
     kind = kind_of(files[0]) or ""
     # Paragraphs: one document per blank-line separated block of a text file.
     options = {"sample_by": "paragraph"} if kind == "text" else {}
-    stream = _load(name, kind, data_files=[str(f) for f in files], split="train", **options)
-    facts = [file_facts(f) for f in files]
-    return _stream_source(name, json.dumps([kind, facts]), stream, column, finite=not streaming, hub=False)
+    stream = _load(name, option, kind, data_files=[str(f) for f in files], split="train", **options)
+    return stream, json.dumps([kind, [file_facts(f) for f in files]]), False
 
 
 def file_facts(path: Path) -> list[Any]:
@@ -111,15 +131,7 @@ def file_facts(path: Path) -> list[Any]:
     return [path.name, size, digest.hexdigest()]
 
 
-def _hub_source(name: str, config: str | None, split: str, column: str | None) -> Source:
-    repository, default = HUB_ALIASES.get(name, (name, None))
-    stream = _load(name, repository, config or default, split=split)
-    return _stream_source(
-        name, json.dumps([repository, config or default, split]), stream, column, finite=False, hub=True
-    )
-
-
-def _load(name: str, *args: Any, **options: Any) -> Any:
+def _load(name: str, option: str, *args: Any, **options: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
@@ -128,7 +140,7 @@ def _load(name: str, *args: Any, **options: Any) -> Any:
     try:
         return datasets.load_dataset(*args, streaming=True, **options)
     except Exception as error:  # datasets raises many kinds, from network errors to bare Exception
-        raise ConfigError(f"--dataset {name}: cannot be opened: {first_line(error)}") from error
+        raise ConfigError(f"{option} {name}: cannot be opened: {first_line(error)}") from error
 
 
 def _stream_source(name: str, facts: str, stream: Any, column: str | None, *, finite: bool, hub: bool) -> Source:
@@ -141,16 +153,22 @@ def _stream_source(name: str, facts: str, stream: Any, column: str | None, *, fi
     return Source(name, digest, documents, stream, column, finite, hub)
 
 
-def guarded(name: str, stream: Any, column: str) -> Iterator[str]:
-    """The texts of one pass over ``stream``; whatever goes wrong in reading becomes a :class:`ConfigError`."""
+def guarded_rows(name: str, stream: Any, option: str = "--dataset") -> Iterator[dict[str, Any]]:
+    """One pass over the rows of ``stream``; whatever goes wrong in reading becomes a :class:`ConfigError`."""
     rows = iter(stream)
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:
-            raise ConfigError(f"--dataset {name}: cannot be read: {first_line(error)}") from error
+        except Exception as error:  # datasets raises many kinds
+            raise ConfigError(f"{option} {name}: cannot be read: {first_line(error)}") from error
+        yield row
+
+
+def guarded(name: str, stream: Any, column: str) -> Iterator[str]:
+    """The texts of one pass over ``stream``; whatever goes wrong in reading becomes a :class:`ConfigError`."""
+    for row in guarded_rows(name, stream):
         text = row[column]
         if isinstance(text, str):
             if text:

@@ -1,9 +1,9 @@
 r"""Final answers: finding them in a response, and telling whether two of them are equal.
 
 Two answers are equal if they are the same after the notation is normalised, or the same rational number, or lists,
-tuples, intervals or sets of the same kind whose elements are equal. Nothing is simplified and no tolerance is allowed:
-``2\sqrt{2}`` is not ``\sqrt{8}``, ``0.33`` is not ``\frac{1}{3}``. These are the conventions of the usual scorers of GSM8K
-and MATH (Hendrycks et al., arXiv 2103.03874).
+tuples, intervals or sets of the same kind whose elements are equal. Units are ignored. Nothing is simplified, no
+tolerance is allowed: ``2\sqrt{2}`` is not ``\sqrt{8}``, and 0.33 is not ``\frac{1}{3}``. These are the conventions of
+the usual scorers of GSM8K and MATH (Hendrycks et al., arXiv 2103.03874).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 
 # A response states its answer behind one of these; of several, the last one counts.
-_MARKER = re.compile(r"####|[Aa]nswer\s+is\b\s*:?|\\f?boxed\b")
+_MARKER = re.compile(r"####|[Aa]nswer\s+is\b\s*:?|\\(?:boxed|fbox)\b")
 _TEXT = r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|hbox)\s*"
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -33,7 +33,7 @@ def extract(response: str) -> str | None:
 
 
 def _braced(text: str) -> str:
-    """What stands in the braces that ``text`` begins with; without braces (``\\boxed 5``) the first word."""
+    r"""What stands in the braces that ``text`` begins with; without braces (``\boxed 5``) the first word."""
     text = text.lstrip()
     if not text.startswith("{"):
         return "".join(re.findall(r"^[^\s$]+", text))
@@ -82,7 +82,7 @@ def number(text: str) -> Fraction | None:
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):
         text = text.replace(",", "")
     plain = r"(?:\d+\.?\d*|\.\d+)"
-    if mixed := re.fullmatch(rf"([-+]?)(\d+)_(\d+)/(\d+)\)?", text):
+    if mixed := re.fullmatch(r"([-+]?)(\d+)_(\d+)/(\d+)", text):
         sign, whole, top, bottom = mixed.groups()
         if int(bottom) == 0:
             return None
@@ -167,7 +167,7 @@ def _without_typesetting(text: str) -> str:
 
 
 def _without_units(text: str) -> str:
-    """``5 \\text{ cm}^2`` and ``18 eggs per day`` are 5 and 18; words alone stay, as do ``2x`` and ``2 \\pi``."""
+    r"""``5 \text{ cm}^2`` and ``18 eggs per day`` are 5 and 18; words alone stay, as do ``2x`` and ``2 \pi``."""
     power = r"(?:\s*\^\s*\{?\d\}?)?"
     text = re.sub(rf"\s*{_TEXT}\{{\s*(?:or|and)\s*\}}\s*", ",", text)
     bare = re.fullmatch(rf"{_TEXT}\{{([^{{}}]*)\}}", text)

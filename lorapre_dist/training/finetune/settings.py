@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
-        help="lorapre: the JSON's LoRAPre; adamw: AdamW with the JSON's lr, betas, eps and weight decay; lora: the same "
-        "AdamW on LoRA adapters (peft), all else frozen (default: the JSON's optimizer, on all weights)",
+        help="lorapre: the JSON's LoRAPre; adamw: AdamW with the JSON's lr, betas, eps and weight decay; lora: the "
+        "same AdamW on LoRA adapters (peft), all else frozen (default: the JSON's optimizer, on all weights)",
     )
     run.add_argument("--lora_rank", type=int, default=8, help="rank of the adapters of --optimizer lora")
     run.add_argument("--lora_alpha", type=float, default=16.0, help="the adapters' scale is lora_alpha / lora_rank")
@@ -98,7 +98,7 @@ def _add_data_options(group: Any) -> None:
     group.add_argument(
         "--dataset",
         default="metamath",
-        help="examples: 'metamath' (meta-math/MetaMathQA), 'gsm8k' (openai/gsm8k), a hub name, or a file, folder or glob",
+        help="examples: 'metamath' (meta-math/MetaMathQA), 'gsm8k' (openai/gsm8k), a hub name, or local files",
     )
     group.add_argument("--dataset_config", help="configuration of a hub dataset")
     group.add_argument("--dataset_split", default="train", help="split of a hub dataset")
