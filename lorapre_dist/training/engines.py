@@ -52,10 +52,16 @@ def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, 
         f"batch      {plan.global_batch} x {settings.seq_len} tokens = {plan.world_size} ranks x "
         f"{plan.micro_batch} sequences x {accumulation} accumulation",
         f"data       {settings.dataset}, {what}",
-        f"optimizer  {settings.ds_config['optimizer']['type']}",
+        f"optimizer  {settings.ds_config['optimizer']['type']}{_trained(engine)}",
     ]
     report = memory_report(engine)
     return "\n".join(lines) + (f"\n{report}" if report is not None else "")
+
+
+def _trained(engine: Any) -> str:
+    """How many parameters are trained, if not all."""
+    trained = models.count_parameters(engine.module, trained=True)
+    return "" if trained == models.count_parameters(engine.module) else f", trains {trained:,} parameters"
 
 
 def memory_report(engine: Any) -> Any:
@@ -66,13 +72,14 @@ def memory_report(engine: Any) -> Any:
 
 def summary(trainer: Any) -> dict[str, Any]:
     """What ``summary.json`` holds: evaluation before and after, optimizer state per rank, where the plot is."""
-    rows = [row for row in trainer.writer.rows if any(name.startswith("eval_") for name in row)]
+    columns = [{k: v for k, v in row.items() if k.startswith("eval_")} for row in trainer.writer.rows]
+    columns = [found for found in columns if found] or [{}]
     report = memory_report(trainer.engine)
     return {
         "steps": trainer.step,
         "tokens": trainer.tokens,
-        **{f"{name}_before": value for name, value in rows[0].items() if name.startswith("eval_")},
-        **{f"{name}_after": value for name, value in rows[-1].items() if name.startswith("eval_")},
+        **{f"{name}_before": value for name, value in columns[0].items()},
+        **{f"{name}_after": value for name, value in columns[-1].items()},
         "optimizer_state_bytes": getattr(report, "state_bytes", None),
         "adamw_state_bytes": getattr(report, "adamw_state_bytes", None),
         "plot": str(Path(trainer.settings.output_dir) / PLOT_FILE),

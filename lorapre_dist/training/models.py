@@ -180,6 +180,6 @@ class BufferKeeper:
             owner._buffers[leaf] = value.to(owner._buffers[leaf].device)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameter elements, whole sizes under ZeRO-3 too."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+def count_parameters(model: nn.Module, trained: bool = False) -> int:
+    """Number of parameter elements (with ``trained`` of those that are not frozen), whole sizes under ZeRO-3 too."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)

@@ -2,9 +2,9 @@
 
     python -m tests.launch.arithmetic runs/arithmetic      # writes model/, train.jsonl and test.jsonl there
 
-The model is pre-trained here, for some seconds, on plain text: sums of every pair of numbers, and little stories. It knows
-the sums and no question, worked line or ``####``. Fine-tuning shows it questions about four fifths of the pairs; the
-questions of ``test.jsonl`` are about the others.
+The model is pre-trained here, for some seconds, on plain text: sums of every pair of numbers, and little stories. It
+knows the sums and no question, worked line or ``####``. Fine-tuning shows it questions about four fifths of the pairs;
+the questions of ``test.jsonl`` are about the others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -82,13 +81,12 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
     chance = random.Random(1)
-    started = time.time()
-    for step in range(steps):
+    for _ in range(steps):
         rows = []
         while len(rows) < batch:
             ids: list[int] = []
             while len(ids) < length:
-                ids += [*tokenizer(plain_text(chance) + "\n")["input_ids"]]
+                ids += tokenizer(plain_text(chance) + "\n")["input_ids"]
             rows.append(ids[:length])
         tokens = torch.tensor(rows)
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -97,8 +95,6 @@ def pretrain(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
-            print(step, loss.item(), time.time() - started, flush=True)
     return model
 
 

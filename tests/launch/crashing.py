@@ -2,7 +2,8 @@
 
 Forks the ranks of every attempt from one process that has the heavy imports behind it. Reads a JSON job from the file
 named first (``program``: its module, ``world_size``, ``argv``, ``options``: more of them per attempt, in turn,
-``output_dir``, ``kills``, ``seed``) and writes what happened to the file named second.
+``output_dir``, ``kills``: how many "killed in a save" and how many "killed" anywhere, ``seed``) and writes what happened
+to the file named second.
 """
 
 from __future__ import annotations
@@ -119,10 +120,10 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     chance, counts = random.Random(job["seed"]), {"killed": 0, "killed in a save": 0, "done": 0}
     log, number, error = Path(sys.argv[2]).with_suffix(".log"), 0, None
-    half = job["kills"] // 2
     try:
         while counts["done"] == 0:
-            wanted = [k for k, label in (("save", "killed in a save"), ("anywhere", "killed")) if counts[label] < half]
+            kinds = (("save", "killed in a save"), ("anywhere", "killed"))
+            wanted = [kind for kind, label in kinds if counts[label] < job["kills"][label]]
             counts[Attempt(job, number, log).wait(chance.choice(wanted) if wanted else None, chance)] += 1
             number += 1
     except (RuntimeError, TimeoutError) as caught:

@@ -10,12 +10,14 @@ import pytest
 from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.deepspeed import check_config
 from lorapre_dist.training.ds_json import batch_sizes, precision, read_deepspeed_config, zero_stage
+from lorapre_dist.training.finetune.settings import with_optimizer
 from lorapre_dist.training.models import preset_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 LRS = {0.01, 0.005, 0.001, 0.0005, 0.0001}
 NAMES = [f"tiny_zero{stage}" for stage in range(4)] + [f"llama_{n}_zero{s}" for n in RANKS for s in (1, 2, 3)]
+FINETUNE = ["finetune_zero2", "finetune_zero3", "finetune_tiny_zero2", "finetune_tiny_zero3"]
 
 
 class World:
@@ -31,11 +33,11 @@ class World:
 
 
 def test_nothing_else_is_shipped():
-    # Those of the Hugging Face Trainer and of fine-tuning have tests of their own.
-    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith(("finetune", "hf_"))} == set(NAMES)
+    # Those of the Hugging Face Trainer have tests of their own.
+    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("hf_")} == {*NAMES, *FINETUNE}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + FINETUNE)
 def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
     from deepspeed.runtime.config import DeepSpeedConfig, dist
 
@@ -44,7 +46,7 @@ def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
 
     config = read_deepspeed_config(str(FOLDER / f"{name}.json"))
     check_config(config)
-    for size in (1, 2, 4) if name.startswith("tiny") else (1, 2, 4, 8, 16):
+    for size in (1, 2, 4) if "tiny" in name else (1, 2, 4, 8, 16):
         theirs = DeepSpeedConfig(json.loads(json.dumps(config)), mpu=World(size))
         ours = batch_sizes(config, size)
         assert theirs.train_batch_size == ours.global_batch
@@ -70,3 +72,13 @@ def test_optimizer_settings_are_the_papers(name):
     assert (params.scale, params.lr in LRS) == (0.25, True)
     assert config["train_batch_size"] == 512
     assert precision(config) == "bf16"
+
+
+@pytest.mark.parametrize("name", FINETUNE[:2])
+def test_fine_tuning_settings_are_the_papers(name):
+    config = read_deepspeed_config(str(FOLDER / f"{name}.json"))
+    params = LoRAPreConfig(**config["optimizer"]["params"])
+    assert (params.rank, params.lr, params.scale) == (8, 2e-5, 1.0)
+    assert precision(config) == "bf16"
+    adamw = with_optimizer(config, "adamw")["optimizer"]
+    assert adamw == {"type": "AdamW", "params": {"lr": 2e-5, "betas": [0.9, 0.999], "torch_adam": True}}

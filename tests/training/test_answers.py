@@ -1,4 +1,4 @@
-"""Final answers as both data sets and their solvers write them, checked by hand; also what must not be taken for equal."""
+"""Final answers as both data sets and their solvers write them, checked by hand; also what is not equal."""
 
 from __future__ import annotations
 

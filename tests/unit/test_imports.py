@@ -24,11 +24,14 @@ LAYERS = [
 ORACLE = "reference"
 # Modules that name the library deepspeed: the door, the layouts that read its optimizers, and in the training program
 # what builds a model under zero.Init, and what starts the ranks and reads the JSON (there only inside functions).
-DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.training.models", "lorapre_dist.training.program"}
+DEEPSPEED = {
+    "lorapre_dist.deepspeed",
+    *(f"lorapre_dist.training.{n}" for n in ("models", "program", "finetune.models")),
+}
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
 DEEPSPEED_LAZILY = {"lorapre_dist.training.program"}
 # The library's own heavy or optional companions.
-TRAINING_ONLY = {"transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm"}
+TRAINING_ONLY = {"transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm", "peft"}
 
 
 def module_name(path: Path) -> str:

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
@@ -58,6 +59,7 @@ def load_model(config: PretrainedConfig, settings: FinetuneSettings) -> PreTrain
     Raises:
         ConfigError: the weights cannot be loaded, or some are missing.
     """
+    disable_progress_bar()
     stage = zero_stage(settings.ds_config)
     zero3 = None
     if stage == 3:

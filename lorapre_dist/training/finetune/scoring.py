@@ -130,9 +130,11 @@ def _generate(
         mask[k, longest - len(row) :] = 1
     inputs, mask = inputs.to(engine.device), mask.to(engine.device)
     made = engine.module.generate(inputs, attention_mask=mask, generation_config=config, synced_gpus=synced)
-    return tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+    end = tokenizer.eos_token_id
+    responses = [ids[: ids.index(end)] if end in ids else ids for ids in made[:, longest:].tolist()]
+    return tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with: it is masked, and behind the end of sequence it is dropped."""
+    """A token to pad with: in front it is masked, behind the end of sequence it is dropped."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
