@@ -2,7 +2,7 @@
 
 Forks the ranks of every attempt from one process that has the heavy imports behind it. Reads a JSON job from the file
 named first (``program``: its module, ``world_size``, ``argv``, ``options``: more of them per attempt, in turn,
-``output_dir``, ``kills``: how many "killed in a save" and how many "killed" anywhere, ``seed``) and writes what happened
+``output_dir``, ``kills``: how many "killed in a save", how many "killed" anywhere, ``seed``) and writes what happened
 to the file named second.
 """
 
