@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorapre_dist.training.tokenizer import train_bpe
 from tests.launch.conftest import ds_json, environment
@@ -48,6 +49,13 @@ def without_eos(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def without_a_weight(folder: Path) -> None:
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 CASES = {
     "missing model": Case(["--model ./gone", "no such folder"], ["--model", "./gone"]),
     "folder without model": Case(["holds no config.json"], prepare=model(lambda f: (f / "config.json").unlink())),
@@ -55,6 +63,7 @@ CASES = {
     "model without tokenizer": Case(["its tokenizer cannot be", "--tokenizer"], prepare=model(without_tokenizer)),
     "tokenizer without end of sequence": Case(["has no end-of-sequence token"], prepare=model(without_eos)),
     "model without weights": Case(["--model", "cannot be loaded"]),
+    "model without one weight": Case(["holds no weights for model.norm.weight"], prepare=model(without_a_weight)),
     "model that is too short": Case(["max_position_embeddings 128", "--seq_len"], ["--seq_len", "129"]),
     "small vocabulary": Case(
         ["vocab_size 99", "less than the tokenizer's"], prepare=model(LlamaConfig(vocab_size=99).save_pretrained)
@@ -99,7 +108,8 @@ CASES = {
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("bad")
     train_bpe([json.dumps(PAIR)], 300).save_pretrained(folder / "model")
-    LlamaConfig(vocab_size=300, max_position_embeddings=128).save_pretrained(folder / "model")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=300, max_position_embeddings=128, **shape).save_pretrained(folder / "model")
     (folder / "good.jsonl").write_text(json.dumps(PAIR) + "\n")
     jobs = []
     for number, case in enumerate(CASES.values()):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorapre_dist.training.finetune.answers import equal, extract
 
@@ -180,6 +182,9 @@ DIFFERENT = [
     ("6+5i", "6-5i"),
     ("\\text{odd}", "\\text{even}"),
     ("864 \\mbox{ inches}^2", "864^2"),
+    ("\\frac²³", "2"),
+    ("9" * 5000, "9" * 5000),
+    ("\\frac{" * 1000, "1"),
 ]
 
 
@@ -193,3 +198,54 @@ def test_equal(answer, reference):
 def test_different(answer, reference):
     assert not equal(answer, reference)
     assert answer is None or not equal(reference, answer)
+
+
+PIECES = [
+    "\\frac",
+    "\\boxed",
+    "\\text",
+    "\\sqrt",
+    "{",
+    "}",
+    "(",
+    ")",
+    "[",
+    "]",
+    ",",
+    ";",
+    "1",
+    "23",
+    "0",
+    ".",
+    "/",
+    "x",
+]
+PIECES += [
+    "-",
+    "+",
+    "^",
+    "_",
+    "$",
+    "%",
+    " ",
+    "\n",
+    "\\",
+    "|",
+    "²",
+    "٣",
+    "####",
+    "answer is",
+    "cm",
+    "and",
+    "=",
+    "°",
+    "\\{",
+]
+strange = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
+
+
+@given(strange, strange)
+def test_whatever_a_model_writes_is_compared(one, other):
+    assert equal(one, other) == equal(other, one)
+    found = extract(one)
+    assert found is None or found == found.strip() != ""

@@ -15,6 +15,8 @@ from fractions import Fraction
 _MARKER = re.compile(r"####|[Aa]nswer\s+is\b\s*:?|\\(?:boxed|fbox)\b")
 _TEXT = r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|hbox)\s*"
 _OPENING, _CLOSING = "([{", ")]}"
+# What a model repeats until it is stopped is no answer.
+LONGEST = 400
 
 
 def extract(response: str) -> str | None:
@@ -53,7 +55,9 @@ def _first_sentence(text: str) -> str:
 
 def equal(answer: str | None, reference: str) -> bool:
     """Whether ``answer`` is the ``reference`` in another notation; never for None."""
-    return answer is not None and _equal(normalise(answer), normalise(reference))
+    if answer is None or max(len(answer), len(reference)) > LONGEST:
+        return False
+    return _equal(normalise(answer), normalise(reference))
 
 
 def _equal(one: str, other: str) -> bool:
@@ -190,7 +194,12 @@ def _fractions(text: str) -> str:
         if top is None or bottom is None:
             return text
         before = text[:place]
-        if re.search(r"(?:^|[^\w.])\d+\s*$", before) and top.isdigit() and bottom.isdigit() and int(top) < int(bottom):
+        if (
+            re.search(r"(?:^|[^\w.])\d+\s*$", before)
+            and top.isdecimal()
+            and bottom.isdecimal()
+            and int(top) < int(bottom)
+        ):
             before = before.rstrip() + "_"
         top = f"({top})" if re.search(r"(?<=.)[-+]", top) else top
         bottom = bottom if re.fullmatch(r"\d+\.?\d*|[A-Za-z]|\\[A-Za-z]+|\\sqrt\{[^{}]*\}", bottom) else f"({bottom})"
