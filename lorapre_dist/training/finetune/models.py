@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from lorapre_dist.checkpoint.team import Team
@@ -104,19 +105,18 @@ def add_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> None:
 
     # Output layers are no projections, whatever they are called.
     skipped = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-    targets = [
-        name
+    found = {
+        name: module
         for name, module in model.named_modules()
-        if matches(f"{name}.weight")
-        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-        and id(module) not in skipped
-    ]
-    if not targets:
+        if matches(f"{name}.weight") and isinstance(module, (nn.Linear, Conv1D)) and id(module) not in skipped
+    }
+    if not found:
         raise ConfigError(f"--optimizer lora: {settings.model} has no attention or MLP projection to adapt")
     options = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+    options["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in found.values())
     state = torch.random.get_rng_state()
     torch.manual_seed(settings.seed)  # every rank draws the same
-    inject_adapter_in_model(LoraConfig(target_modules=targets, bias="none", **options), model)
+    inject_adapter_in_model(LoraConfig(target_modules=list(found), bias="none", **options), model)
     torch.random.set_rng_state(state)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
