@@ -59,7 +59,7 @@ def without_a_weight(folder: Path) -> None:
 CASES = {
     "missing model": Case(["--model ./gone", "no such folder"], ["--model", "./gone"]),
     "folder without model": Case(["holds no config.json"], prepare=model(lambda f: (f / "config.json").unlink())),
-    "hub model that cannot be had": Case(["--model no-such/model", "loaded"], ["--model", "no-such/model"]),
+    "hub model that cannot be had": Case(["--model no-such/model: cannot be loaded"], ["--model", "no-such/model"]),
     "model without tokenizer": Case(["its tokenizer cannot be", "--tokenizer"], prepare=model(without_tokenizer)),
     "tokenizer without end of sequence": Case(["has no end-of-sequence token"], prepare=model(without_eos)),
     "model without weights": Case(["--model", "cannot be loaded"]),
@@ -119,7 +119,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         given = ["--model", str(folder / "model"), "--dataset", str(folder / "good.jsonl"), "--max_steps", "2"]
         given += ["--deepspeed_config", config, "--output_dir", str(own / "out"), "--data_cache", str(folder / "cache")]
         extra = case.prepare(own) if case.prepare else []
-        jobs.append({"argv": [*given, "--seq_len", "64", *case.options, *extra]})
+        jobs.append({"argv": [*given, "--seq_len", "64", "--prompt_template", "{query}", *case.options, *extra]})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     files = [str(folder / "jobs.json"), str(folder / "results.json")]
     command = [sys.executable, str(FORKING), *files, "lorapre_dist.training.finetune.app"]

@@ -34,9 +34,10 @@ def _set_up(settings: FinetuneSettings) -> Finetuner:
 
     plan = BatchPlan(settings.batch.global_batch, settings.batch.micro_batch, ranks.world_size(), ranks.rank())
     with ranks.together():
+        config = models.model_config(settings)
         data = prepare_data(settings, plan)
         settings = with_steps(settings, data)
-        config = models.model_config(settings, data.vocab_size, _longest(settings, data))
+        models.check_sizes(config, settings, data.vocab_size, _longest(settings, data))
     ranks.agree_on("the examples or the tokenizer", [data.fingerprint, {k: len(v) for k, v in data.problems.items()}])
     engine, writer, step, tokens = program.start(
         settings,

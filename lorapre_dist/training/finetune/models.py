@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
@@ -25,20 +25,27 @@ from lorapre_dist.training.finetune.settings import FinetuneSettings
 from lorapre_dist.training.models import DTYPES
 
 
-def model_config(settings: FinetuneSettings, vocab_size: int, longest: int) -> PretrainedConfig:
+def model_config(settings: FinetuneSettings) -> PretrainedConfig:
     """The config of ``--model``.
 
-    Args:
-        vocab_size: of the tokenizer.
-        longest: tokens of the longest sequence that training or scoring may see.
-
     Raises:
-        ConfigError: not a model folder or hub name, or too small for the tokenizer or the sequences.
+        ConfigError: not a model folder or hub name.
     """
     try:
         config = AutoConfig.from_pretrained(settings.model)
     except Exception as error:  # transformers raises many kinds
         raise ConfigError(f"--model {settings.model}: cannot be loaded: {first_line(error)}") from error
+    config.use_cache = False
+    return config
+
+
+def check_sizes(config: PretrainedConfig, settings: FinetuneSettings, vocab_size: int, longest: int) -> None:
+    """Raise a ConfigError if the model is too small.
+
+    Args:
+        vocab_size: of the tokenizer.
+        longest: tokens of the longest sequence that training or scoring may see.
+    """
     text = config.get_text_config()
     if text.vocab_size < vocab_size:
         raise ConfigError(
@@ -50,8 +57,6 @@ def model_config(settings: FinetuneSettings, vocab_size: int, longest: int) -> P
             f"--model {settings.model}: its max_position_embeddings {limit} is less than the {longest} tokens that may "
             "be needed; lower --seq_len or --max_new_tokens"
         )
-    config.use_cache = False
-    return config
 
 
 def load_model(config: PretrainedConfig, settings: FinetuneSettings) -> PreTrainedModel:
@@ -61,6 +66,7 @@ def load_model(config: PretrainedConfig, settings: FinetuneSettings) -> PreTrain
         ConfigError: the weights cannot be loaded, or some are missing.
     """
     disable_progress_bar()
+    set_verbosity_error()  # what it would report is checked here
     stage = zero_stage(settings.ds_config)
     zero3 = None
     if stage == 3:
@@ -78,7 +84,9 @@ def load_model(config: PretrainedConfig, settings: FinetuneSettings) -> PreTrain
         del zero3
     missing = sorted({*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])} - tied_names(model))
     if missing:
-        raise ConfigError(f"--model {settings.model}: holds no weights for {', '.join(missing[:3])}; train it first")
+        raise ConfigError(
+            f"--model {settings.model}: holds no weights for {', '.join(missing[:3])}; name a complete model"
+        )
     if settings.optimizer == "lora":
         add_adapters(model, settings)
     if settings.gradient_checkpointing:
