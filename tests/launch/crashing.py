@@ -51,13 +51,13 @@ def start(program: str, world_size: int, argv: list[str], log: Path) -> list[int
     return children
 
 
-def ended(children: list[int]) -> list[int]:
-    """Exit codes of those that have ended."""
-    codes = []
+def ended(children: list[int]) -> dict[int, int]:
+    """Exit codes of those that have ended, by process."""
+    codes = {}
     for child in children:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
-            codes.append(os.waitstatus_to_exitcode(status))
+            codes[pid] = os.waitstatus_to_exitcode(status)
     return codes
 
 
@@ -103,14 +103,15 @@ class Attempt:
             os.waitpid(child, 0)
         return "killed in a save" if inside and self._saving() else "killed"
 
-    def _finish(self, codes: list[int]) -> str:
-        left = len(self.children) - len(codes)
-        while left:
-            _, status = os.wait()
-            codes.append(os.waitstatus_to_exitcode(status))
-            left -= 1
-        if any(codes):
-            raise RuntimeError(f"exit codes {codes}")
+    def _finish(self, codes: dict[int, int]) -> str:
+        while len(codes) < len(self.children) and not any(codes.values()):
+            pid, status = os.wait()
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            # The others may wait for the one that failed.
+            self.children = [child for child in self.children if child not in codes]
+            self._kill()
+            raise RuntimeError(f"exit codes {list(codes.values())}")
         return "done"
 
 
