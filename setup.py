@@ -39,6 +39,7 @@ setup(
         "test": [
             "accelerate>=1.1",
             "peft>=0.15",
+            "mpi4py>=3.1",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
@@ -46,6 +47,8 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
         ],
+        # Rank discovery under a plain mpirun and deepspeed --launcher openmpi
+        "mpi": ["mpi4py>=3.1"],
         "bench": ["galore-torch>=1.0"],
         "wandb": ["wandb>=0.17"],
     },

@@ -5,8 +5,10 @@ import os
 import sys
 
 from lorapre_dist.training.app import main
+from lorapre_dist.training.interruption import outlive_the_terminal
 
 if __name__ == "__main__":
+    outlive_the_terminal()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,12 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from . import reference
-from .config import ConfigError, LoRAPreConfig
-from .optimizer import LoRAPre
+from .config import (
+    ConfigError,
+    LoRAPreAdafactorConfig,
+    LoRAPreConfig,
+    LoRAPreLionConfig,
+    LoRAPreMuonConfig,
+    LoRAPreSGDConfig,
+)
+from .optimizers import LoRAPre, LoRAPreAdafactor, LoRAPreLion, LoRAPreMuon, LoRAPreSGD
 from .param_groups import param_groups
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "LoRAPre", "LoRAPreConfig", "initialize", "param_groups", "reference"]
+__all__ = [
+    "ConfigError",
+    "LoRAPre",
+    "LoRAPreAdafactor",
+    "LoRAPreAdafactorConfig",
+    "LoRAPreConfig",
+    "LoRAPreLion",
+    "LoRAPreLionConfig",
+    "LoRAPreMuon",
+    "LoRAPreMuonConfig",
+    "LoRAPreSGD",
+    "LoRAPreSGDConfig",
+    "initialize",
+    "param_groups",
+    "reference",
+]
 
 if Path((sys.argv or [""])[0]).name in ("lorapre", "-m"):
     # The command ``lorapre`` prints results on stdout, where DeepSpeed says at import that it finds no GPU.

@@ -1,4 +1,4 @@
-"""The command ``lorapre``: what is done with checkpoints and data outside a training run.
+"""The command ``lorapre``: what is done before and after a training run, in one process and without devices.
 
 A command is an entry of ``COMMANDS``: its options, and a function that runs it and returns the exit code. What is
 slow to import is imported there.
@@ -95,14 +95,21 @@ def _announced(path: Path) -> Path:
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="a checkpoint's folder, or one that holds several, or a run's")
+    parser.add_argument(
+        "path", type=Path, help="a checkpoint's folder, one that holds several, a run's, or a tokenised corpus"
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor (of one checkpoint)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from lorapre_dist.checkpoint import inspect, stored
+    from lorapre_dist.training import tokenized
 
+    if tokenized.is_tokenized(options.path):
+        facts = tokenized.TokenFolder.open(options.path, check=False).describe()
+        print(json.dumps(facts, indent=1) if options.json else tokenized.render(facts))
+        return 0 if facts["whole"] else 1
     directory = stored.tags_in(options.path)
     if directory is not None:
         tags = inspect.overview(directory)
@@ -117,9 +124,64 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0 if found["whole"] else 1
 
 
+# tokenize -----------------------------------------------------------------------------------------------------------
+
+
+def _tokenize_options(parser: argparse.ArgumentParser) -> None:
+    from lorapre_dist.training.settings import add_corpus_options
+
+    parser.add_argument("out", help="folder to write; a run that was killed goes on where it was")
+    add_corpus_options(parser, eval_fraction=0.01)
+    parser.add_argument("--vocab_size", type=int, help="size of a BPE trained here (default: 32000)")
+    parser.add_argument("--max_tokens", type=int, help="about so many tokens to train on (default: the whole corpus)")
+    parser.add_argument("--eval_tokens", type=int, default=10_000_000, help="of a held-out split or --eval_dataset")
+    parser.add_argument("--part_tokens", type=int, default=2**27, help="tokens of one file, the step of a resume")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each at one shard of the corpus")
+    parser.add_argument("--no_progress", dest="progress", action="store_false", help="no progress bar")
+
+
+def _tokenize(options: argparse.Namespace) -> int:
+    from lorapre_dist.training.settings import check_corpus
+
+    given = vars(options)
+    check_corpus(given)
+    for name in ("max_tokens", "eval_tokens", "part_tokens", "workers"):
+        if given[name] is not None and given[name] < 1:
+            raise ConfigError(f"--{name} {given[name]}: must be at least 1")
+    progress = given.pop("progress")
+    from lorapre_dist.training.tokenize import Job, tokenize
+
+    found = tokenize(Job(**given), progress).content
+    train, held_out = found["train"], found["held_out"]
+    print(f"{options.out}: {train['tokens']:,} tokens of {train['documents']:,} documents to train on, ", end="")
+    print(f"{held_out['tokens']:,} held out; {found['vocab_size']} token ids as {found['dtype']}")
+    return 0
+
+
+# plan ---------------------------------------------------------------------------------------------------------------
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    from lorapre_dist.planner.command import options
+
+    options(parser)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from lorapre_dist.planner.command import run
+
+    return run(options)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
+    "plan": Command(
+        "memory per rank and bytes sent per step of a training run, for any world size and without devices",
+        "--model llama-7b --stage 2 --world_size 64 --rank 1024",
+        _plan_options,
+        _plan,
+    ),
     "consolidate": Command(
         "write a checkpoint as safetensors: a model folder for transformers, and the optimizer state",
         "runs/llama/checkpoints/step0010000 llama-hf --dtype bf16",
@@ -127,10 +189,16 @@ COMMANDS = {
         _consolidate,
     ),
     "inspect": Command(
-        "show what is in a checkpoint and whether it is whole (exit code 1 if not)",
+        "show what is in a checkpoint or a tokenised corpus and whether it is whole (exit code 1 if not)",
         "runs/llama/checkpoints",
         _inspect_options,
         _inspect,
+    ),
+    "tokenize": Command(
+        "write a corpus as files of token ids, to train from with --dataset OUT",
+        "--dataset c4 --tokenizer t5-base --max_tokens 13100000000 --workers 16 c4-tokens",
+        _tokenize_options,
+        _tokenize,
     ),
 }
 
@@ -143,7 +211,7 @@ def _top_parser() -> Parser:
     parser = Parser(
         prog="lorapre",
         usage="lorapre COMMAND ...   (lorapre COMMAND --help lists its options)",
-        description="Work with LoRA-Pre checkpoints and data outside a training run.",
+        description="Plan LoRA-Pre training runs, and work with their checkpoints and data.",
         epilog="commands, each with an example:\n" + "\n".join(shown),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""DeepSpeed: register LoRAPre for the JSON's ``optimizer.type``, refuse what it cannot do, bind the engine's layout.
+"""DeepSpeed: register our optimizers for the JSON's ``optimizer.type``, refuse what they cannot do, bind the layout.
 
 DeepSpeed resolves an unknown optimizer name with ``getattr(torch.optim, name)`` and hands it bare parameters. Names
 and layout are known to the engine alone, so ``DeepSpeedEngine._configure_optimizer`` is wrapped: once DeepSpeed has
@@ -24,14 +24,13 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from . import upstream
+from .awaiting import building_under_engine
 from .checkpoint import engine as checkpoints
-from .config import ConfigError, LoRAPreConfig
+from .config import ConfigError, LowRankConfig
 from .layouts import whole, zero3, zero12
 from .layouts.base import Layout
-from .optimizer import LoRAPre, building_under_engine
+from .optimizers import OPTIMIZERS, LowRankOptimizer
 from .param_groups import clean_name
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"LoRAPre": LoRAPre}
 
 # Where in the JSON, when it is refused, and why.
 _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
@@ -54,7 +53,7 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
 
 
 def register() -> None:
-    """Make ``"type": "LoRAPre"`` known to DeepSpeed and to ZeRO. Called by ``import lorapre_dist``; idempotent."""
+    """Make the values of ``"type"`` known to DeepSpeed and to ZeRO. Called by ``import lorapre_dist``; idempotent."""
     for name, cls in OPTIMIZERS.items():
         setattr(torch.optim, name, cls)
         if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
@@ -75,7 +74,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     return ds.initialize(*args, **kwargs)
 
 
-def check_config(config: Mapping[str, Any] | str | Path) -> LoRAPreConfig | None:
+def check_config(config: Mapping[str, Any] | str | Path) -> LowRankConfig | None:
     """Check a DeepSpeed configuration before anything is built from it.
 
     Args:
@@ -100,11 +99,11 @@ def check_config(config: Mapping[str, Any] | str | Path) -> LoRAPreConfig | None
         value = _lookup(config, path)
         if value is not None and (refused(value) if callable(refused) else value == refused):
             raise ConfigError(f"{path}={value!r} is not supported with {kind}: {why}")
-    return LoRAPreConfig.from_params(optimizer.get("params") or {})
+    return OPTIMIZERS[kind].config_class.from_params(optimizer.get("params") or {})
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer inside DeepSpeed's own: a :class:`LoRAPre`, or whatever the configuration named."""
+    """The optimizer inside DeepSpeed's own: one of ours, or whatever the configuration named."""
     return engine.basic_optimizer
 
 
@@ -135,18 +134,18 @@ def engine_layout(engine: Any) -> Layout:
 
 
 def _binding(configure: Any) -> Any:
-    """``DeepSpeedEngine._configure_optimizer`` that binds a LoRAPre optimizer to the engine's layout."""
+    """``DeepSpeedEngine._configure_optimizer`` that binds our optimizer to the engine's layout."""
 
     @functools.wraps(configure)
     def configure_and_bind(engine: Any, client_optimizer: Any, model_parameters: Any) -> Any:
         if client_optimizer is None:
             check_config(engine._config._param_dict)
-        elif isinstance(client_optimizer, LoRAPre):
+        elif isinstance(client_optimizer, LowRankOptimizer):
             client_optimizer.awaiting_layout = True
         with building_under_engine():
             result = configure(engine, client_optimizer, model_parameters)
         optimizer = engine.basic_optimizer
-        if isinstance(optimizer, LoRAPre):
+        if isinstance(optimizer, LowRankOptimizer):
             trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
             # Under zero.Init a parameter is empty and its shape is in ds_shape.
             optimizer.check_matches([(n, tuple(getattr(p, "ds_shape", p.shape))) for p, n in trainable.items()])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from . import awaiting
 from . import param_groups as naming
-from .config import ConfigError, LoRAPreConfig
+from .config import ConfigError, LoRAPreConfig, LowRankConfig
 from .core import adam, adamw
 from .core.comm import Comm
 from .core.exchange import Item
@@ -25,8 +26,7 @@ from .layouts.base import Layout, Piece, Unit, local, local_gradient
 from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import load_state, save_state
-
-_OPTIONS = tuple(f.name for f in fields(LoRAPreConfig))
+from .tensors import flat, may_step, number, refuse_duplicates, send_stepped, write_back
 
 
 @dataclass
@@ -37,39 +37,35 @@ class Bound:
     state: Matrix | adamw.Vector
 
 
-class LoRAPre(torch.optim.Optimizer):
-    """Adam with low-rank momenta (LoRA-Pre, arXiv 2602.24283), AdamW for every other parameter.
+class LowRankOptimizer(torch.optim.Optimizer):
+    """What all our optimizers share: where the parameters lie, whose state this rank keeps, saving and loading it.
 
     ``params`` is ``model.named_parameters()``, or groups of such pairs; a group may override any option, and one
     with ``"rank": 0`` takes AdamW. Bare tensors have no names to select by: then every 2-D tensor whose sides exceed
     ``rank`` is low-rank. Under DeepSpeed the engine supplies names and layout.
 
     Where the parameters lie (FSDP2, FSDP1, tensor parallel, DDP, one device) is found out at the first step.
-    ``shard_state`` deals the state out among the ranks of DDP; with False each of them keeps all of it. The other
-    arguments are those of :class:`lorapre_dist.config.LoRAPreConfig`.
+    ``shard_state`` deals the state out among the ranks of DDP; with False each of them keeps all of it.
+
+    A subclass names its settings' class and the core that steps its matrices, and says what a step needs of a group.
 
     Raises:
         ConfigError: a bad option, duplicate names, or no parameter that is low-rank.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        shard_state: bool = True,
-        **options: Any,
-    ) -> None:
-        given = dict(lr=_number(lr), betas=betas, eps=eps, weight_decay=weight_decay, **options)
-        self.config = LoRAPreConfig.from_params(given)
+    config_class: ClassVar[type[LowRankConfig]]
+    core: ClassVar[ModuleType]
+    workspace_limits: ClassVar[Workspace] = Workspace()
+
+    def __init__(self, params: Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
+        lr = options.get("lr", self.config_class.lr)
+        self.config = self.config_class.from_params({**options, "lr": number(lr)})
         self.comm = Comm()
-        self.workspace = Workspace()
+        self.workspace = replace(self.workspace_limits)
         self.shard_state = shard_state
         self.layout: Layout | None = None
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
-        self.awaiting_layout = _engine_is_building
+        self.awaiting_layout = awaiting.engine_is_building()
         self._bound: dict[int, list[Bound]] = {}
         super().__init__(params, {**self.config.as_defaults(), "lr": lr})
         detect.check(self.param_groups)
@@ -81,7 +77,7 @@ class LoRAPre(torch.optim.Optimizer):
             self.check_matches(shapes, [i for _, _, i in named])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in ``torch.optim``; options of :class:`LoRAPreConfig` in it override the defaults.
+        """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults.
 
         Raises:
             ConfigError: a bad or mistyped option, or a parameter that is there already; the group is not added then.
@@ -94,18 +90,18 @@ class LoRAPre(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        config = group_config(group)
-        for key in group.keys() - set(_OPTIONS):  # others may keep things of their own in a group
-            meant = difflib.get_close_matches(str(key).lower(), _OPTIONS, n=1, cutoff=0.8)
+        config, name = self.group_config(group), self.config.optimizer
+        for key in group.keys() - self._options():  # others may keep things of their own in a group
+            meant = difflib.get_close_matches(str(key).lower(), self._options(), n=1, cutoff=0.8)
             if meant:
-                raise ConfigError(f"unknown LoRAPre option {key!r} in a parameter group; did you mean {meant[0]!r}?")
+                raise ConfigError(f"unknown {name} option {key!r} in a parameter group; did you mean {meant[0]!r}?")
         if not self.awaiting_layout:
             if config.target_modules is not None and "param_names" not in group:
                 raise ConfigError(
                     f"target_modules={config.target_modules!r}: selects by name, but the parameters have no names; "
                     "pass model.named_parameters()"
                 )
-            _refuse_duplicates([name for name, _, _ in self._named()])
+            refuse_duplicates([name for name, _, _ in self._named()])
         if len({id(p) for p in group["params"]}) < len(group["params"]):
             raise ConfigError("a parameter appears twice in one of the optimizer's groups")
 
@@ -129,15 +125,15 @@ class LoRAPre(torch.optim.Optimizer):
             ConfigError: a name appears twice, or steps have been taken already.
         """
         if any(b.state.step for bound in self._bound.values() for b in bound):
-            raise ConfigError("cannot change the layout of a LoRAPre optimizer after its first step")
+            raise ConfigError(f"cannot change the layout of a {self.config.optimizer} optimizer after its first step")
         self._bound, self.layout, self.awaiting_layout = {}, layout, False
         arrange(layout, self._in_group)
         for unit in layout.units:
             self._bind_unit(unit)
-        _refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
+        refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
 
     def _bind_unit(self, unit: Unit) -> None:
-        config = group_config(self.param_groups[unit.group])
+        config = self.group_config(self.param_groups[unit.group])
         device = local(unit.tensor).device
         dtype = torch.float64 if unit.tensor.dtype == torch.float64 else torch.float32
         bound = []
@@ -151,9 +147,10 @@ class LoRAPre(torch.optim.Optimizer):
                 state = allocate(
                     interval,
                     piece.peers,
-                    rank=config.rank,
-                    rank_v=config.resolved_rank_v,
-                    row_energy=config.variant == "stable",
+                    ranks=config.ranks,
+                    vectors=config.vectors,
+                    optimizer=config.optimizer,
+                    variant=config.variant,
                     init_std=config.init_std,
                     seed=config.seed,
                     device=device,
@@ -165,12 +162,12 @@ class LoRAPre(torch.optim.Optimizer):
             bound.append(Bound(piece, state))
         self._bound[id(unit.tensor)] = bound
 
-    def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LoRAPreConfig) -> bool:
+    def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> bool:
         targets: Any = ".*" if name.startswith(_UNNAMED) else config.target_modules
         return naming.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
 
     def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
-        return self._is_low_rank(name, shape, group_config(self.param_groups[group]))
+        return self._is_low_rank(name, shape, self.group_config(self.param_groups[group]))
 
     def _named(self) -> list[tuple[str, Tensor, int]]:
         """The parameters as given to the constructor: (name, tensor, index of its group)."""
@@ -187,34 +184,56 @@ class LoRAPre(torch.optim.Optimizer):
             named_shapes: name and shape of every trainable parameter.
             groups: index of the group of each; None if that is not known: any group's settings count then.
         """
-        configs = [group_config(group) for group in self.param_groups]
+        configs = [self.group_config(group) for group in self.param_groups]
         if not any(config.rank for config in configs):
             raise ConfigError("rank=0: every parameter group has it, so that none is low-rank; use torch.optim.AdamW")
         of_group = [configs if groups is None else [configs[i]] for i in groups or range(len(named_shapes))]
         pairs = [(n, s, c) for (n, s), some in zip(named_shapes, of_group, strict=True) for c in some if c.rank]
         if not any(self._is_low_rank(*pair) for pair in pairs):
-            config = min((c for _, _, c in pairs), key=lambda c: c.rank, default=self.config)
-            targets = ".*" if any(n.startswith(_UNNAMED) for n, _, _ in pairs) else config.target_modules
-            shapes = {n: s for n, s, _ in pairs}
-            raise ConfigError(naming.explain_no_match(shapes.items(), config.rank, targets, config.resolved_rank_v))
+            unnamed = any(n.startswith(_UNNAMED) for n, _, _ in pairs)
+            raise ConfigError(naming.explain_no_match_of(pairs, self.config, unnamed))
 
     def _ensure_bound(self) -> None:
         """Bind whole parameters, on first use, unless a layout was bound; parameters added later are bound as well."""
         if self.awaiting_layout:
-            raise ConfigError("this LoRAPre optimizer waits for DeepSpeed's engine to tell where its parameters lie")
+            raise ConfigError(
+                f"this {self.config.optimizer} optimizer waits for DeepSpeed's engine to tell where its parameters lie"
+            )
         if self.layout is None:
-            named = [(n, p, i) for n, p, i in self._named() if _may_step(p)]
+            named = [(n, p, i) for n, p, i in self._named() if may_step(p)]
             found = detect.layout(named, self.shard_state, self._in_group)
             shapes = {piece.name: (piece.shape, unit.group) for unit in found.units for piece in unit.pieces}
             self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
             self.bind(found)
         elif self.layout.name == "one device":
-            missing = [(n, p, i) for n, p, i in self._named() if _may_step(p) and id(p) not in self._bound]
+            missing = [(n, p, i) for n, p, i in self._named() if may_step(p) and id(p) not in self._bound]
             added = whole.layout(missing)
             arrange(added, self._in_group)
             for unit in added.units:
                 self.layout.units.append(unit)
                 self._bind_unit(unit)
+
+    # settings ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _options(cls) -> set[str]:
+        return {f.name for f in fields(cls.config_class)}
+
+    @classmethod
+    def group_config(cls, group: dict[str, Any]) -> Any:
+        """The settings of a parameter group, validated: a ``config_class``."""
+        given = {name: number(group[name]) if name == "lr" else group[name] for name in cls._options()}
+        return cls.config_class(**given)
+
+    @staticmethod
+    def matrix_hyper(config: Any) -> Any:
+        """The numbers that the core needs from a group's settings."""
+        raise NotImplementedError
+
+    @staticmethod
+    def vector_hyper(config: Any, group: dict[str, Any]) -> adamw.Hyper:
+        """The numbers that AdamW needs for the group's other parameters."""
+        raise NotImplementedError
 
     # step -------------------------------------------------------------------------------------------------------
 
@@ -229,37 +248,30 @@ class LoRAPre(torch.optim.Optimizer):
             return loss
         self._ensure_bound()
         for group in self.param_groups:
-            hyper = group_hyper(group)
+            config = self.group_config(group)
+            vectors = self.vector_hyper(config, group)
             items: list[Item] = []
             for tensor in group["params"]:
-                items += self._step_vectors(tensor, hyper)
-            adam.step(items, hyper, self.comm, self.workspace)
+                items += self._step_vectors(tensor, vectors)
+            self.core.step(items, self.matrix_hyper(config), self.comm, self.workspace)
             for item in items:
-                _write_back(item)
-        self._send()
+                write_back(item)
+        assert self.layout is not None
+        send_stepped(self.layout, self.comm, self.workspace.bucket)
         return loss
 
-    def _send(self) -> None:
-        """Where each rank has stepped a part of the parameters: let all have all."""
-        assert self.layout is not None
-        sends = [s for s in self.layout.sends if s.tensor.grad is not None]
-        if sends:
-            flats = {id(s.tensor): _flat(s.tensor) for s in sends}
-            parts = [(s.owner, flats[id(s.tensor)][s.start : s.stop]) for s in sends]
-            self.comm.broadcast(parts, self.layout.group, "broadcast parameters", self.workspace.bucket)
-            for tensor in {id(s.tensor): s.tensor for s in sends if not s.tensor.is_contiguous()}.values():
-                tensor.copy_(flats[id(tensor)].view(tensor.shape))
-
-    def _step_vectors(self, tensor: Tensor, hyper: adam.Hyper) -> list[Item]:
+    def _step_vectors(self, tensor: Tensor, hyper: adamw.Hyper) -> list[Item]:
         """Step the AdamW pieces of one tensor; return its low-rank pieces."""
         if tensor.grad is None:
             return []
         if tensor.grad.is_sparse:
-            raise ConfigError("LoRAPre does not support sparse gradients")
+            raise ConfigError(f"{self.config.optimizer} does not support sparse gradients")
         if id(tensor) not in self._bound:
-            raise ConfigError("a tensor in param_groups is not one that LoRAPre was bound to; build the optimizer anew")
+            raise ConfigError(
+                f"a tensor in param_groups is not one that {self.config.optimizer} was bound to; build it anew"
+            )
         held = local(tensor).detach()
-        theta, grad = _flat(held), local_gradient(tensor).reshape(-1)
+        theta, grad = flat(held), local_gradient(tensor).reshape(-1)
         items = []
         for bound in self._bound[id(tensor)]:
             at, size = bound.piece.offset, bound.piece.numel
@@ -282,8 +294,8 @@ class LoRAPre(torch.optim.Optimizer):
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """This rank's shards of the low-rank state by parameter name.
 
-        ``m_B`` (rows x r), ``m_A`` (r x columns), ``v_B``, ``v_A`` and, in ``stable``, ``v_row`` (rows). On one device
-        they are whole. The tensors are the state itself, not copies.
+        ``m_B`` (rows x r), ``m_A`` (r x columns) and, where the optimizer has them, ``v_B``, ``v_A`` and ``v_row``
+        (rows). On one device they are whole. The tensors are the state itself, not copies.
         """
         return {b.piece.name: b.state.tensors() for b in self.bound() if isinstance(b.state, Matrix)}
 
@@ -291,7 +303,14 @@ class LoRAPre(torch.optim.Optimizer):
         """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""
         self._ensure_bound()
         assert self.layout is not None
-        return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, self.workspace)
+        matrices = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
+        workspace = self.workspace_bytes(matrices)
+        return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, workspace)
+
+    def workspace_bytes(self, matrices: list[Matrix]) -> int:
+        """Bound on what a step on these matrices allocates for itself."""
+        bytes: int = self.core.workspace_bytes(matrices, self.workspace)
+        return bytes
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """This rank's state by parameter name: tensors, and plain numbers that say what they belong to."""
@@ -326,64 +345,48 @@ class LoRAPre(torch.optim.Optimizer):
         load_full_state(full, [(b.piece, b.state) for b in self.bound()])
 
 
+class LoRAPre(LowRankOptimizer):
+    """Adam with low-rank momenta (LoRA-Pre, arXiv 2602.24283), AdamW for every other parameter.
+
+    The arguments are those of :class:`LowRankOptimizer` and of :class:`lorapre_dist.config.LoRAPreConfig`.
+    """
+
+    config_class = LoRAPreConfig
+    core = adam
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        shard_state: bool = True,
+        **options: Any,
+    ) -> None:
+        options |= {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, shard_state=shard_state, **options)
+
+    @staticmethod
+    def matrix_hyper(config: LoRAPreConfig) -> adam.Hyper:
+        """The numbers that the core needs from a group's settings."""
+        return adam.Hyper(
+            lr=config.lr,
+            betas=config.betas,
+            gammas=config.resolved_gammas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            scale=config.scale,
+            residual=config.resolved_residual,
+            damping=config.resolved_damping,
+            max_update=config.resolved_max_update,
+            stable=config.variant == "stable",
+        )
+
+    @staticmethod
+    def vector_hyper(config: LoRAPreConfig, group: dict[str, Any]) -> adamw.Hyper:
+        """The numbers that AdamW needs for the group's other parameters."""
+        return adamw.Hyper(config.lr, config.betas, config.eps, config.weight_decay)
+
+
 _UNNAMED = "unnamed."
-_engine_is_building = False
-
-
-class building_under_engine:
-    """While entered, new optimizers wait for the engine to bind their layout."""
-
-    def __enter__(self) -> None:
-        global _engine_is_building
-        _engine_is_building = True
-
-    def __exit__(self, *_: Any) -> None:
-        global _engine_is_building
-        _engine_is_building = False
-
-
-def group_config(group: dict[str, Any]) -> LoRAPreConfig:
-    """The settings of a parameter group, validated."""
-    return LoRAPreConfig(**{name: _number(group[name]) if name == "lr" else group[name] for name in _OPTIONS})
-
-
-def group_hyper(group: dict[str, Any]) -> adam.Hyper:
-    """The numbers that a step needs from a parameter group."""
-    config = group_config(group)
-    return adam.Hyper(
-        lr=float(config.lr),
-        betas=config.betas,
-        gammas=config.resolved_gammas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        scale=config.scale,
-        residual=config.resolved_residual,
-        damping=config.resolved_damping,
-        max_update=config.resolved_max_update,
-        stable=config.variant == "stable",
-    )
-
-
-def _number(lr: Any) -> Any:
-    """A learning rate that is a tensor of one element, as PyTorch allows, as a number."""
-    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
-
-
-def _may_step(parameter: Tensor) -> bool:
-    return parameter.requires_grad or parameter.grad is not None
-
-
-def _refuse_duplicates(names: list[str]) -> None:
-    if len(names) != len(set(names)):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise ConfigError(f"parameter {twice!r} appears twice in the optimizer's groups")
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The tensor's elements, row-major: a view, or a copy if they do not lie so."""
-    return tensor.detach().contiguous().view(-1)
-
-
-def _write_back(item: Item) -> None:
-    if item.target is not None:
-        item.target.copy_(item.theta.view(item.target.shape))

@@ -95,6 +95,14 @@ def explain_no_match(
     return f"{what}: matches no matrix of this model ({there})"
 
 
+def explain_no_match_of(pairs: list[tuple[str, Any, Any]], default: Any, unnamed: bool) -> str:
+    """As :func:`explain_no_match`, for (name, shape, settings of its group) of every parameter that may be low-rank."""
+    config = min((c for _, _, c in pairs), key=lambda c: c.rank, default=default)
+    targets = ".*" if unnamed else config.target_modules
+    shapes = {name: shape for name, shape, _ in pairs}
+    return explain_no_match(shapes.items(), config.rank, targets, config.resolved_rank_v)
+
+
 def param_groups(model: Any, target_modules: str | Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Two groups for :class:`lorapre_dist.LoRAPre`: selected matrices and stacks of them; the rest under plain AdamW.
 

@@ -1,6 +1,6 @@
 """LoRA-Pre on dense matrices: the oracle that every other path is tested against.
 
-Read it beside arXiv 2602.24283, Algorithm 1. ``g`` and ``theta`` are p x q, ``B`` p x r, ``A`` r x q,
+Read it beside arXiv 2602.24283, Algorithms 1 and 2. ``g`` and ``theta`` are p x q, ``B`` p x r, ``A`` r x q,
 ``vB`` p x r_v, ``vA`` r_v x q; all right-hand sides are those of the step before unless they say "new".
 """
 
@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import LoRAPreConfig
+from .config import (
+    LoRAPreAdafactorConfig,
+    LoRAPreConfig,
+    LoRAPreLionConfig,
+    LoRAPreMuonConfig,
+    LoRAPreSGDConfig,
+    LowRankConfig,
+)
 
 
 def lorapre_adam_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreConfig) -> None:
@@ -30,17 +37,14 @@ def lorapre_adam_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config
 
     # The moments that the update reads: old factors and the fresh gradient.
     m = (beta1 * B @ A + (1 - beta1) * g) / (1 - beta1**t)
+    m = m + config.resolved_residual * residual(A, g, config)
     w = beta2 * (vB @ vA).square() + (1 - beta2) * g.square()
     if config.variant == "stable":
-        Y = solve_gram(A @ A.T, (g @ A.T).T, config).T
-        m = m + config.resolved_residual * (g - Y @ A)
         state["v_row"].mul_(beta2).add_(g.square().mean(1), alpha=1 - beta2)
         energy = state["v_row"][:, None] / (1 - beta2**t)
         mean_w = w.mean(1, keepdim=True)
         v = torch.where(mean_w > 0, energy * w / torch.where(mean_w > 0, mean_w, 1), energy)
     else:
-        if config.resolved_residual:
-            m = m + config.resolved_residual * (g - solve_gram(A @ A.T, (g @ A.T).T, config).T @ A)
         v = w / (1 - beta2**t)
 
     state["m_B"], state["m_A"] = refresh(B, A, g, gamma1, config)
@@ -50,7 +54,83 @@ def lorapre_adam_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config
     theta.sub_(config.lr * config.scale * (m / (v.sqrt() + config.eps)).clamp(-bound, bound))
 
 
-def refresh(B: Tensor, A: Tensor, g: Tensor, gamma: float, config: LoRAPreConfig) -> tuple[Tensor, Tensor]:
+def lorapre_muon_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreMuonConfig) -> None:
+    """One step of LoRA-Pre (Muon form) on one matrix, in place; arguments as in :func:`lorapre_adam_step`.
+
+    ``state`` has ``m_B``, ``m_A`` and ``step``.
+    """
+    mu = config.momentum
+    state["step"] += 1
+    B, A = state["m_B"], state["m_A"]
+    m = mu * B @ A + g  # old factors and the fresh gradient
+    u = mu * m + g if config.resolved_nesterov else m
+    # In torch.optim.Muon's scale, that of an average; orthogonalisation does not see it, but for its eps.
+    u = (1 - mu) * u + config.resolved_residual * residual(A, g, config)
+    # Heavy-ball momentum is an average divided by 1 - mu, and so is what the factors regress on.
+    state["m_B"], state["m_A"] = refresh(B, A, g / (1 - mu), config.resolved_gamma, config)
+    theta.mul_(1 - config.lr * config.weight_decay)
+    theta.sub_(config.adjusted_lr((g.shape[0], g.shape[1])) * newton_schulz(u, config))
+
+
+def lorapre_sgd_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreSGDConfig) -> None:
+    """One step of SGD with a low-rank heavy-ball momentum on one matrix, in place; as :func:`lorapre_muon_step`."""
+    mu = config.momentum
+    state["step"] += 1
+    B, A = state["m_B"], state["m_A"]
+    m = mu * B @ A + g
+    u = mu * m + g if config.nesterov else m
+    u = u + config.resolved_residual / (1 - mu) * residual(A, g, config)
+    state["m_B"], state["m_A"] = refresh(B, A, g / (1 - mu), config.resolved_gamma, config)
+    theta.mul_(1 - config.lr * config.weight_decay).sub_(config.lr * u)
+
+
+def lorapre_lion_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreLionConfig) -> None:
+    """One step of Lion with a low-rank momentum on one matrix, in place; as :func:`lorapre_muon_step`."""
+    beta1, _ = config.betas
+    state["step"] += 1
+    B, A = state["m_B"], state["m_A"]
+    u = beta1 * B @ A + (1 - beta1) * g + config.resolved_residual * residual(A, g, config)
+    state["m_B"], state["m_A"] = refresh(B, A, g, config.resolved_gamma, config)
+    theta.mul_(1 - config.lr * config.weight_decay).sub_(config.lr * u.sign())
+
+
+def lorapre_adafactor_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreAdafactorConfig) -> None:
+    """One step of LoRA-Pre (Adam form) with Adafactor's second moment on one matrix, in place.
+
+    ``state`` has ``m_B``, ``m_A``, ``v_row`` (p), ``v_col`` (q) and ``step``.
+    """
+    beta1, beta2 = config.betas
+    state["step"] += 1
+    t = int(state["step"])
+    B, A = state["m_B"], state["m_A"]
+    m = (beta1 * B @ A + (1 - beta1) * g) / (1 - beta1**t)
+    m = m + config.resolved_residual * residual(A, g, config)
+    for name, dim in (("v_row", 1), ("v_col", 0)):
+        state[name].mul_(beta2).add_(g.square().mean(dim), alpha=1 - beta2)
+    level = state["v_col"].mean().clamp_min(torch.finfo(g.dtype).tiny)
+    v = torch.outer(state["v_row"], state["v_col"]) / level / (1 - beta2**t)
+    state["m_B"], state["m_A"] = refresh(B, A, g, config.resolved_gamma, config)
+    bound = config.resolved_max_update
+    theta.mul_(1 - config.lr * config.weight_decay)
+    theta.sub_(config.lr * config.scale * (m / (v.sqrt() + config.eps)).clamp(-bound, bound))
+
+
+def newton_schulz(u: Tensor, config: LoRAPreMuonConfig) -> Tensor:
+    """``u`` with its singular values brought near 1, as ``torch.optim.Muon`` does it."""
+    a, b, c = config.ns_coefficients
+    X = u / u.norm().clamp_min(config.eps)
+    for _ in range(config.ns_steps):
+        gram = X.T @ X
+        X = a * X + X @ (b * gram + c * gram @ gram)
+    return X
+
+
+def residual(A: Tensor, g: Tensor, config: LowRankConfig) -> Tensor:
+    """The part of ``g`` outside the tracked subspace, up to damping: ``g - Y A``."""
+    return g - solve_gram(A @ A.T, (g @ A.T).T, config).T @ A
+
+
+def refresh(B: Tensor, A: Tensor, g: Tensor, gamma: float, config: LowRankConfig) -> tuple[Tensor, Tensor]:
     """Regress the factors on ``g``: ``B`` on the old ``A``; ``A`` on the new ``B`` (``paper``: on the old one)."""
     new_B = (1 - gamma) * B + gamma * solve_gram(A @ A.T, (g @ A.T).T, config).T
     left = new_B if config.variant == "stable" else B
@@ -58,7 +138,7 @@ def refresh(B: Tensor, A: Tensor, g: Tensor, gamma: float, config: LoRAPreConfig
     return new_B, new_A
 
 
-def solve_gram(gram: Tensor, rhs: Tensor, config: LoRAPreConfig) -> Tensor:
+def solve_gram(gram: Tensor, rhs: Tensor, config: LowRankConfig) -> Tensor:
     """``(gram + damping)^-1 rhs``: gram r x r, rhs r x n. A zero Gram contributes a zero term."""
     damping = torch.as_tensor(config.resolved_damping, dtype=gram.dtype)
     if config.variant == "stable":
@@ -82,15 +162,20 @@ def adamw_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAP
 
 
 def init_state(
-    shape: tuple[int, int], config: LoRAPreConfig, m_A: Tensor, v_A: Tensor, dtype: torch.dtype = torch.float64
+    shape: tuple[int, int],
+    config: LowRankConfig,
+    m_A: Tensor,
+    v_A: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """State before the first step: ``B = vB = 0``, ``A`` (r x q) and ``vA`` (r_v x q) as given."""
-    p = shape[0]
-    return {
-        "m_B": torch.zeros(p, config.rank, dtype=dtype),
-        "m_A": m_A.to(dtype).clone(),
-        "v_B": torch.zeros(p, config.resolved_rank_v, dtype=dtype),
-        "v_A": v_A.to(dtype).clone(),
-        "v_row": torch.zeros(p, dtype=dtype),
-        "step": torch.zeros((), dtype=torch.int64),
-    }
+    """State before the first step: ``B = vB = 0``, ``A`` (r x q) and, where there is one, ``vA`` (r_v x q) as given."""
+    p, q = shape
+    state = {"step": torch.zeros((), dtype=torch.int64)}
+    for moment, A in (("m", m_A), ("v", v_A)):
+        if A is not None:
+            state[f"{moment}_B"] = torch.zeros(p, A.shape[0], dtype=dtype)
+            state[f"{moment}_A"] = A.to(dtype).clone()
+    for name, size in (("v_row", p), ("v_col", q)):
+        if (name == "v_row" and v_A is not None) or name in config.vectors:
+            state[name] = torch.zeros(size, dtype=dtype)
+    return state

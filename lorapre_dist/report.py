@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .core.adam import buckets, transient_bytes
 from .core.factors import Matrix
-from .core.refresh import CHUNK
-from .core.workspace import Workspace
 from .layouts.base import Layout
 
 
@@ -37,8 +34,8 @@ class MemoryReport:
     workspace_bytes: int
 
     @classmethod
-    def of(cls, held: list[tuple[Any, Any]], layout: Layout, workspace: Workspace) -> MemoryReport:
-        """The report for this rank's pieces and their state."""
+    def of(cls, held: list[tuple[Any, Any]], layout: Layout, workspace_bytes: int) -> MemoryReport:
+        """The report for this rank's pieces and their state; the core knows the workspace."""
         matrices = [(piece, state) for piece, state in held if isinstance(state, Matrix)]
         others = [(piece, state) for piece, state in held if not isinstance(state, Matrix)]
         size = {id(piece): next(iter(state.tensors().values())).element_size() for piece, state in held}
@@ -51,7 +48,7 @@ class MemoryReport:
             adamw_elements=sum(p.numel for p, _ in others),
             state_bytes=sum(t.numel() * t.element_size() for _, s in held for t in s.tensors().values()),
             adamw_state_bytes=sum(2 * p.numel * size[id(p)] for p, _ in held),
-            workspace_bytes=_workspace([s for _, s in matrices], workspace),
+            workspace_bytes=workspace_bytes,
         )
 
     def __str__(self) -> str:
@@ -65,24 +62,3 @@ class MemoryReport:
             ("workspace of a step, at most", f"{self.workspace_bytes / 2**20:.2f} MiB"),
         ]
         return "\n".join(f"{label:<32} {value}" for label, value in rows)
-
-
-def _workspace(matrices: list[Matrix], workspace: Workspace) -> int:
-    """Largest bucket, and the buffers of one row block and of one batch of solves."""
-    if not matrices:
-        return 0
-    size = matrices[0].m.B.element_size()
-    squares = [m.m.B.shape[1] ** 2 + m.v.B.shape[1] ** 2 for m in matrices]
-    runs = list(buckets(matrices, workspace.bucket))
-    bucket = max(sum(map(transient_bytes, matrices[b])) for b in runs)
-    # In fp64: the stacked Grams, their Cholesky factors, the inverses, and a copy that the solver makes.
-    batch = max(sum(squares[b]) for b in runs)
-    if matrices[0].m.B.device.type == "cpu":
-        batch = min(batch, max(CHUNK, max(squares)))
-    # Three temporaries of a row block, two more where the parameter is of another dtype.
-    block = max(max(workspace.block, m.interval.shape[1] * size) for m in matrices)
-    rows = max(min(m.interval.rows, max(1, workspace.block // (m.interval.shape[1] * size))) for m in matrices)
-    ranks = max(m.m.B.shape[1] + m.v.B.shape[1] for m in matrices)
-    # Old A times its inverse Gram, where the matrix has at least as many rows as columns.
-    solved = max(m.interval.shape[1] if m.interval.rows >= m.interval.shape[1] else 0 for m in matrices)
-    return bucket + 4 * batch * 8 + 5 * block + (3 * rows + solved) * ranks * size

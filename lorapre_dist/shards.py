@@ -2,8 +2,8 @@
 
 Names are ``model.NAME`` for the weights that are stepped (fp32 masters where there are some) and ``untrained.NAME`` for
 the model's other tensors, 1-D in row-major order; and ``optimizer.NAME.KEY`` for the state: ``m_B`` (p x r), ``m_A``
-(r x q), ``v_B``, ``v_A``, ``v_row`` (p), or ``exp_avg`` and ``exp_avg_sq`` (1-D). Every layout holds a run of each,
-so one form serves them all.
+(r x q), ``v_B``, ``v_A``, ``v_row`` (p), ``v_col`` (q), or ``exp_avg`` and ``exp_avg_sq`` (1-D). Every layout holds a
+run of each, so one form serves them all.
 
 A :class:`Shard` has the three methods by which ``torch.distributed.checkpoint`` saves and reshards a DTensor.
 """
@@ -133,6 +133,8 @@ def matrix_shards(matrix: Matrix) -> dict[str, Shard]:
     for key, tensor in matrix.tensors().items():
         if key.endswith("_A"):
             found[key] = Shard((tensor.shape[0], q), first, tensor, dim=1)
+        elif key.endswith("_col"):
+            found[key] = Shard((q,), 0, tensor)
         else:
             found[key] = Shard((p, *tensor.shape[1:]), interval.first_row, tensor, skip=interval.first_owned)
     return found

@@ -1,8 +1,8 @@
 """``state_dict`` of one rank: tensors by parameter name, and plain numbers that say what they belong to.
 
     {"format": 1,
-     "state": {name: {"kind": "lorapre" | "adamw", "shape": [p, q], "interval": [start, stop], "columns": n,
-                      "step": int, "tensors": {"m_B": ..., ...}}},
+     "state": {name: {"kind": "lorapre" | "adamw", "optimizer": "LoRAPre", "shape": [p, q], "interval": [start, stop],
+                      "columns": n, "step": int, "tensors": {"m_B": ..., ...}}},
      "param_groups": [{"lr": ..., ..., "params": [0, 1, ...]}]}
 
 It holds tensors, numbers, strings, lists and dicts only, so ``torch.load(weights_only=True)`` reads it.
@@ -67,9 +67,10 @@ def _identity(piece: Any, state: Any) -> dict[str, Any]:
     matrix = isinstance(state, Matrix)
     return {
         "kind": "lorapre" if matrix else "adamw",
+        "optimizer": state.optimizer if matrix else "AdamW",
         "shape": list(piece.shape),
         "interval": [piece.start, piece.stop, *(piece.columns or ())],
-        "columns": state.m.At.shape[0] if matrix else 0,
+        "columns": state.factors["m"].At.shape[0] if matrix else 0,
     }
 
 
@@ -90,8 +91,8 @@ def _differences(saved: dict[str, Any], held: list[tuple[Any, Any]], groups: lis
         if entry is None:
             continue
         for key, value in _identity(piece, state).items():
-            if entry[key] != value:
-                found.append(f"{piece.name}: {key} was {entry[key]}, is {value}")
+            if entry.get(key) != value:
+                found.append(f"{piece.name}: {key} was {entry.get(key)}, is {value}")
         for name, tensor in state.tensors().items():
             other = entry["tensors"].get(name)
             if other is None or other.shape != tensor.shape:

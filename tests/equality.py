@@ -1,6 +1,6 @@
 """Print the README's table of distances to the dense reference, measured on real gloo ranks.
 
-python -m tests.equality [--worlds 1 2 3] [--steps 20]
+python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...]
 
 For every ZeRO stage, precision and world size: the largest ``||theta - ref|| / ||ref||`` of any parameter after the
 steps, over gradient accumulation 1 and 4 with and without clipping; the layouts without DeepSpeed; then the core alone,
@@ -13,6 +13,7 @@ import argparse
 
 import torch
 
+from lorapre_dist.optimizers import OPTIMIZERS
 from tests.deepspeed.cases import equality_case
 from tests.deepspeed.test_equality import COMBOS
 from tests.distributed.cases import core_case
@@ -27,35 +28,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
     args = parser.parse_args()
-    print("| DeepSpeed | precision | " + " | ".join(f"N = {n}" for n in args.worlds) + " |")
-    print("|---|---|" + "---|" * len(args.worlds))
+    for optimizer in args.optimizers:
+        print(f"\n{optimizer}\n", flush=True)
+        deepspeed(optimizer, args.worlds, args.steps)
+        native(optimizer, args.steps)
+        core(optimizer, args.steps)
+    close_pools()
+
+
+def deepspeed(optimizer: str, worlds: list[int], steps: int) -> None:
+    """ZeRO stages and precisions; optimizers beside LoRAPre in fp32 and with clipping alone."""
+    print("| DeepSpeed | precision | " + " | ".join(f"N = {n}" for n in worlds) + " |")
+    print("|---|---|" + "---|" * len(worlds))
+    ours = optimizer == "LoRAPre"
     for stage in range(4):
-        for precision in ("fp32", "bf16", "fp16"):
+        for precision in ("fp32", "bf16", "fp16") if ours else ("fp32",):
             cells = []
-            for world in args.worlds:
-                arguments = {"stage": stage, "precision": precision, "combos": COMBOS, "steps": args.steps}
+            for world in worlds:
+                arguments = {"stage": stage, "precision": precision, "steps": steps, "optimizer": optimizer}
+                arguments["combos"] = COMBOS if ours else [(1, 0.5)]
                 results = run_ranks(world, equality_case, timeout=600, **arguments)
                 cells.append(max(combo["error"] for result in results for combo in result))
             print(f"| ZeRO-{stage} | {precision} | " + " | ".join(f"{x:.1e}" for x in cells) + " |", flush=True)
+
+
+def native(optimizer: str, steps: int) -> None:
+    """Layouts without DeepSpeed; blocks of 256 bytes, so that no matrix is brought to one rank as a whole."""
     print("\n| without DeepSpeed, fp32 | " + " | ".join(f"N = {n}" for n in (1, 2, 3, 4)) + " |\n|---|---|---|---|---|")
     for layout, worlds in WORLDS.items():
         cells = ["-"] * 4
         for world in worlds:
-            arguments = {"layout": layout, "dtype": torch.float32, "steps": args.steps}
+            arguments = {"layout": layout, "dtype": torch.float32, "steps": steps, "optimizer": optimizer}
+            arguments["block"] = None if optimizer == "LoRAPre" else 256
             cells[world - 1] = f"{max(r['error'] for r in run_ranks(world, native_case, **arguments)):.1e}"
         print(f"| {layout} | " + " | ".join(cells) + " |", flush=True)
+
+
+def core(optimizer: str, steps: int) -> None:
+    """The core alone, on matrices cut at arbitrary places."""
     print("\n| core alone | " + " | ".join(f"N = {n}" for n in (1, 2, 3, 4)) + " |\n|---|---|---|---|---|")
     for dtype, rank in (("float64", 4), ("float32", 2)):
         cells = []
         for world in (1, 2, 3, 4):
-            options = {"rank": rank, "lr": 0.01}
+            options = {"rank": rank, "lr": 0.001 if optimizer == "LoRAPreLion" else 0.01}
             results = run_ranks(
-                world, core_case, matrices=matrices(world), options=options, steps=args.steps, dtype=dtype
+                world,
+                core_case,
+                matrices=matrices(world),
+                options=options,
+                steps=steps,
+                dtype=dtype,
+                optimizer=optimizer,
+                bucket=None if optimizer == "LoRAPre" else 1,
             )
             cells.append(max(e for r in results for name, e in r["errors"].items() if "." not in name))
         print(f"| {dtype} | " + " | ".join(f"{x:.1e}" for x in cells) + " |", flush=True)
-    close_pools()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The dense reference optimizer over a whole model's parameters by name: what every layout is compared with."""
+"""The dense reference optimizers over a whole model's parameters by name: what every layout is compared with."""
 
 from __future__ import annotations
 
@@ -8,20 +8,43 @@ from typing import Any
 import torch
 
 from lorapre_dist import reference
-from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.config import (
+    LoRAPreAdafactorConfig,
+    LoRAPreConfig,
+    LoRAPreLionConfig,
+    LoRAPreMuonConfig,
+    LoRAPreSGDConfig,
+    LowRankConfig,
+    MomentumConfig,
+)
 from lorapre_dist.core.factors import initial_At
+
+STEPS: dict[type[LowRankConfig], Callable[..., None]] = {
+    LoRAPreConfig: reference.lorapre_adam_step,
+    LoRAPreMuonConfig: reference.lorapre_muon_step,
+    LoRAPreSGDConfig: reference.lorapre_sgd_step,
+    LoRAPreLionConfig: reference.lorapre_lion_step,
+    LoRAPreAdafactorConfig: reference.lorapre_adafactor_step,
+}
+
+
+def init_matrix(name: str, shape: tuple[int, int], config: LowRankConfig) -> dict[str, Any]:
+    """State of one matrix before the first step."""
+    initial = {
+        moment: initial_At(name, moment, shape[1], rank, config.init_std, config.seed).T
+        for moment, rank in config.ranks.items()
+    }
+    return reference.init_state(shape, config, initial["m"], initial.get("v"))
 
 
 def init(
-    theta: dict[str, torch.Tensor], config: LoRAPreConfig, low_rank: Callable[[str, torch.Tensor], bool]
+    theta: dict[str, torch.Tensor], config: LowRankConfig, low_rank: Callable[[str, torch.Tensor], bool]
 ) -> dict[str, dict[str, Any]]:
     """State of every parameter before the first step; ``low_rank`` says which matrices have factors."""
     state: dict[str, dict[str, Any]] = {}
     for name, p in theta.items():
         if low_rank(name, p):
-            m_A = initial_At(name, "m", p.shape[1], config.rank, config.init_std, config.seed).T
-            v_A = initial_At(name, "v", p.shape[1], config.resolved_rank_v, config.init_std, config.seed).T
-            state[name] = reference.init_state((p.shape[0], p.shape[1]), config, m_A, v_A)
+            state[name] = init_matrix(name, (p.shape[0], p.shape[1]), config)
         else:
             zeros = torch.zeros_like(p)
             state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros((), dtype=torch.int64)}
@@ -32,12 +55,16 @@ def step(
     theta: dict[str, torch.Tensor],
     grads: dict[str, torch.Tensor],
     state: dict[str, dict[str, Any]],
-    config: LoRAPreConfig,
+    config: LowRankConfig,
+    base_lr: float | None = None,
 ) -> None:
-    """One step of every parameter, in place."""
+    """One step of every parameter, in place; ``base_lr`` is what ``config.lr`` began as."""
+    other = config.adamw(base_lr or config.lr) if isinstance(config, MomentumConfig) else config
     for name, p in theta.items():
-        update = reference.lorapre_adam_step if "m_B" in state[name] else reference.adamw_step
-        update(p, grads[name], state[name], config)
+        if "m_B" in state[name]:
+            STEPS[type(config)](p, grads[name], state[name], config)
+        else:
+            reference.adamw_step(p, grads[name], state[name], other)
 
 
 def each_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Validation loss of ``llama-tiny`` after equal training under AdamW, LoRA-Pre and GaLore.
+"""Validation loss of ``llama-tiny`` after equal training under AdamW, Muon, GaLore and our optimizers.
 
     python -m lorapre_dist.bench quality --steps 300 --json quality.json
 
@@ -15,12 +15,10 @@ import argparse
 import copy
 import hashlib
 import json
-import logging
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,44 +26,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from lorapre_dist.config import ConfigError, LoRAPreConfig
-from lorapre_dist.optimizer import LoRAPre
-from lorapre_dist.param_groups import param_groups
+from lorapre_dist.config import ConfigError
 from lorapre_dist.training.schedule import scheduler_factory
 from lorapre_dist.training.settings import BUILTIN, default_cache, load_settings
+
+from .contenders import BASE_LR, ROWS, Row
 
 if TYPE_CHECKING:
     from lorapre_dist.training.settings import Settings
 
-BASE_LR = 0.01
-BETAS = (0.9, 0.99)
-EPS = 1e-8
 CLIP = 1.0
 WARMUP = 40
 # Largest loss above AdamW's, in nats, that the stable variant is meant to stay within.
 LIMITS = {"stable-r16": 0.05, "stable-r4": 0.1}
-LORAPRE_LRS = (0.0005, 0.001, 0.002)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender.
-
-    Attributes:
-        label: in the table.
-        build: optimizer of (model, lr of the matrices).
-        lrs: lrs of the matrices that are tried.
-        rank: of the first moment; of GaLore's projection; None for AdamW.
-        rank_v: of the second moment; None where it has no rank of its own.
-    """
-
-    label: str
-    build: Callable[[nn.Module, float], Optimizer]
-    lrs: tuple[float, ...]
-    rank: int | None = None
-    rank_v: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,64 +63,6 @@ class Run:
     seconds: float
     batches: str
     train_losses: list[float]
-
-
-# contenders -----------------------------------------------------------------------------------------------------
-
-
-def adamw(model: nn.Module, lr: float) -> Optimizer:
-    """``torch.optim.AdamW`` for everything, the matrices at ``lr``."""
-    matrices, rest = split(model)
-    groups = [{"params": matrices, "lr": lr}, {"params": rest}]
-    return torch.optim.AdamW(groups, lr=BASE_LR, betas=BETAS, eps=EPS, weight_decay=0.0)
-
-
-def lorapre(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
-    """Builder of :class:`lorapre_dist.LoRAPre` with ``options``."""
-
-    def build(model: nn.Module, lr: float) -> Optimizer:
-        return LoRAPre(param_groups(model), lr=BASE_LR, betas=BETAS, eps=EPS, scale=lr / BASE_LR, **options)
-
-    return build
-
-
-def galore(rank: int) -> Callable[[nn.Module, float], Optimizer]:
-    """Builder of ``galore_torch.GaLoreAdamW`` with the parameter groups of its README."""
-
-    def build(model: nn.Module, lr: float) -> Optimizer:
-        # bitsandbytes, which galore-torch imports, warns of kernels that are not used here.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        from galore_torch import GaLoreAdamW
-
-        matrices, rest = split(model)
-        projected = {"rank": rank, "update_proj_gap": 200, "scale": lr / BASE_LR, "proj_type": "std"}
-        groups = [{"params": rest}, {"params": matrices, **projected}]
-        return GaLoreAdamW(groups, lr=BASE_LR, betas=BETAS, eps=EPS, weight_decay=0.0, no_deprecation_warning=True)
-
-    return build
-
-
-def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The attention and MLP matrices, and every other parameter: LoRAPre's own choice, for all contenders."""
-    groups = param_groups(model)
-    matrices, rest = ([p for _, p in group["params"]] for group in groups)
-    return matrices, rest
-
-
-def lorapre_row(label: str, lrs: tuple[float, ...], **options: Any) -> Row:
-    """A LoRAPre contender; ``options`` are those of :class:`lorapre_dist.config.LoRAPreConfig`."""
-    config = LoRAPreConfig(**options)
-    return Row(label, lorapre(**options), lrs, config.rank, config.resolved_rank_v)
-
-
-ROWS = {
-    "adamw": Row("AdamW", adamw, (0.0005, 0.001, 0.002)),
-    "stable-r16": lorapre_row("LoRAPre stable", LORAPRE_LRS, rank=16),
-    "stable-r4": lorapre_row("LoRAPre stable", LORAPRE_LRS, rank=4),
-    # Both bracket the best lr and hold 0.0025, the scale of 0.25 that the two papers train with.
-    "paper-r16": lorapre_row("LoRAPre paper", (0.0001, 0.0002, 0.0025), rank=16, variant="paper"),
-    "galore-r16": Row("GaLore", galore(16), (0.0025, 0.005, 0.01), 16),
-}
 
 
 # training -------------------------------------------------------------------------------------------------------

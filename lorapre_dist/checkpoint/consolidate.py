@@ -9,8 +9,9 @@ One process, no ``torch.distributed``; no more than one part of one tensor is in
         and ``NAME.exp_avg_sq`` in the parameter's shape
     optimizer.json
         {"format": 1, "step": n, "layout": "ZeRO-2", "world_size": 4, "aliases": {...}, "param_groups": [...],
-         "parameters": {NAME: {"kind": "lorapre", "variant": "stable", "rank": r, "rank_v": s, "shape": [p, q],
-                               "step": n} | {"kind": "adamw", "shape": [...], "step": n}}}
+         "parameters": {NAME: {"kind": "lorapre", "optimizer": "LoRAPre", "variant": "stable", "rank": r, "rank_v": s,
+                               "vectors": ["v_row"], "shape": [p, q], "step": n}
+                              | {"kind": "adamw", "shape": [...], "step": n}}}
 """
 
 from __future__ import annotations

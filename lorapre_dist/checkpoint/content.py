@@ -3,8 +3,9 @@
 ``checkpoint.json`` in a checkpoint:
 
     {"format": 1, "version": "0.1.0", "layout": "ZeRO-2", "world_size": 4, "step": 1000,
-     "variant": "stable", "aliases": {NAME: NAME of the tensor it is tied to},
-     "parameters": {NAME: {"kind": "lorapre", "shape": [p, q], "rank": r, "rank_v": s, "step": n}
+     "aliases": {NAME: NAME of the tensor it is tied to},
+     "parameters": {NAME: {"kind": "lorapre", "optimizer": "LoRAPre", "variant": "stable", "rank": r, "rank_v": s,
+                           "vectors": ["v_row"], "shape": [p, q], "step": n}
                           | {"kind": "adamw", "shape": [...], "step": n}
                           | {"kind": "untrained", "shape": [...]}},
      "param_groups": [{"lr": ..., "rank": ..., ...}]}
@@ -17,31 +18,34 @@ from pathlib import Path
 from typing import Any
 
 from ..core.factors import Matrix
-from ..optimizer import LoRAPre
+from ..optimizer import LowRankOptimizer
 from ..state import plain_groups
 from .folder import CheckpointError
 
 FILE = "checkpoint.json"
 FORMAT = 1
 TENSORS = "tensors"
+#: What says the rank of each moment's factors; an optimizer without a low-rank second moment has no ``rank_v``.
+RANKS = {"m": "rank", "v": "rank_v"}
 
 
-def parameters(optimizer: LoRAPre) -> dict[str, dict[str, Any]]:
+def parameters(optimizer: LowRankOptimizer) -> dict[str, dict[str, Any]]:
     """What this rank's optimizer holds, by parameter name."""
     found = {}
     for bound in optimizer.bound():
         entry: dict[str, Any] = {"shape": list(bound.piece.shape), "step": bound.state.step}
         if isinstance(bound.state, Matrix):
-            ranks = {"rank": bound.state.m.B.shape[1], "rank_v": bound.state.v.B.shape[1]}
-            variant = "stable" if bound.state.row is not None else "paper"
-            entry = {"kind": "lorapre", "variant": variant, **ranks, **entry}
+            state = bound.state
+            identity = {"optimizer": state.optimizer, "variant": state.variant, "vectors": list(state.vectors)}
+            ranks = {RANKS[moment]: rank for moment, rank in state.ranks.items()}
+            entry = {"kind": "lorapre", **identity, **ranks, **entry}
         else:
             entry = {"kind": "adamw", **entry}
         found[bound.piece.name] = entry
     return found
 
 
-def describe(optimizer: LoRAPre, held: list[dict[str, dict[str, Any]]], **more: Any) -> dict[str, Any]:
+def describe(optimizer: LowRankOptimizer, held: list[dict[str, dict[str, Any]]], **more: Any) -> dict[str, Any]:
     """The content of ``checkpoint.json``; ``held`` is :func:`parameters` of every rank."""
     assert optimizer.layout is not None
     merged: dict[str, dict[str, Any]] = {}
@@ -87,6 +91,8 @@ def differences(saved: dict[str, Any], present: dict[str, dict[str, Any]], group
     for name in sorted(then.keys() & present.keys()):
         for key, now in present[name].items():
             was = then[name].get(key)
+            if was is None and key in ("optimizer", "vectors"):  # earlier versions had but one, and did not say so
+                was = "LoRAPre" if key == "optimizer" else vectors(then[name])
             if key != "step" and was != now and not (resize and key in ("rank", "rank_v")):
                 hint = " (resize_rank would adapt it)" if key in ("rank", "rank_v") else ""
                 found.append(f"{name}: {key} was {was}, is {now}{hint}")
@@ -123,6 +129,11 @@ def missing(saved: dict[str, Any], untrained: dict[str, Any]) -> list[str]:
 def ranks(entry: dict[str, Any]) -> tuple[Any, Any]:
     """Ranks of the factors of a parameter, ``(None, None)`` where it has none."""
     return entry.get("rank"), entry.get("rank_v")
+
+
+def vectors(entry: dict[str, Any]) -> list[str]:
+    """Names of the statistics of a parameter with factors."""
+    return list(entry.get("vectors", ["v_row"] if entry["variant"] == "stable" else []))
 
 
 def complain(folder: Path, found: list[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..optimizer import LoRAPre
+from ..optimizer import LowRankOptimizer
 from ..param_groups import clean_name
 from . import content, folder, model, run
 from .folder import CheckpointError
@@ -210,7 +210,7 @@ def _scaler(engine: Any) -> Any:
     return getattr(engine.optimizer, "loss_scaler", engine.optimizer)
 
 
-def _refresh(wrapper: Any, optimizer: LoRAPre) -> None:
+def _refresh(wrapper: Any, optimizer: LowRankOptimizer) -> None:
     """Bring the fp32 weights that were loaded to the copies that the model computes with."""
     if wrapper is optimizer:
         return

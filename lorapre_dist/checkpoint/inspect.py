@@ -40,12 +40,19 @@ def describe(path: Path) -> dict[str, Any]:
 def _content(path: Path) -> dict[str, Any]:
     described = content.read(path)
     parameters = described["parameters"]
-    held = Counter((e["variant"], e["rank"], e["rank_v"]) for e in parameters.values() if e["kind"] == "lorapre")
+    held = Counter(
+        (e.get("optimizer", "LoRAPre"), e["variant"], *content.ranks(e))
+        for e in parameters.values()
+        if e["kind"] == "lorapre"
+    )
     counts = Counter(entry["kind"] for entry in parameters.values())
     return {
         **{key: described[key] for key in ("step", "layout", "world_size")},
         "lr": [group.get("lr") for group in described["param_groups"]],
-        "ranks": [{"variant": v, "rank": r, "rank_v": s, "tensors": n} for (v, r, s), n in sorted(held.items())],
+        "ranks": [
+            {"optimizer": o, "variant": v, "rank": r, "rank_v": s, "tensors": n}
+            for (o, v, r, s), n in sorted(held.items(), key=str)
+        ],
         "count": {kind: counts[kind] for kind in KINDS},
         "aliases": described.get("aliases", {}),
         "frozen": described.get("frozen", "saved"),
@@ -109,7 +116,8 @@ def _content_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"  step           {found['step']}, written by {ranks}, layout {found['layout']}"]
     for entry in found["ranks"]:
         several = f" ({entry['tensors']} tensors)" if len(found["ranks"]) > 1 else ""
-        lines.append(f"  LoRAPre        {entry['variant']}, rank {entry['rank']}, rank_v {entry['rank_v']}{several}")
+        rank_v = "" if entry["rank_v"] is None else f", rank_v {entry['rank_v']}"
+        lines.append(f"  {entry['optimizer']:<14} {entry['variant']}, rank {entry['rank']}{rank_v}{several}")
     lines.append(f"  lr             {', '.join(dict.fromkeys(_number(lr) for lr in found['lr']))}")
     lines.append("  tensors        " + ", ".join(f"{found['count'][kind]} {word}" for kind, word in KINDS.items()))
     if found["frozen"] == "excluded":
@@ -134,7 +142,7 @@ def _file_lines(files: dict[str, int]) -> list[str]:
 def _tensor_lines(parameters: dict[str, dict[str, Any]]) -> list[str]:
     rows = [("tensor", "kind", "shape", "rank", "step")]
     for name, entry in parameters.items():
-        rank = f"{entry['rank']}, {entry['rank_v']}" if entry["kind"] == "lorapre" else "-"
+        rank = ", ".join(str(r) for r in content.ranks(entry) if r is not None) or "-"
         shape = " x ".join(map(str, entry["shape"])) or "scalar"
         rows.append((name, KINDS[entry["kind"]], shape, rank, str(entry.get("step", "-"))))
     return columns(rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..optimizer import LoRAPre
+from ..optimizer import LowRankOptimizer
 from ..param_groups import clean_name
 from . import folder, model, run
 from .folder import CheckpointError
@@ -17,7 +17,7 @@ from .team import Team
 
 def save(
     module: torch.nn.Module,
-    optimizer: LoRAPre,
+    optimizer: LowRankOptimizer,
     directory: str | Path,
     tag: str,
     *,
@@ -52,7 +52,7 @@ def save(
 
 def load(
     module: torch.nn.Module,
-    optimizer: LoRAPre,
+    optimizer: LowRankOptimizer,
     directory: str | Path,
     tag: str | None = None,
     *,
@@ -89,7 +89,7 @@ def load(
     return client_state
 
 
-def _trained(module: torch.nn.Module, optimizer: LoRAPre) -> set[str]:
+def _trained(module: torch.nn.Module, optimizer: LowRankOptimizer) -> set[str]:
     """Names of the parameters that are stepped, also where this rank holds nothing of one."""
     optimizer.bound()
     assert optimizer.layout is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.factors import initial_At
 from ..shards import OPTIMIZER, Shard
 from . import dcp
+from .content import RANKS
 from .team import Team
 
 
@@ -36,7 +37,7 @@ def resize(B: Tensor, A: Tensor, rank: int, fresh: Tensor) -> tuple[Tensor, Tens
 def load_resized(
     folder: Path, changed: dict[str, dict[str, Any]], shards: dict[str, Shard], options: dict[str, Any], team: Team
 ) -> None:
-    """Fill the factors of ``changed`` (name to ``rank`` and ``rank_v`` here) from a checkpoint of other ranks.
+    """Fill the factors of ``changed`` (name to its entry in ``checkpoint.json`` here) from a checkpoint of other ranks.
 
     Rank 0 computes, one moment of one matrix at a time, and sends the result to all; each keeps its part. Collective.
 
@@ -45,7 +46,7 @@ def load_resized(
     """
     saved = dcp.shapes(folder)
     for name, now in changed.items():
-        for moment, rank in (("m", now["rank"]), ("v", now["rank_v"])):
+        for moment, rank in [(moment, now[key]) for moment, key in RANKS.items() if key in now]:
             entries = [saved[f"{OPTIMIZER}{name}.{moment}_{factor}"] for factor in "BA"]
             p, q = entries[0].size[0], entries[1].size[1]
             dtype = entries[0].properties.dtype

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..optimizer import LoRAPre
+from ..optimizer import LowRankOptimizer
 from ..shards import OPTIMIZER, UNTRAINED, Shard, Untrained, Weights, state_shards
 from ..state import restore_groups
 from . import content, dcp, folder
@@ -62,7 +62,7 @@ class Job:
         also: called with the folder on every rank, to add files of its own; may issue collectives.
     """
 
-    optimizer: LoRAPre
+    optimizer: LowRankOptimizer
     step: int
     untrained: dict[str, Untrained] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
@@ -257,7 +257,7 @@ def newest_whole(directory: str | Path, *, group: Any = None) -> tuple[Path | No
 
 def load(
     path: str | Path,
-    optimizer: LoRAPre,
+    optimizer: LowRankOptimizer,
     *,
     untrained: dict[str, Untrained] | None = None,
     states: bool = True,

@@ -97,12 +97,12 @@ def expected(parameters: dict[str, dict[str, Any]]) -> dict[str, tuple[int, ...]
         shape = tuple(entry["shape"])
         found[(UNTRAINED if entry["kind"] == "untrained" else MODEL) + name] = shape
         if entry["kind"] == "lorapre":
-            factors = {"m": entry["rank"], "v": entry["rank_v"]}
-            for moment, rank in factors.items():
-                found[f"{OPTIMIZER}{name}.{moment}_B"] = (shape[0], rank)
-                found[f"{OPTIMIZER}{name}.{moment}_A"] = (rank, shape[1])
-            if entry["variant"] == "stable":
-                found[f"{OPTIMIZER}{name}.v_row"] = (shape[0],)
+            for moment, key in content.RANKS.items():
+                if key in entry:
+                    found[f"{OPTIMIZER}{name}.{moment}_B"] = (shape[0], entry[key])
+                    found[f"{OPTIMIZER}{name}.{moment}_A"] = (entry[key], shape[1])
+            for vector in content.vectors(entry):
+                found[f"{OPTIMIZER}{name}.{vector}"] = (shape[0] if vector.endswith("_row") else shape[1],)
         elif entry["kind"] == "adamw":
             found[f"{OPTIMIZER}{name}.exp_avg"] = found[f"{OPTIMIZER}{name}.exp_avg_sq"] = shape
     return found

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adam import Hyper
+
+@dataclass(frozen=True)
+class Hyper:
+    """Settings of one parameter group at one step, as in ``torch.optim.AdamW``."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
 
 @dataclass

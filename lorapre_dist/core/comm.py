@@ -22,7 +22,8 @@ class Comm:
 
     Attributes:
         bytes: by purpose, what this rank sends in a ring implementation: ``(n-1)/n`` of the whole for an
-            all-gather or a reduce-scatter over n ranks, twice that for an all-reduce.
+            all-gather or a reduce-scatter over n ranks, twice that for an all-reduce; all of it for a broadcast's
+            source and a reduction's others; what leaves for other ranks in an all-to-all.
         calls: number of collectives by purpose.
     """
 
@@ -77,6 +78,47 @@ class Comm:
             if dist.get_rank(group) != owner:
                 for tensor, received in zip(tensors, back(sent).split([t.numel() for t in tensors]), strict=True):
                     tensor.copy_(received)
+
+    def reduce(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
+        """Sum each part (1-D) over all ranks into that of the rank of ``group`` named with it.
+
+        All ranks give parts for the same ranks in the same order; they are packed by at most ``limit`` bytes.
+        """
+        waits = []
+        for owner, tensors in _packed(parts, limit):
+            packed = torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
+            sent, back = _staged(packed, group)
+            self._count(purpose, sent, 0.0 if dist.get_rank(group) == owner else 1.0)
+            target = dist.get_process_group_ranks(group)[owner]
+            waits.append((dist.reduce(sent, target, group=group, async_op=True), sent, back, tensors, owner))
+        for work, sent, back, tensors, owner in waits:
+            work.wait()
+            if dist.get_rank(group) == owner:
+                for tensor, summed in zip(tensors, back(sent).split([t.numel() for t in tensors]), strict=True):
+                    tensor.copy_(summed)
+
+    def all_to_all(
+        self, leaving: list[list[Tensor]], arriving: list[list[Tensor]], group: Any, purpose: str
+    ) -> Callable[[], None]:
+        """Start sending the tensors ``leaving[k]`` to rank k; the returned function waits and fills ``arriving``.
+
+        Rank k gets them as ``arriving`` of this rank there: as many elements, in the same order.
+        """
+        flat = [t.reshape(-1) for some in leaving for t in some]
+        like = next(t for some in (*leaving, *arriving) for t in some)
+        sent, back = _staged(torch.cat(flat) if flat else like.new_empty(0), group)
+        counts = [[sum(t.numel() for t in some) for some in side] for side in (arriving, leaving)]
+        out = sent.new_empty(sum(counts[0]))
+        self._count(purpose, sent, 1.0)
+        work = dist.all_to_all_single(out, sent, counts[0], counts[1], group=group, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            targets = [t for some in arriving for t in some]
+            for target, received in zip(targets, back(out).split([t.numel() for t in targets]), strict=True):
+                target.copy_(received.view(target.shape))
+
+        return finish
 
     def _count(self, purpose: str, tensor: Tensor, factor: float) -> None:
         self.calls[purpose] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Moment:
     Attributes:
         factors: this rank's state.
         At: q x r, whole, of the step before.
+        Y: per row that is cut between ranks, the regression of the whole row on the old A (r numbers).
         gram: ``A A^T``, r x r.
         inverse: of the damped ``gram``.
         W: ``At inverse`` (q x r) where that is cheaper than to multiply rows by ``inverse``, else None.
@@ -42,6 +43,7 @@ class Moment:
 
     factors: Factors
     At: Tensor
+    Y: Tensor
     gram: Tensor = field(init=False)
     inverse: Tensor = field(init=False)
     W: Tensor | None = field(init=False, default=None)
@@ -59,16 +61,17 @@ class Work:
     """One matrix on its way through the phases of a step.
 
     Attributes:
-        m, v: the two moments.
+        moments: one, or two in the order m, v.
         cut: line in ``edge`` of each row that is cut between ranks.
-        edge: per cut row, ``sum g^2``, ``sum w``, Y (r numbers) and Yv (r_v numbers).
+        edge: per cut row, sums that the optimizer needs (first), then each moment's ``Y``.
+        column_sums: numbers to be summed over the ranks beside ``edge``; None where there are none.
     """
 
     item: Item
-    m: Moment
-    v: Moment
+    moments: list[Moment]
     cut: dict[int, int]
     edge: Tensor
+    column_sums: Tensor | None = None
 
     @property
     def matrix(self) -> Matrix:
@@ -76,15 +79,25 @@ class Work:
         return self.item.matrix
 
     @property
-    def moments(self) -> tuple[Moment, Moment]:
-        """Both moments."""
-        return self.m, self.v
+    def m(self) -> Moment:
+        """The first moment."""
+        return self.moments[0]
+
+    @property
+    def v(self) -> Moment:
+        """The second moment."""
+        return self.moments[1]
 
 
-_T = TypeVar("_T", Item, Work)
+class _HasMatrix(Protocol):
+    @property
+    def matrix(self) -> Matrix: ...
 
 
-def _by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
+_T = TypeVar("_T", bound=_HasMatrix)
+
+
+def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
     """Shared matrices by process group, groups in order of first use (the same order on every rank)."""
     found: dict[int, tuple[Any, list[_T]]] = {}
     for work in works:
@@ -94,39 +107,49 @@ def _by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
     return list(found.values())
 
 
-def gather(items: list[Item], comm: Comm) -> list[Work]:
-    """``At`` of both moments, whole: one all-gather a group. Matrices owned whole lend their state."""
+def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
+    """``At`` of every moment, whole: one all-gather a group. Matrices owned whole lend their state.
+
+    Args:
+        sums: numbers per cut row that the optimizer sums beside ``Y``.
+    """
     waits = []
-    for group, shared in _by_group(items):
-        blocks = [_padded(f.At, x.matrix.block_size) for x in shared for f in (x.matrix.m, x.matrix.v)]
+    for group, shared in by_group(items):
+        blocks = [_padded(f.At, x.matrix.block_size) for x in shared for f in x.matrix.factors.values()]
         waits.append((comm.all_gather(torch.cat(blocks), group, "gather A"), shared))
     whole: dict[int, list[Tensor]] = {}
     for wait, shared in waits:
         gathered, at = wait(), 0
         for item in shared:
             q, size = item.matrix.interval.shape[1], item.matrix.block_size
-            for factors in (item.matrix.m, item.matrix.v):
+            for factors in item.matrix.factors.values():
                 r = factors.At.shape[1]
                 block = gathered[:, at : at + size * r].reshape(-1, r)[:q]
                 whole.setdefault(id(item), []).append(block)
                 at += size * r
-    return [_work(item, whole.get(id(item))) for item in items]
+    return [_work(item, whole.get(id(item)), sums) for item in items]
 
 
 def sum_edges(works: list[Work], comm: Comm) -> None:
     """Sum the rows that are cut between ranks, and the Grams of ``A``, over the ranks: one all-reduce a group."""
-    tensors = [(g, [t for w in shared for t in (w.edge, w.m.gram, w.v.gram)]) for g, shared in _by_group(works)]
+    tensors = []
+    for group, shared in by_group(works):
+        parts: list[Tensor] = []
+        for work in shared:
+            parts += [work.edge, *(moment.gram for moment in work.moments)]
+            parts += [] if work.column_sums is None else [work.column_sums]
+        tensors.append((group, parts))
     _all_reduce(tensors, comm, "edge rows and Gram of A")
 
 
 def reduce(works: list[Work], comm: Comm) -> None:
     """Sum Z into each rank's block of columns, and S everywhere: a reduce-scatter and an all-reduce a group."""
     waits = []
-    for group, shared in _by_group(works):
+    for group, shared in by_group(works):
         parts = shared[0].matrix.parts
         blocks = torch.cat([moment.Zt.view(parts, -1) for work in shared for moment in work.moments], dim=1)
         waits.append((comm.reduce_scatter(blocks, group, "reduce Z"), shared))
-    grams = [(g, [moment.S for work in shared for moment in work.moments]) for g, shared in _by_group(works)]
+    grams = [(g, [moment.S for work in shared for moment in work.moments]) for g, shared in by_group(works)]
     _all_reduce(grams, comm, "Gram of B")
     for wait, shared in waits:
         mine, at = wait(), 0
@@ -138,13 +161,16 @@ def reduce(works: list[Work], comm: Comm) -> None:
                 at += size * moment.rank
 
 
-def _work(item: Item, gathered: list[Tensor] | None) -> Work:
+def _work(item: Item, gathered: list[Tensor] | None, sums: int) -> Work:
     matrix = item.matrix
-    At, vAt = gathered or (matrix.m.At, matrix.v.At)
+    wholes = gathered or [factors.At for factors in matrix.factors.values()]
     rows = matrix.peers.cut_rows(matrix.interval.shape) if matrix.peers else ()
-    edge = At.new_zeros(len(rows), 2 + At.shape[1] + vAt.shape[1])
-    cut = {row: line for line, row in enumerate(rows)}
-    return Work(item, Moment(matrix.m, At), Moment(matrix.v, vAt), cut, edge)
+    edge = wholes[0].new_zeros(len(rows), sums + sum(At.shape[1] for At in wholes))
+    moments, at = [], sums
+    for factors, At in zip(matrix.factors.values(), wholes, strict=True):
+        moments.append(Moment(factors, At, edge[:, at : at + At.shape[1]]))
+        at += At.shape[1]
+    return Work(item, moments, {row: line for line, row in enumerate(rows)}, edge)
 
 
 def _all_reduce(by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: str) -> None:

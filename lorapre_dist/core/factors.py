@@ -21,17 +21,17 @@ class Peers:
         group: their process group.
         ranges: the row-major interval of each, in order of group rank; they tile the matrix, some may be empty.
         index: this rank's place among them.
-        split_columns: ``ranges`` are whole rows, of which some ranks hold some columns and others the rest.
+        columns: of whole rows (``ranges``), the columns that each of them holds; None where rows are not split so.
     """
 
     group: Any
     ranges: tuple[Range, ...]
     index: int
-    split_columns: bool = False
+    columns: tuple[Range, ...] | None = None
 
     def cut_rows(self, shape: tuple[int, int]) -> Sequence[int]:
         """Rows of a p x q matrix that more than one of these ranks holds a part of, in order."""
-        return range(shape[0]) if self.split_columns else cut_rows(self.ranges, shape[1])
+        return cut_rows(self.ranges, shape[1]) if self.columns is None else range(shape[0])
 
 
 @dataclass
@@ -54,26 +54,38 @@ class Matrix:
     Attributes:
         interval: the piece of the parameter.
         peers: the ranks that share it; None if this rank holds it whole.
-        m, v: factors of the first moment and of ``|g|``.
-        row: energies of the touched rows (``stable``), else None.
-        before: matrices and columns ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
+        factors: by moment: ``m``, and in some optimizers ``v``, that of ``|g|``.
+        vectors: statistics by name: ``*_row`` of the touched rows, ``*_col`` of all columns, on every rank.
+        optimizer, variant: by which the state is stepped.
+        before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
         step: number of updates so far.
     """
 
     interval: RowInterval
     peers: Peers | None
-    m: Factors
-    v: Factors
-    row: Tensor | None
-    before: tuple[int, int] = (0, 0)
+    factors: dict[str, Factors]
+    vectors: dict[str, Tensor]
+    optimizer: str = "LoRAPre"
+    variant: str = "stable"
+    before: tuple[int, int, int] = (0, 0, 0)
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and ``v_row`` in ``stable``."""
-        state = {"m_B": self.m.B, "m_A": self.m.At.T, "v_B": self.v.B, "v_A": self.v.At.T}
-        if self.row is not None:
-            state["v_row"] = self.row
-        return state
+        """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
+        state: dict[str, Tensor] = {}
+        for moment, factors in self.factors.items():
+            state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.At.T}
+        return state | self.vectors
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of the factors by moment."""
+        return {moment: f.B.shape[1] for moment, f in self.factors.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all state."""
+        return self.factors["m"].B.dtype
 
     @property
     def parts(self) -> int:
@@ -90,25 +102,34 @@ def allocate(
     interval: RowInterval,
     peers: Peers | None,
     *,
-    rank: int,
-    rank_v: int,
-    row_energy: bool,
+    ranks: dict[str, int],
+    vectors: tuple[str, ...],
+    optimizer: str,
+    variant: str,
     init_std: float,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
-    before: tuple[int, int] = (0, 0),
+    before: tuple[int, int, int] = (0, 0, 0),
 ) -> Matrix:
-    """State of one matrix before its first step: ``B = vB = 0`` and ``A, vA ~ N(0, init_std^2)``."""
-    columns = column_block(interval.shape[1], len(peers.ranges), peers.index) if peers else (0, interval.shape[1])
+    """State of one matrix before its first step: ``B = vB = 0`` and ``A, vA ~ N(0, init_std^2)``; zero statistics.
+
+    Args:
+        ranks: of the factors by moment.
+        vectors: names of the statistics, see :class:`Matrix`.
+    """
+    p, q = interval.rows, interval.shape[1]
+    columns = column_block(q, len(peers.ranges), peers.index) if peers else (0, q)
 
     def factors(moment: str, r: int) -> Factors:
-        whole = initial_At(interval.name, moment, interval.shape[1], r, init_std, seed)
+        whole = initial_At(interval.name, moment, q, r, init_std, seed)
         block = whole[columns[0] : columns[1]].to(device=device, dtype=dtype, copy=True)
-        return Factors(torch.zeros(interval.rows, r, device=device, dtype=dtype), block)
+        return Factors(torch.zeros(p, r, device=device, dtype=dtype), block)
 
-    row = torch.zeros(interval.rows, device=device, dtype=dtype) if row_energy else None
-    return Matrix(interval, peers, factors("m", rank), factors("v", rank_v), row, before)
+    held = {moment: factors(moment, r) for moment, r in ranks.items()}
+    sizes = {name: p if name.endswith("_row") else q for name in vectors}
+    zeros = {name: torch.zeros(size, device=device, dtype=dtype) for name, size in sizes.items()}
+    return Matrix(interval, peers, held, zeros, optimizer, variant, before)
 
 
 def initial_At(name: str, moment: str, q: int, r: int, std: float, seed: int) -> Tensor:

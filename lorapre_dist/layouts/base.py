@@ -23,8 +23,8 @@ class Piece:
         shape: of the whole parameter.
         peers: the ranks that share the matrix (or stack of them), or None if this rank holds all of it.
         columns: of a matrix split by columns: those held here, of the whole rows from ``start`` to ``stop``.
-        before: number of matrices, and of their columns, ahead of this one in the layout; the same on every rank that
-            shares it.
+        before: number of matrices, of their columns and of their elements ahead of this one in the layout; the same on
+            every rank that shares it.
         owned: whether this rank keeps the state and takes the step; if not, another one does and sends the result.
     """
 
@@ -36,7 +36,7 @@ class Piece:
     peers: Peers | None = None
     columns: Range | None = None
     owned: bool = True
-    before: tuple[int, int] = (0, 0)
+    before: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def numel(self) -> int:

@@ -6,7 +6,7 @@ A matrix is stepped by one rank, a vector by each rank in part; then each sends 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,7 @@ def layout(named: Named, group: Any, is_low_rank: LowRank) -> Layout:
     """Matrices to ranks, balanced by elements (hence by time), largest first; other parameters in equal parts."""
     named, size, rank = list(named), dist.get_world_size(group), dist.get_rank(group)
     matrices = {n: _matrices(n, tuple(p.shape)) for n, p, i in named if is_low_rank(n, tuple(p.shape), i)}
-    owner, load = {}, [0] * size
-    for name, shape in sorted((m for found in matrices.values() for m in found), key=lambda m: -math.prod(m[1])):
-        owner[name] = load.index(min(load))
-        load[owner[name]] += math.prod(shape)
+    owner = owners({name: math.prod(sides) for found in matrices.values() for name, sides in found}, size)
     made = Layout("DDP, sharded state", world_size=size, group=group)
     for name, p, index in named:
         shape, unit = tuple(p.shape), Unit(p, index, [])
@@ -45,3 +42,12 @@ def layout(named: Named, group: Any, is_low_rank: LowRank) -> Layout:
 def _matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """Name and sides of the matrices in a low-rank parameter: itself, or those of a stack."""
     return [(name, shape)] if len(shape) == 2 else [(expert_name(name, e), shape[1:]) for e in range(shape[0])]
+
+
+def owners(elements: Mapping[str, int], size: int) -> dict[str, int]:
+    """The rank that steps each matrix, from their numbers of elements: largest first, each to the least loaded rank."""
+    owner, load = {}, [0] * size
+    for name, numel in sorted(elements.items(), key=lambda pair: -pair[1]):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += numel
+    return owner

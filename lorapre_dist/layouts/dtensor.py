@@ -45,9 +45,11 @@ def layout(named: Iterable[tuple[str, torch.Tensor, int]]) -> Layout:
         else:
             peers = None
             if held.group is not None and len(shape) in (2, 3):
-                split = any(columns is not None for _, columns in ranges[name])
                 rows = tuple(row_range for row_range, _ in ranges[name])
-                peers = Peers(held.group, rows, dist.get_rank(held.group), split)
+                columns = None
+                if any(some is not None for _, some in ranges[name]):
+                    columns = tuple(some or (0, shape[1]) for _, some in ranges[name])
+                peers = Peers(held.group, rows, dist.get_rank(held.group), columns)
             piece = Piece(name, shape, held.start, held.stop, 0, peers, held.columns)
             if held.group is not None:
                 made.world_size = max(made.world_size, dist.get_world_size(held.group))

@@ -6,6 +6,7 @@ few, and mostly one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
         if len(piece.shape) == 3 and is_low_rank(piece.name, piece.shape, unit.group)
     }
     peers = _peers(stacks) if layout.world_size > 1 else {}
-    count = columns = 0
+    count = columns = elements = 0
     for unit in layout.units:
         pieces = []
         for piece in unit.pieces:
@@ -37,8 +38,10 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
             parts = [(0, piece)]
             if piece.name in stacks:
                 size, parts = piece.shape[0], list(_experts(piece, peers))
-            pieces += [replace(part, before=(count + e, columns + e * q)) for e, part in parts]
-            count, columns = count + size, columns + size * q
+            numel = math.prod(piece.shape) // size if q else 0
+            for e, part in parts:
+                pieces.append(replace(part, before=(count + e, columns + e * q, elements + e * numel)))
+            count, columns, elements = count + size, columns + size * q, elements + size * numel
         unit.pieces = pieces
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core.interval import overlap
+from ..core.interval import holders
 from .base import Layout, Piece, SubGroups, Unit
 
 Placed = Iterable[tuple[str, tuple[int, ...], int]]  # name, shape, offset in the group's flat buffer
@@ -19,9 +19,8 @@ def flat_group(flat: torch.Tensor, group_index: int, placed: Placed, partition_s
     pieces = []
     for name, shape, offset in placed:
         numel = torch.Size(shape).numel()
-        ranges = [
-            overlap(offset, offset + numel, k * partition_size, (k + 1) * partition_size) for k in range(groups.size)
-        ]
+        held = holders(offset, offset + numel, partition_size)
+        ranges = [held.get(k, (0, 0)) for k in range(groups.size)]
         start, stop = ranges[groups.rank]
         peers = groups.peers(ranges) if len(shape) in (2, 3) else None
         if start < stop:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..core.factors import Peers
+from ..core.interval import equal_ranges
 from .base import Layout, Piece, Unit
 
 
@@ -20,7 +21,7 @@ def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
         pieces, offset = [], 0
         for p in zero.fp16_groups[i]:
             part, numel = p.partition_numel(), p.ds_numel
-            ranges = tuple((min(numel, k * part), min(numel, (k + 1) * part)) for k in range(size))
+            ranges = equal_ranges(numel, size)
             peers = Peers(group, ranges, rank) if size > 1 and len(p.ds_shape) in (2, 3) else None
             pieces.append(Piece(names[p], tuple(p.ds_shape), *ranges[rank], offset, peers))
             offset += part

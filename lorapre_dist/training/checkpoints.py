@@ -21,9 +21,11 @@ from lorapre_dist.checkpoint.folder import LATEST, checkpoints, partial, start
 from lorapre_dist.checkpoint.run import seal
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
+from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import ranks
 from lorapre_dist.training.data import Stream, TrainingData
 from lorapre_dist.training.ds_json import precision, zero_stage
+from lorapre_dist.training.interruption import lost_rank
 from lorapre_dist.training.settings import RunSettings
 from lorapre_dist.training.streaming import merge_states
 
@@ -48,7 +50,7 @@ def identity(settings: RunSettings, data: TrainingData) -> dict[str, Any]:
 
 
 def _ours(settings: RunSettings) -> bool:
-    return settings.ds_config["optimizer"]["type"].startswith("LoRAPre")
+    return settings.ds_config["optimizer"]["type"] in OPTIMIZERS
 
 
 def check_named(settings: RunSettings) -> None:
@@ -144,6 +146,8 @@ def load(engine: Any, settings: RunSettings, data: TrainingData, path: Path) -> 
     except ConfigError:
         raise
     except Exception as error:  # torch and DeepSpeed raise many kinds on a damaged or foreign file
+        if lost_rank(error) is not None:
+            raise
         raise ConfigError(f"checkpoint {path} cannot be loaded: {type(error).__name__}: {error}") from error
     return int(state["step"]), int(state["tokens"])
 

@@ -14,9 +14,10 @@ from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.documents import Source, open_source
 from lorapre_dist.training.settings import Settings
 from lorapre_dist.training.splits import Split, finite_split, streaming_split
-from lorapre_dist.training.streaming import LaneStream, Prefetch
+from lorapre_dist.training.streaming import ShardStream
+from lorapre_dist.training.tokenized import TOKENIZER, TokenFolder, is_tokenized
 from lorapre_dist.training.tokenizer import Encoder, load_tokenizer, trained_tokenizer
-from lorapre_dist.training.tokens import TokenStream, token_file
+from lorapre_dist.training.tokens import Tokens, TokenStream, token_file
 
 
 class Stream(Protocol):
@@ -60,6 +61,21 @@ class Data(TrainingData):
     held_out: np.ndarray
 
 
+class Corpus(Protocol):
+    """The settings that say what text there is; shared with ``lorapre tokenize``."""
+
+    dataset: str
+    dataset_config: str | None
+    dataset_split: str
+    eval_dataset: str | None
+    eval_split: str
+    text_column: str | None
+    read_attempts: int
+    streaming: bool
+    tokenizer: str | None
+    vocab_size: int | None
+
+
 def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
     """Open the corpus, hold out a part, train or load the tokenizer and tokenise. Issues no collective.
 
@@ -67,10 +83,12 @@ def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
         ConfigError: anything wrong with the corpus or the tokenizer, or too little text for one batch.
     """
     cache = Path(settings.data_cache)
-    source = _open(settings, settings.dataset, settings.dataset_split)
-    evaluation = _evaluation_source(settings, source)
+    if is_tokenized(Path(settings.dataset)):
+        return _tokenized_data(settings, plan, cache)
+    source = open_corpus(settings, settings.dataset, settings.dataset_split)
+    evaluation = evaluation_source(settings, source)
     split = _split(settings, source, evaluation, cache)
-    encoder = Encoder(_tokenizer(settings, source, split, cache, vocab_size))
+    encoder = Encoder(find_tokenizer(settings, source, split, cache, vocab_size))
     key = f"{source.fingerprint}-{split.threshold:x}-{encoder.fingerprint}"
     train: Stream
     if source.finite:
@@ -79,7 +97,15 @@ def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
         train = TokenStream(tokens[: len(tokens) - tail], settings.seq_len, plan, settings.seed)
         held_out = tokens[len(tokens) - tail :] if tail else None
     else:
-        train = Prefetch(LaneStream(source, encoder, settings.seq_len, plan, lambda text: not split.held_out(text)))
+        train = ShardStream(
+            source,
+            encoder,
+            settings.seq_len,
+            plan,
+            lambda text: not split.held_out(text),
+            buffer=settings.shuffle_buffer,
+            seed=settings.seed,
+        )
         held_out = None
     if held_out is None:
         held_out = _held_out_tokens(settings, source, evaluation, split, encoder, key, cache)
@@ -87,24 +113,48 @@ def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
     return Data(train, len(encoder.tokenizer), encoder.tokenizer, f"{key}-{split.tail}", held)
 
 
-def _open(settings: Settings, name: str, split: str) -> Source:
+def _tokenized_data(settings: Settings, plan: BatchPlan, cache: Path) -> Data:
+    """From a folder that ``lorapre tokenize`` wrote, which brings its tokenizer and its held-out part."""
+    folder = TokenFolder.open(Path(settings.dataset))
+    encoder = Encoder(load_tokenizer(str(folder.path / TOKENIZER)))
+    if settings.tokenizer is not None:
+        given = Encoder(load_tokenizer(settings.tokenizer)).fingerprint
+        if given not in (folder.content["tokenizer"], folder.content["plan"]["given"]):
+            raise ConfigError(
+                f"--tokenizer {settings.tokenizer}: is not the one that {folder.path} was tokenised with, "
+                "which lies in it; leave --tokenizer out"
+            )
+    if encoder.fingerprint != folder.content["tokenizer"]:
+        raise ConfigError(f"--dataset {folder.path}: its tokenizer/ was changed after it was tokenised with it")
+    train = TokenStream(folder.tokens("train"), settings.seq_len, plan, settings.seed)
+    held_out: Tokens = folder.tokens("held_out")
+    key = folder.fingerprint
+    if settings.eval_dataset is not None:
+        source = open_corpus(settings, settings.eval_dataset, settings.eval_split)
+        held_out = _held_out_tokens(settings, source, source, Split(), encoder, key, cache)
+    return Data(train, len(encoder.tokenizer), encoder.tokenizer, key, _sequences(settings, held_out))
+
+
+def open_corpus(settings: Corpus, name: str, split: str) -> Source:
+    """The source called ``name`` with the settings' column, attempts and configuration."""
     return open_source(
         name,
         config=settings.dataset_config if name == settings.dataset else None,
         split=split,
         column=settings.text_column,
         streaming=settings.streaming,
+        attempts=settings.read_attempts,
     )
 
 
-def _evaluation_source(settings: Settings, source: Source) -> Source | None:
+def evaluation_source(settings: Corpus, source: Source) -> Source | None:
     """Held-out text of its own: ``--eval_dataset``, or a hub dataset's evaluation split if it has one."""
     if settings.eval_dataset is not None:
-        return _open(settings, settings.eval_dataset, settings.eval_split)
+        return open_corpus(settings, settings.eval_dataset, settings.eval_split)
     if not source.hub or settings.eval_split == settings.dataset_split:
         return None
     try:
-        return _open(settings, settings.dataset, settings.eval_split)
+        return open_corpus(settings, settings.dataset, settings.eval_split)
     except ConfigError as error:
         if "split" in str(error).lower():
             return None
@@ -123,9 +173,10 @@ def _training_texts(source: Source, split: Split) -> Any:
     return (text for text in source.documents() if not split.held_out(text))
 
 
-def _tokenizer(
-    settings: Settings, source: Source, split: Split, cache: Path, vocab_size: int
+def find_tokenizer(
+    settings: Corpus, source: Source, split: Split, cache: Path, vocab_size: int
 ) -> PreTrainedTokenizerBase:
+    """``--tokenizer``, else one trained on the corpus: of ``--vocab_size`` tokens, ``vocab_size`` where not given."""
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer)
     key = f"{source.fingerprint}-{split.threshold:x}"
@@ -157,12 +208,12 @@ def _held_out_tokens(
     return token_file(cache / "tokens" / name, texts, encoder, limit)
 
 
-def _sequences(settings: Settings, tokens: np.ndarray) -> np.ndarray:
+def _sequences(settings: Settings, tokens: Tokens) -> np.ndarray:
     count = len(tokens) // settings.seq_len
     if count == 0:
         raise ConfigError(
             f"the held-out text is too small: {len(tokens)} tokens, one sequence needs {settings.seq_len}; "
-            "raise --eval_fraction or give --eval_dataset"
+            "raise --eval_fraction (of 'lorapre tokenize', if that wrote it) or give --eval_dataset"
         )
     if settings.eval_batches:
         count = min(count, settings.eval_batches * settings.batch.global_batch)

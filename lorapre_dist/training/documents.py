@@ -12,6 +12,7 @@ from typing import Any
 
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training import builtin_text
+from lorapre_dist.training.reading import ATTEMPTS, Reader, first_line, private
 from lorapre_dist.training.settings import BUILTIN, COMPRESSIONS, LOCAL_SUFFIXES
 
 # Short names of hub datasets, and what needs a configuration: (repository, configuration).
@@ -23,6 +24,8 @@ HUB_ALIASES: dict[str, tuple[str, str | None]] = {
     "math500": ("HuggingFaceH4/MATH-500", None),
 }
 
+# Rows read at a time.
+PULL_ROWS = 32
 # Of a large file only this much at each end goes into its fingerprint.
 EDGE_BYTES = 2**20
 
@@ -35,10 +38,11 @@ class Source:
         name: what the user called it.
         fingerprint: changes when the documents change; part of cache keys and checked on resume.
         documents: starts a new pass over the texts.
-        stream: the ``datasets.IterableDataset`` behind it, ``None`` for built-in text.
+        stream: the ``datasets.IterableDataset`` behind it, ``None`` for built-in text (see :func:`stream_of`).
         column: the stream's text column.
         finite: small enough to be tokenised as a whole; otherwise it is tokenised while training.
         hub: a hub dataset, which may have splits.
+        attempts: how often a failing read is tried.
     """
 
     name: str
@@ -48,36 +52,55 @@ class Source:
     column: str = "text"
     finite: bool = True
     hub: bool = False
+    attempts: int = ATTEMPTS
 
 
-def open_source(name: str, *, config: str | None, split: str, column: str | None, streaming: bool) -> Source:
-    """The corpus called ``name``: ``"builtin"``, a local file, folder or glob, or a hub dataset.
+def open_source(
+    name: str, *, config: str | None, split: str, column: str | None, streaming: bool, attempts: int = ATTEMPTS
+) -> Source:
+    """The corpus called ``name``: ``"builtin"``, a local file, folder or glob, the URL of files, or a hub dataset.
 
     Raises:
         ConfigError: nothing there, an unknown kind of file, no such configuration, split or column.
     """
     if name == BUILTIN:
         return Source(name, builtin_text.fingerprint(), builtin_text.documents)
-    stream, facts, hub = open_rows(name, config, split)
-    return _stream_source(name, facts, stream, column, finite=not (hub or streaming), hub=hub)
+    stream, facts, where = open_rows(name, config, split)
+    finite, hub = where == "local" and not streaming, where == "hub"
+    return _stream_source(name, facts, stream, column, attempts, finite=finite, hub=hub)
 
 
-def open_rows(name: str, config: str | None, split: str, option: str = "--dataset") -> tuple[Any, str, bool]:
-    """The rows of a local file, folder or glob, or of a hub dataset.
+def open_rows(name: str, config: str | None, split: str, option: str = "--dataset") -> tuple[Any, str, str]:
+    """The rows of a local file, folder or glob, of the URL of files, or of a hub dataset.
 
     Returns:
-        A ``datasets.IterableDataset``, facts that change when the rows do, and whether it is of the hub.
+        A ``datasets.IterableDataset``, facts that change when the rows do, and ``"local"``, ``"url"`` or ``"hub"``.
 
     Raises:
         ConfigError: nothing there, an unknown kind of file, no such configuration or split; names ``option``.
     """
+    if "://" in name:
+        return _url_rows(name, option)
     if Path(name).exists() or any(c in name for c in "*?["):
         files = local_files(name, option)
         if files:
             return _local_rows(name, files, option)
     repository, default = HUB_ALIASES.get(name, (name, None))
     stream = _load(name, option, repository, config or default, split=split)
-    return stream, json.dumps([repository, config or default, split]), True
+    return stream, json.dumps([repository, config or default, split]), "hub"
+
+
+def stream_of(source: Source) -> Any:
+    """The ``datasets.IterableDataset`` of any corpus, also of built-in text."""
+    if source.stream is not None:
+        return source.stream
+    import datasets
+
+    return datasets.IterableDataset.from_generator(_builtin_rows)
+
+
+def _builtin_rows() -> Iterator[dict[str, str]]:
+    return ({"text": text} for text in builtin_text.documents())
 
 
 def local_files(name: str, option: str = "--dataset") -> list[Path]:
@@ -110,14 +133,25 @@ def kind_of(path: Path) -> str | None:
     return LOCAL_SUFFIXES.get(suffix)
 
 
-def _local_rows(name: str, files: list[Path], option: str) -> tuple[Any, str, bool]:
+def _local_rows(name: str, files: list[Path], option: str) -> tuple[Any, str, str]:
     if not any(f.stat().st_size for f in files):
         raise ConfigError(f"{option} {name}: is empty")
     kind = kind_of(files[0]) or ""
+    stream = _load(name, option, kind, data_files=[str(f) for f in files], split="train", **_options(kind))
+    return stream, json.dumps([kind, [file_facts(f) for f in files]]), "local"
+
+
+def _url_rows(name: str, option: str) -> tuple[Any, str, str]:
+    kind = kind_of(Path(name))
+    if kind is None:
+        raise ConfigError(f"{option} {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
+    stream = _load(name, option, kind, data_files=name, split="train", **_options(kind))
+    return stream, json.dumps([kind, name]), "url"
+
+
+def _options(kind: str) -> dict[str, Any]:
     # Paragraphs: one document per blank-line separated block of a text file.
-    options = {"sample_by": "paragraph"} if kind == "text" else {}
-    stream = _load(name, option, kind, data_files=[str(f) for f in files], split="train", **options)
-    return stream, json.dumps([kind, [file_facts(f) for f in files]]), False
+    return {"sample_by": "paragraph"} if kind == "text" else {}
 
 
 def file_facts(path: Path) -> list[Any]:
@@ -143,62 +177,45 @@ def _load(name: str, option: str, *args: Any, **options: Any) -> Any:
         raise ConfigError(f"{option} {name}: cannot be opened: {first_line(error)}") from error
 
 
-def _stream_source(name: str, facts: str, stream: Any, column: str | None, *, finite: bool, hub: bool) -> Source:
-    column = _text_column(name, stream, column)
+def _stream_source(
+    name: str, facts: str, stream: Any, column: str | None, attempts: int, *, finite: bool, hub: bool = False
+) -> Source:
+    column = _text_column(name, stream, column, attempts)
     digest = hashlib.blake2b(f"{facts}:{column}".encode(), digest_size=8).hexdigest()
 
     def documents() -> Iterator[str]:
-        yield from guarded(name, stream, column)
+        reader = Reader(name, private(stream), attempts)
+        while not reader.ended:
+            yield from texts(name, column, reader.read(PULL_ROWS))
 
-    return Source(name, digest, documents, stream, column, finite, hub)
-
-
-def guarded_rows(name: str, stream: Any, option: str = "--dataset") -> Iterator[dict[str, Any]]:
-    """One pass over the rows of ``stream``; whatever goes wrong in reading becomes a :class:`ConfigError`."""
-    rows = iter(stream)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # datasets raises many kinds
-            raise ConfigError(f"{option} {name}: cannot be read: {first_line(error)}") from error
-        yield row
+    return Source(name, digest, documents, stream, column, finite, hub, attempts)
 
 
-def guarded(name: str, stream: Any, column: str) -> Iterator[str]:
-    """The texts of one pass over ``stream``; whatever goes wrong in reading becomes a :class:`ConfigError`."""
-    for row in guarded_rows(name, stream):
-        text = row[column]
-        if isinstance(text, str):
-            if text:
-                yield text
-        elif text is not None:
+def texts(name: str, column: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The documents in ``rows``; empty ones are left out.
+
+    Raises:
+        ConfigError: something there is no text.
+    """
+    found = [row[column] for row in rows]
+    for text in found:
+        if text is not None and not isinstance(text, str):
             raise ConfigError(f"--dataset {name}: column {column!r} holds {type(text).__name__}, not text")
+    return [text for text in found if text]
 
 
-def _text_column(name: str, stream: Any, column: str | None) -> str:
-    try:
-        first = next(iter(stream))
-    except StopIteration:
-        raise ConfigError(f"--dataset {name}: is empty") from None
-    except Exception as error:
-        raise ConfigError(f"--dataset {name}: cannot be read: {first_line(error)}") from error
-    texts = [key for key, value in first.items() if isinstance(value, str)]
+def _text_column(name: str, stream: Any, column: str | None, attempts: int) -> str:
+    rows = Reader(name, private(stream), attempts).read(1)
+    if not rows:
+        raise ConfigError(f"--dataset {name}: is empty")
+    first = rows[0]
+    strings = [key for key, value in first.items() if isinstance(value, str)]
     if column is not None:
         if column not in first:
             raise ConfigError(f"--text_column {column}: {name} has the columns {', '.join(first)}")
         return column
     if "text" in first:
         return "text"
-    if len(texts) == 1:
-        return texts[0]
+    if len(strings) == 1:
+        return strings[0]
     raise ConfigError(f"--dataset {name}: name one of its columns with --text_column: {', '.join(first)}")
-
-
-def first_line(error: BaseException) -> str:
-    """The innermost cause of ``error`` in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 import lorapre_dist
 from lorapre_dist.config import ConfigError
+from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import models
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import TrainingData
@@ -27,7 +28,7 @@ def build_engine(model: PreTrainedModel, settings: RunSettings) -> Any:
     buffers = models.BufferKeeper(model)
     # DeepSpeed asserts what it does not support; torch's optimizers raise TypeError for an unknown option.
     refusals = (
-        (AssertionError,) if settings.ds_config["optimizer"]["type"] == "LoRAPre" else (AssertionError, TypeError)
+        (AssertionError,) if settings.ds_config["optimizer"]["type"] in OPTIMIZERS else (AssertionError, TypeError)
     )
     try:
         engine, _, _, _ = lorapre_dist.initialize(

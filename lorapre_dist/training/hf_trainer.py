@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer
 
 from lorapre_dist import checkpoint
-from lorapre_dist.optimizer import LoRAPre
+from lorapre_dist.optimizers import LoRAPre, LowRankOptimizer
 
 STATE, TAG, SCHEDULER = "lorapre", "state", "scheduler.pt"
 
@@ -61,8 +61,8 @@ class LoRAPreTrainer(Trainer):
         self.lr_scheduler.load_state_dict(state)
 
 
-def _ours(optimizer: Any) -> LoRAPre:
+def _ours(optimizer: Any) -> LowRankOptimizer:
     """The optimizer inside Accelerate's wrapper."""
-    while not isinstance(optimizer, LoRAPre):
+    while not isinstance(optimizer, LowRankOptimizer):
         optimizer = optimizer.optimizer
     return optimizer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import TrainingData
 from lorapre_dist.training.ds_json import zero_stage
 from lorapre_dist.training.evaluation import evaluate
+from lorapre_dist.training.interruption import StopRequest
 from lorapre_dist.training.metrics import MetricsWriter
 from lorapre_dist.training.plots import PLOT_FILE, plot_loss
+from lorapre_dist.training.reading import ReadError
 from lorapre_dist.training.settings import RunSettings
 
 
@@ -37,6 +40,8 @@ class Trainer:
 
     Attributes:
         writer: on rank 0 only.
+        stop: this rank's note of a signal.
+        stopped: the ranks have agreed to end before ``max_steps``; what was trained is saved.
     """
 
     engine: Any
@@ -46,11 +51,14 @@ class Trainer:
     writer: MetricsWriter | None
     step: int = 0
     tokens: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
+    stopped: bool = field(default=False, init=False)
+    _unwritten: set[str] = field(default_factory=set, init=False)
     _clock: float = field(default=0.0, init=False)
     _clock_tokens: int = field(default=0, init=False)
 
     def run(self) -> None:
-        """Train to ``max_steps``, evaluating before, after and in between."""
+        """Train to ``max_steps``, or until a rank was told to stop; evaluate before, after and in between."""
         settings = self.settings
         self.engine.train()
         if self.step == 0:
@@ -66,18 +74,22 @@ class Trainer:
         )
         self._restart_clock()
         with bar:
-            while self.step < settings.max_steps:
+            while self.step < settings.max_steps and not self.stopped:
                 self._one_step(bar)
         self._plot()
 
     def _one_step(self, bar: Any) -> None:
         settings = self.settings
         lr = self.engine.get_lr()[0]
-        batch = self.data.train.next_batch()
-        loss, grad_norm = self._train_step(self.micro_batches(batch))
+        batch = self._next_batch()
+        own_loss, grad_norm = self._train_step(self.micro_batches(batch))
+        loss, stop = self._agreed(own_loss)
         self.step += 1
         self.tokens += self.tokens_in(batch)
         last = self.step == settings.max_steps
+        self.stopped = stop and not last
+        if self.stopped:  # first of all: whoever asked may not wait long
+            self._save(final=True)
         evaluated = last or (settings.eval_every > 0 and self.step % settings.eval_every == 0)
         if evaluated or self.step % settings.log_every == 0:
             row = self._row(loss, lr, grad_norm)
@@ -87,20 +99,32 @@ class Trainer:
             self._write(row)
             bar.set_postfix_str(_summary(row), refresh=False)
         bar.update()
-        if settings.save_every and (last or self.step % settings.save_every == 0):
-            self._save(last)
+        if not self.stopped and (last or (settings.save_every and self.step % settings.save_every == 0)):
+            self._save(final=last)
             if not last:
                 self._plot()
             self._restart_clock()
 
-    def _save(self, last: bool) -> None:
+    def _next_batch(self) -> Any:
+        """Where the corpus cannot be read any more, what was trained is saved before the run ends."""
+        try:
+            return self.data.train.next_batch()
+        except ReadError as error:
+            if not (self.settings.save_every and self.step):
+                raise
+            self._save(final=True)
+            raise ReadError(f"{error}; saved step {self.step}, start again to go on from there") from error
+
+    def _save(self, final: bool) -> None:
         """A checkpoint that cannot be written ends the run only if it is the last one."""
+        if not self.settings.save_every:
+            return
         try:
             checkpoints.save(self.engine, self.settings, self.data, self.step, self.tokens)
-            if last:
+            if final:
                 checkpoints.wait(self.engine)
         except CheckpointError as error:
-            if last:
+            if final:
                 raise
             if ranks.rank() == 0:
                 tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
@@ -146,19 +170,23 @@ class Trainer:
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
 
-    def _row(self, loss: torch.Tensor, lr: float, grad_norm: float | None) -> dict[str, Any]:
+    def _agreed(self, loss: torch.Tensor) -> tuple[float, bool]:
+        """The mean loss over the ranks, and whether any of them was told to stop: eight bytes in one collective."""
+        both = torch.stack([loss, loss.new_tensor(float(self.stop.signal is not None))])
         if dist.get_world_size() > 1:
-            dist.all_reduce(loss)
-            loss = loss / dist.get_world_size()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise DivergedError(f"the training loss is {value} at step {self.step}; lower the lr or warm up longer")
+            dist.all_reduce(both)
+        total, stops = both.tolist()
+        return total / dist.get_world_size(), stops > 0
+
+    def _row(self, loss: float, lr: float, grad_norm: float | None) -> dict[str, Any]:
+        if not math.isfinite(loss):
+            raise DivergedError(f"the training loss is {loss} at step {self.step}; lower the lr or warm up longer")
         now = time.perf_counter()
         speed = (self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9)
         self._restart_clock()
         return {
             "step": self.step,
-            "loss": value,
+            "loss": loss,
             "lr": lr,
             "tokens": self.tokens,
             "tokens_per_s": round(speed, 1),
@@ -170,13 +198,26 @@ class Trainer:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.writer is not None:
-            self.writer.write(row)
+            with self._full_disk_is_no_end("the metrics"):
+                self.writer.write(row)
 
     def _plot(self) -> None:
         if self.writer is not None:
             optimizer = self.settings.ds_config["optimizer"]["type"]
             title = f"{Path(self.settings.model_name).stem}, {optimizer}, {self.settings.dataset}"
-            plot_loss(self.writer.rows, Path(self.settings.output_dir) / PLOT_FILE, title)
+            with self._full_disk_is_no_end("the plot"):
+                plot_loss(self.writer.rows, Path(self.settings.output_dir) / PLOT_FILE, title)
+
+    @contextmanager
+    def _full_disk_is_no_end(self, what: str) -> Iterator[None]:
+        """What is not a checkpoint may be missing: warn, once for each thing, and train on."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._unwritten:
+                self._unwritten.add(what)
+                reason = error.strerror or error
+                tqdm.write(f"warning: {what} could not be written: {reason}; training goes on", file=sys.stderr)
 
 
 def _summary(row: dict[str, Any]) -> str:

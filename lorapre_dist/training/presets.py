@@ -1,8 +1,12 @@
-"""Shapes of the model presets: GaLore's Llama sizes (its ``configs/llama_*.json``) and a tiny one for CPU."""
+"""Model presets, GaLore's Llama sizes (its ``configs/llama_*.json``) and a tiny one for CPU, and the recipes on C4."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 @dataclass(frozen=True)
@@ -26,3 +30,40 @@ PRESETS = {
     "llama-1b": Preset(2048, 5461, 32, 24, 1024, 32000, 100_000),
     "llama-7b": Preset(4096, 11008, 32, 32, 2048, 32000, 150_000),
 }
+
+# The learning rates that the paper searches.
+LR_GRID = (0.01, 0.005, 0.001, 0.0005, 0.0001)
+
+# ZeRO stage of each model's recipe; rank, scale, batch (512 sequences) and lr are in ds_configs/.
+RECIPES = {"llama-60m": 2, "llama-130m": 2, "llama-350m": 2, "llama-1b": 2, "llama-7b": 3}
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Options of the training program that run the paper's setting, which is GaLore's, for a model.
+
+    C4, GaLore's tokenizer, sequences of 256, evaluated every 1000 steps on 10M tokens (76 global batches); the steps
+    are the preset's and a tenth of them warm up, as always.
+    """
+    return {
+        "model": name,
+        "deepspeed_config": str(DS_CONFIGS / f"{name.replace('-', '_')}_zero{RECIPES[name]}.json"),
+        "dataset": "c4",
+        "tokenizer": "t5-base",
+        "seq_len": 256,
+        "eval_every": 1000,
+        "eval_batches": 76,
+        "output_dir": f"runs/{name}",
+    }
+
+
+def parameter_shapes(preset: Preset) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the parameters of ``LlamaForCausalLM`` in its order, as ``preset_config`` sets it up."""
+    h, inner = preset.hidden_size, preset.intermediate_size
+    layer: dict[str, tuple[int, ...]] = {f"self_attn.{x}_proj": (h, h) for x in "qkvo"}
+    layer |= {"mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner)}
+    layer |= {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
+    whole: dict[str, tuple[int, ...]] = {"model.embed_tokens": (preset.vocab_size, h)}
+    for k in range(preset.num_hidden_layers):
+        whole |= {f"model.layers.{k}.{name}": shape for name, shape in layer.items()}
+    whole |= {"model.norm": (h,), "lm_head": (preset.vocab_size, h)}
+    return [(f"{name}.weight", shape) for name, shape in whole.items()]

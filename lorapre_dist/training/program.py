@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import socket
 import sys
 import time
 import warnings
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import ranks
+from lorapre_dist.training import discovery, interruption, ranks
 from lorapre_dist.training.settings import RunSettings, describe
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ def run(
 ) -> int:
     """Run a program: settings from ``load(argv, world_size)``, then ``finish(trainer)`` after its loop.
 
-    Exit code 0; 2 after one line on stderr about bad input; 1 where training diverged or could not save its end.
+    Exit code 0; 2 after one line on stderr about bad input; 75 where a signal asked to stop and the state is saved;
+    1 where training diverged, could not read on, could not save its end, or lost a rank.
     """
     try:
-        ranks.fill_launch_environment()
+        discovery.find_ranks()
         settings = load(argv, ranks.world_size())
         _quiet()
         _check_optimizer(settings)
@@ -62,7 +64,9 @@ def _quiet() -> None:
 
 def _check_optimizer(settings: RunSettings) -> None:
     name = settings.ds_config["optimizer"]["type"]
-    if name == "LoRAPre":
+    from lorapre_dist.optimizers import OPTIMIZERS
+
+    if name in OPTIMIZERS:
         from lorapre_dist.deepspeed import check_config
 
         check_config(settings.ds_config)
@@ -70,7 +74,7 @@ def _check_optimizer(settings: RunSettings) -> None:
     import torch
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    known = ["LoRAPre", *(n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type))]
+    known = [*OPTIMIZERS, *(n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type))]
     if name not in known and name.lower() not in DEEPSPEED_OPTIMIZERS:
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(f"optimizer.type {name!r} is unknown: did you mean {near[0] if near else 'LoRAPre'}?")
@@ -87,23 +91,66 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
 
     _check_deepspeed_config(settings)
     _check_build_lock()
-    deepspeed.init_distributed(verbose=False)
     from lorapre_dist.checkpoint import CheckpointError
     from lorapre_dist.training.loop import DivergedError
+    from lorapre_dist.training.reading import ReadError
 
+    trainer, lost = None, None
     try:
+        limit = interruption.limit_waits(settings.collective_timeout)
+        deepspeed.init_distributed(verbose=False, timeout=limit)
         trainer = set_up(settings)
+        trainer.stop.listen()
         trainer.run()
+        if trainer.stopped:
+            return _stopped(trainer)
         finish(trainer)
         trainer.engine.destroy()
-    except (DivergedError, CheckpointError) as error:
+    except (DivergedError, CheckpointError, ReadError) as error:
         if ranks.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except RuntimeError as error:
+        lost = interruption.lost_rank(error)
+        if lost is None:
+            raise
+        return _lost(settings, trainer, lost)
     finally:
-        if deepspeed.comm.is_initialized():
+        # With a rank gone nobody can be waited for.
+        if lost is None and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
     return 0
+
+
+def _stopped(trainer: Trainer) -> int:
+    """Say why the run ends early and whether it can go on; the exit code."""
+    import torch.distributed as dist
+
+    settings, step = trainer.settings, trainer.step
+    if trainer.writer is not None:
+        trainer.writer.close()
+        by = trainer.stop.signal or "a signal to another rank"
+        from lorapre_dist.training.checkpoints import checkpoint_folder
+
+        where = f"saved in {checkpoint_folder(settings) / f'step{step:07d}'}; the same command goes on from there"
+        lost = "not saved, as --save_every is 0"
+        print(f"stopped by {by} after step {step}: {where if settings.save_every else lost}", flush=True)
+    # The first rank to leave may be the sign for the launcher to kill the others.
+    dist.barrier()
+    return interruption.EXIT_STOPPED if settings.save_every else 1
+
+
+def _lost(settings: RunSettings, trainer: Trainer | None, reason: str) -> int:
+    """One line, from every rank that noticed: the one that is gone, or its host, says nothing."""
+    when = "while starting" if trainer is None else f"in step {trainer.step + 1}"
+    print(
+        f"error on rank {ranks.rank()} ({socket.gethostname()}): lost another rank {when}: {reason}. Its own output or "
+        f"its host says why (--collective_timeout is {settings.collective_timeout:g} s); the same command resumes "
+        "from the newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    return 1
 
 
 def _check_deepspeed_config(settings: RunSettings) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 from lorapre_dist.config import ConfigError
 
@@ -33,17 +34,6 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of ranks, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def fill_launch_environment() -> None:
-    """Without a launcher, describe a world of one process, which is what the process is."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in single.items()})
 
 
 @contextmanager
@@ -82,6 +72,24 @@ def agree_on(name: str, value: object) -> None:
     dist.all_gather_object(values, value)
     if any(other != values[0] for other in values):
         raise AgreedError(f"the ranks disagree on {name}: {values}; give all machines the same files")
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's ``value``, in order of rank; a collective that touches no device."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_cpu_group())
+    return values
+
+
+@cache
+def _cpu_group() -> Any:
+    import torch.distributed as dist
+
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def report(error: ConfigError) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from lorapre_dist.arguments import Parser
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.ds_json import BatchSizes, batch_sizes, override_lr, read_deepspeed_config
-from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.presets import PRESETS, RECIPES, recipe
 
 BUILTIN = "builtin"
 LOCAL_SUFFIXES = {
@@ -51,6 +51,7 @@ class RunSettings:
     resume: str
     resize_rank: bool
     seed: int
+    collective_timeout: float
     gradient_checkpointing: bool
     wandb: bool
     wandb_project: str
@@ -82,11 +83,14 @@ class RunSettings:
 class Settings(RunSettings):
     """What the command line of pre-training asks for."""
 
+    recipe: str | None
     model_config: str | None
     eval_dataset: str | None
     eval_split: str
     text_column: str | None
     streaming: bool
+    shuffle_buffer: int
+    read_attempts: int
     eval_fraction: float
     vocab_size: int | None
     eval_batches: int
@@ -112,6 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="the paper's run of a model: its --model, --deepspeed_config, --dataset c4, --tokenizer t5-base, "
+        "--output_dir and evaluation, where not given",
+    )
     _add_model_options(parser.add_argument_group("model"))
     _add_data_options(parser.add_argument_group("data"))
     run = parser.add_argument_group("run")
@@ -130,29 +140,39 @@ def _add_model_options(group: Any) -> None:
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
 
 
-def _add_data_options(group: Any) -> None:
-    group.add_argument(
+def add_corpus_options(parser: Any, eval_fraction: float) -> None:
+    """What text there is, how it is divided and which tokenizer cuts it: also the options of ``lorapre tokenize``."""
+    add = parser.add_argument
+    add(
         "--dataset",
         default=BUILTIN,
         help="'builtin' (documentation of this Python installation), a file, folder or glob of .txt, .jsonl, .json, "
-        ".csv or .parquet (also compressed), 'c4', or a Hugging Face hub name",
+        ".csv or .parquet (also compressed), the URL of one, 'c4', or a Hugging Face hub name",
     )
-    group.add_argument("--dataset_config", help="configuration of a hub dataset")
-    group.add_argument("--dataset_split", default="train", help="training split of a hub dataset")
-    group.add_argument("--eval_dataset", help="held-out text, in the forms of --dataset (default: see --eval_fraction)")
-    group.add_argument("--eval_split", default="validation", help="held-out split of a hub dataset, where it has one")
-    group.add_argument("--text_column", help="column that holds the text (default: 'text', or the only text column)")
+    add("--dataset_config", help="configuration of a hub dataset")
+    add("--dataset_split", default="train", help="training split of a hub dataset")
+    add("--eval_dataset", help="held-out text, in the forms of --dataset (default: see --eval_fraction)")
+    add("--eval_split", default="validation", help="held-out split of a hub dataset, where it has one")
+    add("--text_column", help="column that holds the text (default: 'text', or the only text column)")
+    add("--read_attempts", type=int, default=5, help="times that a failing read of a stream is tried")
+    add("--eval_fraction", type=float, default=eval_fraction, help="documents held out where no split exists")
+    add("--tokenizer", help="folder or hub name (default: a byte-level BPE trained on the corpus)")
+    add("--data_cache", default=default_cache(), help="folder for tokenizers and tokenised text")
+
+
+def _add_data_options(group: Any) -> None:
+    add_corpus_options(group, eval_fraction=0.05)
     group.add_argument("--streaming", action="store_true", help="read local files as a stream; hub names always are")
-    group.add_argument("--eval_fraction", type=float, default=0.05, help="documents held out where no split exists")
-    group.add_argument("--tokenizer", help="folder or hub name (default: a byte-level BPE trained on the corpus)")
+    group.add_argument(
+        "--shuffle_buffer", type=int, default=10_000, help="sequences of a stream that wait to be shuffled; 0: none"
+    )
     group.add_argument("--vocab_size", type=int, help="size of the BPE trained here (default: the model's)")
     group.add_argument("--seq_len", type=int, default=256, help="tokens per sequence")
-    group.add_argument("--data_cache", default=default_cache(), help="folder for tokenizers and tokenised text")
 
 
 def add_run_options(group: Any, save_every: int) -> None:
     """Options of every training program."""
-    group.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: batch sizes, optimizer, precision")
+    group.add_argument("--deepspeed_config", help="DeepSpeed JSON: batch sizes, optimizer, precision; needed")
     group.add_argument("--lr", type=float, help="overrides the JSON's optimizer.params.lr")
     group.add_argument("--save_every", type=int, default=save_every, help="steps between checkpoints; 0: none at all")
     group.add_argument("--keep_last", type=int, help="keep this many of the newest checkpoints (default: all)")
@@ -162,6 +182,12 @@ def add_run_options(group: Any, save_every: int) -> None:
     )
     group.add_argument("--resize_rank", action="store_true", help="resume although the JSON's rank or rank_v changed")
     group.add_argument("--seed", type=int, default=0, help="of what is drawn at the start, and of the data order")
+    group.add_argument(
+        "--collective_timeout",
+        type=float,
+        default=600.0,
+        help="seconds that a rank waits for the others before it takes one for lost and the run ends",
+    )
     group.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
 
 
@@ -188,10 +214,18 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     Raises:
         ConfigError: a bad value, a missing or malformed file.
     """
-    args = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    args = vars(parser.parse_args(argv))
+    if args["recipe"] is not None:
+        parser.set_defaults(**recipe(args["recipe"]))
+        args = vars(parser.parse_args(argv))
+        if args["model_config"]:
+            args["model"] = None
+    if args["deepspeed_config"] is None:
+        raise ConfigError("--deepspeed_config is needed: a file of ds_configs/, or --recipe")
     _check_model(args)
-    _check_data(args)
-    check_run(args, eval_batches=0)
+    check_corpus(args)
+    check_run(args, eval_batches=0, shuffle_buffer=0, seq_len=2)
     ds_config = read_deepspeed_config(args["deepspeed_config"])
     if args["lr"] is not None:
         ds_config = override_lr(ds_config, args["lr"])
@@ -224,14 +258,15 @@ def _check_model(args: dict[str, Any]) -> None:
         args["warmup_steps"] = max(1, args["max_steps"] // 10)
 
 
-def _check_data(args: dict[str, Any]) -> None:
+def check_corpus(args: dict[str, Any]) -> None:
+    """Raise :class:`ConfigError` if something in the options about the corpus is wrong on the face of it."""
     for name in ("dataset", "eval_dataset"):
         if args[name] is not None:
             check_source(f"--{name}", args[name])
     if not 0.0 < args["eval_fraction"] < 1.0:
         raise ConfigError(f"--eval_fraction {args['eval_fraction']}: must be between 0 and 1")
-    if args["seq_len"] < 2:
-        raise ConfigError(f"--seq_len {args['seq_len']}: must be at least 2")
+    if args["read_attempts"] < 1:
+        raise ConfigError(f"--read_attempts {args['read_attempts']}: must be at least 1")
     # 256 bytes and the end-of-text token are the smallest byte-level vocabulary.
     if args["vocab_size"] is not None and args["vocab_size"] < 257:
         raise ConfigError(f"--vocab_size {args['vocab_size']}: must be at least 257")
@@ -251,6 +286,8 @@ def looks_like_path(name: str) -> bool:
 
 def check_source(option: str, name: str) -> None:
     """Raise :class:`ConfigError` if ``name`` means a local file that is not there or not readable."""
+    if "://" in name:
+        return
     suffix = Path(name.removesuffix(next((c for c in COMPRESSIONS if name.endswith(c)), ""))).suffix
     if any(c in name for c in "*?["):
         import glob
@@ -278,6 +315,8 @@ def check_run(args: dict[str, Any], **least: int) -> None:
             raise ConfigError(f"--{name} {args[name]}: must be at least {smallest}")
     if args["keep_last"] is not None and args["keep_last"] < 1:
         raise ConfigError(f"--keep_last {args['keep_last']}: must be at least 1")
+    if not 1.0 <= args["collective_timeout"] <= 86400.0:
+        raise ConfigError(f"--collective_timeout {args['collective_timeout']:g}: must be from 1 to 86400 seconds")
     if args["max_steps"] is not None and (args["warmup_steps"] or 0) > args["max_steps"]:
         raise ConfigError(f"--warmup_steps {args['warmup_steps']}: more than --max_steps {args['max_steps']}")
     if args["lr"] is not None and not 0.0 < args["lr"] < float("inf"):

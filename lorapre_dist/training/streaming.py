@@ -1,95 +1,121 @@
-"""Corpora that are tokenised while training, from one or many shards, exactly resumable."""
+"""Corpora that are tokenised while training: each document on one rank, once an epoch, exactly resumable."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorapre_dist.config import ConfigError
+from lorapre_dist.training import ranks
 from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.documents import Source, first_line
+from lorapre_dist.training.documents import PULL_ROWS, Source, stream_of, texts
+from lorapre_dist.training.order import ShuffleBuffer
+from lorapre_dist.training.reading import Reader, ReadError
 
-# Streams that are open at once over all ranks: each rank reads its own, so few would be read twice and many
-# would cost connections.
+# Shards that are open at once over all ranks: few would keep ranks waiting for one, many would cost connections.
 MOST_LANES = 64
-PULL_DOCUMENTS = 32
 
 Encode = Callable[[list[str]], list[list[int]]]
+Keep = Callable[[str], bool]
+
+
+@dataclass
+class Chunk:
+    """What a lane gives at a time.
+
+    Attributes:
+        sequences: ``(n, seq_len)``, int32.
+        rest: tokens behind the last whole sequence, once the shard is at its end.
+        ended: nothing more comes from this shard.
+    """
+
+    sequences: np.ndarray
+    rest: np.ndarray
+    ended: bool
 
 
 class Lane:
-    """An endless sequence of packed sequences from one part of a stream; starts over when the part ends."""
+    """One shard of the stream as packed sequences, which pass through a shuffle buffer."""
 
-    def __init__(self, source: Source, shard: Any, encode: Encode, seq_len: int, keep: Callable[[str], bool]) -> None:
-        self.source, self.shard, self.encode, self.seq_len, self.keep = source, shard, encode, seq_len, keep
-        self.epoch = 0
-        self.tokens: list[int] = []
-        self._rows: Iterator[Any] | None = None
-        self._found = False
+    def __init__(self, stream: _Settings, shard: int, epoch: int) -> None:
+        self.shard, self.stream = shard, stream
+        source = stream.source
+        data = stream_of(source)
+        self.reader = Reader(source.name, data.shard(num_shards=data.num_shards, index=shard), source.attempts)
+        self.buffer = ShuffleBuffer(stream.buffer, stream.seq_len, [stream.seed, epoch, shard])
+        self.tokens = np.zeros(0, dtype=np.int32)
+        self.ready = np.zeros((0, stream.seq_len), dtype=np.int32)
 
-    def take(self, count: int) -> torch.Tensor:
-        """The next ``count`` sequences, ``(count, seq_len)``, int64."""
-        wanted = count * self.seq_len
-        while len(self.tokens) < wanted:
+    def take(self, count: int) -> Chunk:
+        """The next ``count`` sequences, fewer at the end of the shard.
+
+        Raises:
+            ReadError: the shard cannot be read; what was read before is kept for the next call.
+        """
+        while len(self.ready) < count and not self.reader.ended:
             self._pull()
-        result = torch.tensor(self.tokens[:wanted], dtype=torch.int64).view(count, self.seq_len)
-        del self.tokens[:wanted]
-        return result
+        ended = self.reader.ended and len(self.ready) <= count
+        chunk = Chunk(self.ready[:count], self.tokens if ended else self.tokens[:0], ended)
+        self.ready = self.ready[count:]
+        return chunk
 
     def _pull(self) -> None:
-        if self._rows is None:
-            self._rows = iter(self.shard)
-        texts: list[str] = []
-        ended = False
-        while len(texts) < PULL_DOCUMENTS and not ended:
-            try:
-                text = next(self._rows)[self.source.column]
-            except StopIteration:
-                ended = True
-            except Exception as error:  # datasets raises many kinds, from network errors to bare Exception
-                raise ConfigError(f"--dataset {self.source.name}: cannot be read: {first_line(error)}") from error
-            else:
-                if isinstance(text, str) and text and self.keep(text):
-                    texts.append(text)
-        for ids in self.encode(texts) if texts else []:
-            self.tokens += ids
-            self._found = True
-        if ended:
-            if not self._found:
-                raise ConfigError(f"--dataset {self.source.name}: a part of it holds no text to train on")
-            self.epoch += 1
-            self._rows, self._found = None, False
+        stream = self.stream
+        found = texts(stream.source.name, stream.source.column, self.reader.read(PULL_ROWS))
+        kept = [text for text in found if stream.keep(text)]
+        parts = [np.asarray(ids, dtype=np.int32) for ids in (stream.encode(kept) if kept else [])]
+        tokens = np.concatenate([self.tokens, *parts])
+        whole = len(tokens) // stream.seq_len * stream.seq_len
+        self.tokens = tokens[whole:]
+        out = self.buffer.push(tokens[:whole].reshape(-1, stream.seq_len))
+        left = self.buffer.drain() if self.reader.ended else out[:0]
+        self.ready = np.concatenate([self.ready, out, left])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the stream and the tokens read but not yet used; plain values and one tensor."""
-        running = self._rows is not None
+    def state_dict(self, drawn: Chunk | None) -> dict[str, Any]:
+        """Position in the shard and what was read but not yet used; ``drawn`` counts as not used."""
+        ready = self.ready if drawn is None else np.concatenate([drawn.sequences, self.ready])
         return {
-            "epoch": self.epoch,
-            "found": self._found,
-            "tokens": torch.tensor(self.tokens, dtype=torch.int32),
-            "stream": copy.deepcopy(self.shard.state_dict()) if running else None,
+            "shard": self.shard,
+            "reader": self.reader.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "tokens": torch.from_numpy(self.tokens.copy()),
+            "ready": torch.from_numpy(ready.copy()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at ``state``."""
-        self.epoch, self._found = int(state["epoch"]), bool(state["found"])
-        self.tokens = state["tokens"].tolist()
-        self._rows = None
-        if state["stream"] is not None:
-            self.shard.load_state_dict(copy.deepcopy(state["stream"]))
-            self._rows = iter(self.shard)
+        """Continue at ``state``, which is of this shard."""
+        self.reader.load_state_dict(state["reader"])
+        self.buffer.load_state_dict(state["buffer"])
+        self.tokens, self.ready = state["tokens"].numpy().copy(), state["ready"].numpy().copy()
 
 
-class LaneStream:
-    """A stream cut into lanes; every global batch holds the same number of sequences of each lane.
+@dataclass(frozen=True)
+class _Settings:
+    source: Source
+    encode: Encode
+    seq_len: int
+    keep: Keep
+    buffer: int
+    seed: int
 
-    A rank opens only the lanes that its part of the batch comes from, so that text is read and tokenised once
-    where the lanes can be divided among the ranks. Lanes do not depend on the number of ranks, hence neither does
-    the batch.
+
+class ShardStream:
+    """Sequences of a sharded stream; batches and epochs do not depend on the number of ranks.
+
+    Up to 64 shards are read at once, each (a lane) by one rank, which alone reads and tokenises its documents. In
+    rounds every lane gives its next sequences, which all ranks exchange and append to one queue; a global batch is
+    what stands at its front. A lane whose shard ends takes the next shard that none has begun. An epoch ends when
+    every shard has: then each document was used once, and what is left of it, less than a sequence, leads the next.
+
+    Args:
+        keep: documents to train on.
+        buffer: sequences that wait to be shuffled, over all lanes; 0 also keeps the shards in order.
+        exchange: every rank's value from each rank's own, a collective.
     """
 
     def __init__(
@@ -98,86 +124,147 @@ class LaneStream:
         encode: Encode,
         seq_len: int,
         plan: BatchPlan,
-        keep: Callable[[str], bool] = lambda text: True,
+        keep: Keep = lambda text: True,
+        *,
+        buffer: int = 0,
+        seed: int = 0,
+        exchange: Callable[[Any], list[Any]] = ranks.gathered,
     ) -> None:
-        self.plan = plan
-        self.lanes_in_all = lane_count(plan.global_batch, source.stream.num_shards)
-        self.per_lane = plan.global_batch // self.lanes_in_all
-        last = plan.first + plan.per_rank - 1
-        self.lanes = {
-            index: Lane(source, self._shard(source.stream, index), encode, seq_len, keep)
-            for index in range(plan.first // self.per_lane, last // self.per_lane + 1)
-        }
-
-    def _shard(self, stream: Any, index: int) -> Any:
-        # A copy, for each lane keeps its own position.
-        if self.lanes_in_all == 1:
-            return copy.deepcopy(stream)
-        return stream.shard(num_shards=self.lanes_in_all, index=index, contiguous=False)
-
-    def next_batch(self) -> torch.Tensor:
-        """This rank's sequences of the next global batch, ``(per_rank, seq_len)``, int64."""
-        taken = torch.cat([lane.take(self.per_lane) for lane in self.lanes.values()])
-        skipped = self.plan.first - min(self.lanes) * self.per_lane
-        return taken[skipped : skipped + self.plan.per_rank]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Positions of this rank's lanes, by lane."""
-        return {
-            "kind": "lanes",
-            "count": self.lanes_in_all,
-            "lanes": {i: x.state_dict() for i, x in self.lanes.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at ``state``, which must hold every lane of this rank."""
-        if state.get("kind") != "lanes" or state["count"] != self.lanes_in_all:
-            raise ConfigError("the checkpoint's data position is of another dataset or batch size")
-        for index, lane in self.lanes.items():
-            lane.load_state_dict(state["lanes"][index])
-
-
-class Prefetch:
-    """Draws the next batch of a stream in a thread, while the model works on this one."""
-
-    def __init__(self, stream: LaneStream) -> None:
-        self.stream = stream
+        self.plan, self.exchange = plan, exchange
+        self.shards = int(stream_of(source).num_shards)
+        self.lane_count = min(MOST_LANES, self.shards)
+        self.per_round = -(-plan.global_batch // self.lane_count)
+        self._settings = _Settings(source, encode, seq_len, keep, -(-buffer // self.lane_count), seed)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._next: Future[tuple[torch.Tensor, dict[str, Any]]] | None = None
-        self._state = stream.state_dict()
+        self._pending: Future[tuple[dict[int, Chunk], ConfigError | None]] | None = None
+        self.queue = np.zeros((0, seq_len), dtype=np.int32)
+        self.rest = np.zeros(0, dtype=np.int32)
+        self._start_epoch(0)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.epoch, self.found = epoch, False
+        self.order = np.arange(self.shards)
+        if self._settings.buffer:
+            np.random.default_rng([self._settings.seed, epoch]).shuffle(self.order)
+        self.begun = 0
+        # Of every lane, also other ranks': the shard it reads, None when there is no further one.
+        self.reading: list[int | None] = [None] * self.lane_count
+        self.lanes: dict[int, Lane] = {}
+        for lane in range(self.lane_count):
+            self._next_shard(lane)
+
+    def _next_shard(self, lane: int) -> None:
+        self.lanes.pop(lane, None)
+        self.reading[lane] = None
+        if self.begun < self.shards:
+            self.reading[lane] = shard = int(self.order[self.begun])
+            self.begun += 1
+            if self._mine(lane):
+                self.lanes[lane] = Lane(self._settings, shard, self.epoch)
+
+    def _mine(self, lane: int) -> bool:
+        # Spread evenly over the ranks, hence over the nodes too.
+        return lane * self.plan.world_size // self.lane_count == self.plan.rank
 
     def next_batch(self) -> torch.Tensor:
-        """The stream's next batch."""
-        pending = self._next or self._thread.submit(self._draw)
-        self._next = None
-        batch, self._state = pending.result()
-        self._next = self._thread.submit(self._draw)
-        return batch
+        """This rank's sequences of the next global batch, ``(per_rank, seq_len)``, int64; a collective.
 
-    def _draw(self) -> tuple[torch.Tensor, dict[str, Any]]:
-        return self.stream.next_batch(), self.stream.state_dict()
+        Raises:
+            ReadError: on every rank, if any cannot read; the position stays that of the batch before.
+        """
+        while len(self.queue) < self.plan.global_batch:
+            self._round()
+        batch, self.queue = np.split(self.queue, [self.plan.global_batch])
+        own = batch[self.plan.first : self.plan.first + self.plan.per_rank]
+        self._drawn_ahead()
+        return torch.from_numpy(own.astype(np.int64))
+
+    def _round(self) -> None:
+        chunks, error = self._drawn_ahead().result()
+        # A message in place of chunks: all ranks raise together instead of waiting for one that is gone.
+        given = self.exchange(chunks if error is None else (type(error) is ReadError, str(error)))
+        failed = [value for value in given if isinstance(value, tuple)]
+        if failed:
+            again, message = failed[0]
+            raise ReadError(message) if again else ConfigError(message)
+        self._pending = None
+        for lane, chunk in sorted((item for part in given for item in part.items()), key=lambda item: item[0]):
+            self.queue = np.concatenate([self.queue, chunk.sequences])
+            self.found |= bool(len(chunk.sequences) or len(chunk.rest))
+            if chunk.ended:
+                self._append_rest(chunk.rest)
+                self._next_shard(lane)
+        if not any(shard is not None for shard in self.reading):
+            if not self.found:
+                raise ConfigError(f"--dataset {self._settings.source.name}: holds no text to train on")
+            self._start_epoch(self.epoch + 1)
+
+    def _append_rest(self, rest: np.ndarray) -> None:
+        seq_len = self._settings.seq_len
+        tokens = np.concatenate([self.rest, rest])
+        whole = len(tokens) // seq_len * seq_len
+        self.queue = np.concatenate([self.queue, tokens[:whole].reshape(-1, seq_len)])
+        self.rest = tokens[whole:]
+
+    def _drawn_ahead(self) -> Future[tuple[dict[int, Chunk], ConfigError | None]]:
+        """The next round's chunks of this rank, drawn in a thread while the model works."""
+        if self._pending is None:
+            self._pending = self._thread.submit(self._draw, dict(self.lanes))
+        return self._pending
+
+    def _draw(self, lanes: dict[int, Lane]) -> tuple[dict[int, Chunk], ConfigError | None]:
+        chunks: dict[int, Chunk] = {}
+        for number, lane in lanes.items():
+            try:
+                chunks[number] = lane.take(self.per_round)
+            except ConfigError as error:
+                return chunks, error
+        return chunks, None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was handed out."""
-        return self._state
+        """The position after the last batch: of this rank's lanes, and on rank 0 what all ranks share."""
+        drawn = {} if self._pending is None else self._pending.result()[0]
+        shared = {
+            "queue": torch.from_numpy(self.queue.copy()),
+            "rest": torch.from_numpy(self.rest.copy()),
+            "epoch": self.epoch,
+            "begun": self.begun,
+            "found": self.found,
+            "reading": list(self.reading),
+        }
+        return {
+            "kind": "shards",
+            "of": self._identity(),
+            "shared": shared if self.plan.rank == 0 else None,
+            "lanes": {number: lane.state_dict(drawn.get(number)) for number, lane in self.lanes.items()},
+        }
+
+    def _identity(self) -> list[int]:
+        settings = self._settings
+        return [self.shards, self.plan.global_batch, settings.seq_len, settings.buffer, settings.seed]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at ``state``; what was drawn ahead is dropped."""
-        if self._next is not None:
-            self._next.cancel()
-            wait([self._next])
-            self._next = None
-        self.stream.load_state_dict(state)
-        self._state = self.stream.state_dict()
-
-
-def lane_count(global_batch: int, shards: int) -> int:
-    """The largest divisor of ``global_batch`` that is at most the number of shards and ``MOST_LANES``."""
-    return max(d for d in range(1, min(MOST_LANES, shards, global_batch) + 1) if global_batch % d == 0)
+        """Continue at ``state``, merged of all ranks' states; what was drawn ahead is dropped."""
+        if state.get("kind") != "shards" or state["of"] != self._identity():
+            raise ConfigError(
+                "the checkpoint's data position is of another dataset, batch size, seq_len, seed or shuffle buffer"
+            )
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+        shared = state["shared"]
+        self._start_epoch(int(shared["epoch"]))
+        self.queue, self.rest = shared["queue"].numpy().copy(), shared["rest"].numpy().copy()
+        self.begun, self.found, self.reading = int(shared["begun"]), bool(shared["found"]), list(shared["reading"])
+        self.lanes = {}
+        for number, shard in enumerate(self.reading):
+            if shard is not None and self._mine(number):
+                self.lanes[number] = Lane(self._settings, shard, self.epoch)
+                self.lanes[number].load_state_dict(state["lanes"][number])
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One state for all ranks from every rank's own; a lane that two ranks share stands at one position in both."""
-    if states[0]["kind"] != "lanes":
+    """One state for all ranks from every rank's own, in order of rank."""
+    if states[0]["kind"] != "shards":
         return states[0]
-    return {**states[0], "lanes": {i: lane for state in states for i, lane in state["lanes"].items()}}
+    return {**states[0], "lanes": {number: lane for state in states for number, lane in state["lanes"].items()}}

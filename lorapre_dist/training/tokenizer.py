@@ -12,8 +12,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.documents import first_line
 from lorapre_dist.training.files import build_once
+from lorapre_dist.training.reading import first_line
 
 END_OF_TEXT = "<|endoftext|>"
 # Enough text for 32,000 merges; more changes little and takes minutes.

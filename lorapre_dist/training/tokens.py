@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.files import build_once
+from lorapre_dist.training.order import Permutation
 
 ENCODE_BATCH = 256
 
@@ -61,39 +62,57 @@ def encoded(texts: Iterable[str], encode: Encode) -> Iterator[list[int]]:
         yield from encode(batch)
 
 
-class TokenStream:
-    """Sequences of a finite token array, shuffled anew each epoch; sequence ``i`` is the same for any world size.
+class Tokens(Protocol):
+    """A flat array of token ids, or what can be cut like one."""
 
-    Tokens are cut into ``len(tokens) // seq_len`` blocks; the rest, less than one block, is never used.
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        """Tokens at a slice of step 1."""
+
+
+class TokenStream:
+    """Sequences of a token array, shuffled anew each epoch; sequence ``i`` is the same for any world size.
+
+    The array, repeated endlessly, is cut into sequences; those that begin in one epoch are permuted. So every token
+    is used once an epoch, the last ones (less than a sequence) with the first of the next.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, plan: BatchPlan, seed: int) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, plan: BatchPlan, seed: int) -> None:
         self.blocks = len(tokens) // seq_len
         if self.blocks < plan.global_batch:
             raise ConfigError(
                 f"the corpus is too small: {len(tokens)} training tokens make {self.blocks} sequences of {seq_len}, "
                 f"one batch needs {plan.global_batch}"
             )
-        self.tokens = tokens[: self.blocks * seq_len].reshape(self.blocks, seq_len)
+        self.tokens, self.seq_len = tokens, seq_len
         self.plan = plan
         self.seed = seed
         self.position = 0
         self._epoch = -1
-        self._order = np.zeros(0, dtype=np.int64)
+        self._order = Permutation(0, [seed])
 
     def next_batch(self) -> torch.Tensor:
         """This rank's sequences of the next global batch, ``(per_rank, seq_len)``, int64."""
         first = self.position + self.plan.first
-        rows = [self.tokens[self._block(first + i)] for i in range(self.plan.per_rank)]
+        rows = [self._sequence(self._shuffled(first + i)) for i in range(self.plan.per_rank)]
         self.position += self.plan.global_batch
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
-    def _block(self, sequence: int) -> int:
-        epoch, index = divmod(sequence, self.blocks)
+    def _shuffled(self, sequence: int) -> int:
+        """The place in the endless array, in sequences, of what comes at ``sequence``."""
+        epoch = ((sequence + 1) * self.seq_len - 1) // len(self.tokens)
+        start, stop = (e * len(self.tokens) // self.seq_len for e in (epoch, epoch + 1))
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.blocks)
-        return int(self._order[index])
+            self._order = Permutation(stop - start, [self.seed, epoch])
+        return start + int(self._order[np.array([sequence - start])][0])
+
+    def _sequence(self, place: int) -> np.ndarray:
+        start = place * self.seq_len % len(self.tokens)
+        cut = self.tokens[start : start + self.seq_len]
+        return cut if len(cut) == self.seq_len else np.concatenate([cut, self.tokens[: self.seq_len - len(cut)]])
 
     def state_dict(self) -> dict[str, Any]:
         """The position, in sequences over all ranks; the same on every rank."""

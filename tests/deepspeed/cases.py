@@ -20,7 +20,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 import lorapre_dist
 from lorapre_dist.bench.shapes import projections
-from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.config import LoRAPreConfig, LowRankConfig
+from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
 
 SHAPES = {
@@ -96,7 +97,7 @@ def mean_gradients(step: int, world_size: int, accumulation: int) -> dict[str, t
 
 
 def dense(
-    config: LoRAPreConfig, steps: int, world_size: int, accumulation: int, clip: float, skip: set[int], schedule: bool
+    config: LowRankConfig, steps: int, world_size: int, accumulation: int, clip: float, skip: set[int], schedule: bool
 ) -> dict[str, torch.Tensor]:
     """The reference's parameters after ``steps``, by name."""
     *_, last = dense_path(config, steps, world_size, accumulation, clip, skip, schedule)
@@ -104,7 +105,7 @@ def dense(
 
 
 def dense_path(
-    config: LoRAPreConfig, steps: int, world_size: int, accumulation: int, clip: float, skip: set[int], schedule: bool
+    config: LowRankConfig, steps: int, world_size: int, accumulation: int, clip: float, skip: set[int], schedule: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The reference's parameters at the start and after each step; the same tensors every time."""
     model = Net()
@@ -122,7 +123,7 @@ def dense_path(
             factor = min(1.0, float(clip / (norm + 1e-6)))
             grads = {n: g * factor for n, g in grads.items()}
         now = replace(config, lr=config.lr * (factor_at(taken) if schedule else 1.0))
-        oracle.step(matrices, oracle.each_expert(grads), state, now)
+        oracle.step(matrices, oracle.each_expert(grads), state, now, config.lr)
         taken += 1
         yield theta
 
@@ -207,6 +208,17 @@ def worst(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[
 
 
 PARAMS = {"lr": 0.01, "rank": 4, "weight_decay": 0.05, "betas": [0.9, 0.99]}
+_ADAMW = {"adamw_lr": 0.01, "adamw_betas": [0.9, 0.99], "adamw_weight_decay": 0.05}
+OTHER_PARAMS: dict[str, dict[str, Any]] = {
+    "LoRAPreMuon": {"lr": 0.01, "rank": 4, **_ADAMW},
+    "LoRAPreSGD": {"lr": 0.01, "rank": 4, "weight_decay": 0.05, **_ADAMW},
+    "LoRAPreLion": {"lr": 0.001, "rank": 4, "weight_decay": 0.05, **_ADAMW},
+    "LoRAPreAdafactor": PARAMS,
+}
+
+
+def params_of(optimizer: str) -> dict[str, Any]:
+    return PARAMS if optimizer == "LoRAPre" else OTHER_PARAMS[optimizer]
 
 
 def equality_case(
@@ -223,12 +235,14 @@ def equality_case(
     door: str = "lorapre",
     schedule: bool = True,
     zero_init: bool | None = None,
+    optimizer: str = "LoRAPre",
 ) -> list[dict[str, Any]]:
     """Train for ``steps`` and compare with the reference, for each (accumulation, clipping) of ``combos``."""
     found = []
     for accumulation, clip in combos:
-        options = {**PARAMS, **(params or {})}
+        options = {**params_of(optimizer), **(params or {})}
         config = merge(ds_config(stage, precision, accumulation, clip, options), changes or {})
+        config["optimizer"]["type"] = optimizer
         kwargs: dict[str, Any] = {}
         if schedule:
             kwargs["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
@@ -236,7 +250,8 @@ def equality_case(
         try:
             train(engine, rank, world_size, range(steps), accumulation, overflow_at)
             skip = {overflow_at} if overflow_at >= 0 else set()
-            want = dense(LoRAPreConfig(**options), steps, world_size, accumulation, clip, skip, schedule)
+            settings = OPTIMIZERS[optimizer].config_class(**options)
+            want = dense(settings, steps, world_size, accumulation, clip, skip, schedule)
             error, name = worst(full_parameters(engine), want)
             base = lorapre_dist.deepspeed.base_optimizer(engine)
             found.append(

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 import lorapre_dist
 from lorapre_dist.checkpoint import CheckpointError
-from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.param_groups import clean_name
 
-from .cases import PARAMS, Net, build, dense_path, ds_config, factor_at, full_parameters, merge, slopes, worst
+from .cases import Net, build, dense_path, ds_config, factor_at, full_parameters, merge, params_of, slopes, worst
 
 
 def scheduler(optimizer: Any) -> Any:
@@ -25,9 +25,14 @@ def scheduler(optimizer: Any) -> Any:
 
 
 def engine_of(
-    stage: int, precision: str, changes: dict[str, Any] | None = None, params: dict[str, Any] | None = None
+    stage: int,
+    precision: str,
+    changes: dict[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
+    optimizer: str = "LoRAPre",
 ) -> Any:
-    config = merge(ds_config(stage, precision, 1, 0.5, {**PARAMS, **(params or {})}), changes or {})
+    config = merge(ds_config(stage, precision, 1, 0.5, {**params_of(optimizer), **(params or {})}), changes or {})
+    config["optimizer"]["type"] = optimizer
     return build(config, lr_scheduler=scheduler)
 
 
@@ -49,17 +54,26 @@ def snapshot(engine: Any) -> dict[str, torch.Tensor]:
     return found | full_parameters(engine)
 
 
-def write_reference(folder: str, steps: int) -> None:
+def write_reference(folder: str, steps: int, optimizer: str = "LoRAPre") -> None:
     """The reference's parameters after each step, for :func:`visit_case`."""
-    for step, theta in enumerate(dense_path(LoRAPreConfig(**PARAMS), steps, 1, 1, 0.5, set(), True)):
+    config = OPTIMIZERS[optimizer].config_class(**params_of(optimizer))
+    for step, theta in enumerate(dense_path(config, steps, 1, 1, 0.5, set(), True)):
         torch.save(theta, Path(folder) / f"reference{step}.pt")
 
 
 def visit_case(
-    rank: int, world_size: int, *, stage: int, precision: str, folder: str, step: int, changes: Any = None
+    rank: int,
+    world_size: int,
+    *,
+    stage: int,
+    precision: str,
+    folder: str,
+    step: int,
+    changes: Any = None,
+    optimizer: str = "LoRAPre",
 ) -> tuple[float, str]:
     """Go on from the checkpoint of ``step``, take one step, save; the distance to the reference."""
-    engine = engine_of(stage, precision, changes)
+    engine = engine_of(stage, precision, changes, optimizer=optimizer)
     try:
         if step:
             path, client = engine.load_checkpoint(folder)
@@ -73,27 +87,29 @@ def visit_case(
         dist.barrier()
 
 
-def native_visit_case(rank: int, world_size: int, *, layout: str, folder: str, step: int) -> tuple[float, str]:
+def native_visit_case(
+    rank: int, world_size: int, *, layout: str, folder: str, step: int, optimizer: str = "LoRAPre"
+) -> tuple[float, str]:
     """As :func:`visit_case`, without DeepSpeed."""
     model: torch.nn.Module = Net()
     if layout == "fsdp2":
         model = fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
     elif layout == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = lorapre_dist.LoRAPre(model.named_parameters(), **PARAMS)
-    schedule = scheduler(optimizer)
+    stepper = OPTIMIZERS[optimizer](model.named_parameters(), **params_of(optimizer))
+    schedule = scheduler(stepper)
     if step:
-        client = lorapre_dist.checkpoint.load(model, optimizer, folder, lr_scheduler=schedule)
+        client = lorapre_dist.checkpoint.load(model, stepper, folder, lr_scheduler=schedule)
         assert client == {"step": step}, client
     model(slopes(step, 0, 0, 1)).backward()
     for p in model.parameters():
         if p.requires_grad and p.grad is None:  # as DeepSpeed, and the reference here
             p.grad = torch.zeros_like(p)
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
-    optimizer.step()
+    stepper.step()
     schedule.step()
     state = {"extra": {"step": step + 1}, "lr_scheduler": schedule, "keep_last": 2}
-    lorapre_dist.checkpoint.save(model, optimizer, folder, f"global_step{step + 1}", **state)
+    lorapre_dist.checkpoint.save(model, stepper, folder, f"global_step{step + 1}", **state)
     got = {
         clean_name(n): (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for n, p in model.named_parameters()

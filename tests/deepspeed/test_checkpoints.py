@@ -46,12 +46,22 @@ def test_resume_from_every_layout_to_every_other(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["global_step256", "global_step257"]
 
 
-def test_resume_across_deepspeed_fsdp2_ddp_and_one_device(tmp_path):
+AROUND = [(2, 2), ("fsdp2", 3), (2, 2), ("ddp", 2), ("fsdp2", 4), ("one device", 1), (3, 3), ("ddp", 3), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "optimizer, path",
+    [
+        ("LoRAPre", AROUND),
+        ("LoRAPreMuon", [(3, 3), ("fsdp2", 2), (1, 2), ("ddp", 3)]),
+        ("LoRAPreAdafactor", [("fsdp2", 3), (3, 2), ("ddp", 2), (2, 3)]),
+    ],
+)
+def test_resume_across_deepspeed_fsdp2_ddp_and_one_device(optimizer, path, tmp_path):
     """ZeRO-2 on two ranks to FSDP2 on three and back, and on through DDP and one process without process groups."""
-    path = [(2, 2), ("fsdp2", 3), (2, 2), ("ddp", 2), ("fsdp2", 4), ("one device", 1), (3, 3), ("ddp", 3), (0, 1)]
-    write_reference(str(tmp_path), len(path))
+    write_reference(str(tmp_path), len(path), optimizer)
     for step, (layout, world) in enumerate(path):
-        arguments = {"folder": str(tmp_path), "step": step}
+        arguments = {"folder": str(tmp_path), "step": step, "optimizer": optimizer}
         if isinstance(layout, int):
             results = run_ranks(world, visit_case, stage=layout, precision="fp32", **arguments)
         else:

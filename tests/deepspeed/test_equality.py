@@ -8,7 +8,7 @@ import torch
 from tests import oracle
 from tests.distributed.harness import run_ranks
 
-from .cases import SHAPES, client_case, equality_case, groups_case
+from .cases import OTHER_PARAMS, SHAPES, client_case, equality_case, groups_case
 
 STEPS = 20
 FP32 = 1e-5  # the contract: after 20 steps, fp32 summation order is all that differs
@@ -28,6 +28,14 @@ def check(results, steps=STEPS):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_parameters_match_reference(stage, world, precision):
     check(run_ranks(world, equality_case, stage=stage, precision=precision, combos=COMBOS, steps=STEPS))
+
+
+@pytest.mark.parametrize("stage, world, precision", [(1, 2, "bf16"), (2, 3, "fp32"), (3, 2, "fp16"), (3, 3, "fp32")])
+@pytest.mark.parametrize("optimizer", OTHER_PARAMS)
+def test_other_optimizers_match_reference(stage, world, precision, optimizer):
+    """With a schedule, which the learning rate of the parameters under AdamW follows."""
+    arguments = {"stage": stage, "precision": precision, "optimizer": optimizer, "combos": [(1, 0.5)], "steps": STEPS}
+    check(run_ranks(world, equality_case, **arguments))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lorapre_dist import reference
-from lorapre_dist.config import LoRAPreConfig
-from lorapre_dist.core.factors import initial_At
+from lorapre_dist.config import LowRankConfig
 from lorapre_dist.layouts.base import Layout, Piece, SubGroups, Unit
-from lorapre_dist.optimizer import LoRAPre
+from lorapre_dist.optimizers import OPTIMIZERS
+from tests import oracle
 
 
 def gradient(name: str, shape: tuple[int, int], step: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -35,16 +34,12 @@ def initial(name: str, shape: tuple[int, int]) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.1
 
 
-def dense(name: str, shape: tuple[int, int], config: LoRAPreConfig, steps: int, lrs: Any = None) -> tuple[Any, Any]:
+def dense(name: str, shape: tuple[int, int], config: LowRankConfig, steps: int) -> tuple[Any, Any]:
     """theta and state of the reference after ``steps``, in fp64."""
-    q = shape[1]
-    m_A = initial_At(name, "m", q, config.rank, config.init_std, config.seed).T
-    v_A = initial_At(name, "v", q, config.resolved_rank_v, config.init_std, config.seed).T
-    state = reference.init_state(shape, config, m_A, v_A)
+    state = oracle.init_matrix(name, shape, config)
     theta = initial(name, shape)
     for step in range(steps):
-        at = config if lrs is None else replace(config, lr=lrs[step])
-        reference.lorapre_adam_step(theta, gradient(name, shape, step), state, at)
+        oracle.STEPS[type(config)](theta, gradient(name, shape, step), state, config)
     return theta, state
 
 
@@ -61,12 +56,14 @@ def core_case(
     steps: int,
     dtype: str = "float64",
     bucket: int | None = None,
+    optimizer: str = "LoRAPre",
 ) -> dict[str, Any]:
     """Step matrices cut as told (name, shape, interval of each rank) and compare with the dense reference."""
     kind = getattr(torch, dtype)
-    config = LoRAPreConfig(**options)
+    cls = OPTIMIZERS[optimizer]
+    config = cls.config_class(**options)
     options = {**options, "target_modules": ".*"}
-    optimizer = LoRAPre([(name, torch.nn.Parameter(torch.empty(shape))) for name, shape, _ in matrices], **options)
+    stepper = cls([(name, torch.nn.Parameter(torch.empty(shape))) for name, shape, _ in matrices], **options)
     groups = SubGroups(dist.group.WORLD)
     sizes = [ranges[rank][1] - ranges[rank][0] for _, _, ranges in matrices]
     flat = torch.zeros(sum(sizes), dtype=kind, requires_grad=True)
@@ -76,24 +73,24 @@ def core_case(
         pieces.append(Piece(name, shape, start, stop, at, groups.peers(ranges)))
         flat.data[at : at + size] = initial(name, shape).reshape(-1)[start:stop]
         at += size
-    optimizer.param_groups[0]["params"] = [flat]
-    optimizer.bind(Layout("test", [Unit(flat, 0, pieces)], world_size))
+    stepper.param_groups[0]["params"] = [flat]
+    stepper.bind(Layout("test", [Unit(flat, 0, pieces)], world_size))
     if bucket:
-        optimizer.workspace = replace(optimizer.workspace, bucket=bucket, block=256)
+        stepper.workspace = replace(stepper.workspace, bucket=bucket, block=256)
     for step in range(steps):
         flat.grad = torch.cat(
             [gradient(n, s, step, kind).reshape(-1)[slice(*ranges[rank])] for n, s, ranges in matrices]
         )
-        optimizer.step()
+        stepper.step()
     errors = {}
-    for piece in [p for p in pieces if p.name in optimizer.factors()]:
+    for piece in [p for p in pieces if p.name in stepper.factors()]:
         theta, state = dense(piece.name, piece.shape, config, steps)
         mine = flat.detach()[piece.offset : piece.offset + piece.stop - piece.start]
         want = theta.reshape(-1)[piece.start : piece.stop]
         errors[piece.name] = float((mine.double() - want).norm() / theta.norm())
-        held = optimizer.factors()[piece.name]
+        held = stepper.factors()[piece.name]
         first = piece.start // piece.shape[1]
         rows = slice(first, first + held["m_B"].shape[0])
-        errors[piece.name + ".m_B"] = float((held["m_B"].double() - state["m_B"][rows]).norm() / state["m_B"].norm())
-        errors[piece.name + ".v_B"] = float((held["v_B"].double() - state["v_B"][rows]).norm() / state["v_B"].norm())
-    return {"errors": errors, "bytes": dict(optimizer.comm.bytes), "calls": dict(optimizer.comm.calls)}
+        for key in held.keys() & {"m_B", "v_B"}:
+            errors[f"{piece.name}.{key}"] = float((held[key].double() - state[key][rows]).norm() / state[key].norm())
+    return {"errors": errors, "bytes": dict(stepper.comm.bytes), "calls": dict(stepper.comm.calls)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,14 +22,21 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lorapre_dist import LoRAPre
 from lorapre_dist.bench.shapes import projections
-from lorapre_dist.config import ConfigError, LoRAPreConfig
+from lorapre_dist.config import ConfigError
 from lorapre_dist.layouts.base import local
+from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
 
 # Odd shapes; with three or four ranks some hold one row, or nothing, of the small ones.
 SHAPES = {"q_proj": (24, 12), "up_proj": (37, 12), "down_proj": (12, 37), "o_proj": (7, 13), "k_proj": (3, 40)}
 EXPERTS = (5, 9, 8)
-OPTIONS: dict[str, Any] = {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "LoRAPre": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
+    "LoRAPreMuon": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "adamw_lr": 0.005, "adamw_weight_decay": 0.01},
+    "LoRAPreSGD": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "nesterov": True},
+    "LoRAPreLion": {"lr": 0.002, "rank": 2, "weight_decay": 0.05},
+    "LoRAPreAdafactor": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
+}
 
 
 class Net(nn.Module):
@@ -70,9 +78,9 @@ def batch_of(step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: value.to(dtype) for name, value in batch.items()}
 
 
-def dense_path(steps: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+def dense_path(steps: int, optimizer: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Autograd in fp64 and the reference optimizer: parameters after ``steps``, by name."""
-    config = LoRAPreConfig(**options)
+    config = OPTIMIZERS[optimizer].config_class(**options)
     model = Net(torch.float64)
     theta = {n: p.data for n, p in model.named_parameters()}
     matrices = oracle.each_expert(theta)
@@ -141,27 +149,37 @@ def full_parameters(layout: str, model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def equality_case(
-    rank: int, world_size: int, *, layout: str, dtype: torch.dtype, steps: int, options: dict[str, Any] | None = None
+    rank: int,
+    world_size: int,
+    *,
+    layout: str,
+    dtype: torch.dtype,
+    steps: int,
+    options: dict[str, Any] | None = None,
+    optimizer: str = "LoRAPre",
+    block: int | None = None,
 ) -> dict[str, Any]:
     """Train under a layout; the largest distance to the reference, and what the optimizer says about itself."""
-    settings = {**OPTIONS, **(options or {})}
+    settings = {**OPTIONS[optimizer], **(options or {})}
     model = wrapped(layout, Net(dtype), world_size)
-    optimizer = LoRAPre(model.named_parameters(), shard_state=layout != "ddp replicated", **settings)
+    stepper = OPTIMIZERS[optimizer](model.named_parameters(), shard_state=layout != "ddp replicated", **settings)
+    if block:
+        stepper.workspace = replace(stepper.workspace, block=block)
     for step in range(steps):
-        optimizer.zero_grad()
+        stepper.zero_grad()
         model(batch_of(step, dtype)).backward()
-        optimizer.step()
-    got, want = full_parameters(layout, model), dense_path(steps, settings)
+        stepper.step()
+    got, want = full_parameters(layout, model), dense_path(steps, optimizer, settings)
     assert got.keys() == want.keys(), (got.keys(), want.keys())
     errors = {n: float((got[n].double() - want[n]).norm() / want[n].norm()) for n in want}
     worst = max(errors, key=lambda n: errors[n])
-    report = optimizer.memory_report()
+    report = stepper.memory_report()
     return {
         "error": errors[worst],
         "name": worst,
         "layout": report.layout,
         "state": report.state_bytes,
-        "calls": dict(optimizer.comm.calls),
+        "calls": dict(stepper.comm.calls),
     }
 
 
@@ -171,7 +189,7 @@ def habits_case(rank: int, world_size: int, *, layout: str) -> dict[str, Any]:
     In the fourth step one rank's gradient overflows, so that no rank steps.
     """
     model = torch.compile(wrapped(layout, Net(), world_size), backend="eager")
-    optimizer = LoRAPre(model.named_parameters(), **OPTIONS)
+    optimizer = LoRAPre(model.named_parameters(), **OPTIONS["LoRAPre"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     scaler = ShardedGradScaler(device="cpu", init_scale=2.0**10, growth_interval=100)
     calls: list[str] = []
@@ -191,7 +209,7 @@ def habits_case(rank: int, world_size: int, *, layout: str) -> dict[str, Any]:
             schedule.step()
     got = {n.removeprefix("_orig_mod."): p for n, p in full_parameters(layout, model).items()}
     got = {n.removeprefix("module."): p for n, p in got.items()}
-    want = dense_path(5, OPTIONS)
+    want = dense_path(5, "LoRAPre", OPTIONS["LoRAPre"])
     errors = [float((got[n].double() - want[n]).norm() / want[n].norm()) for n in want]
     return {"error": max(errors), "calls": calls, "scale": scaler.get_scale()}
 
@@ -216,7 +234,7 @@ def policy_case(rank: int, world_size: int, *, policy: str) -> tuple[dict[str, t
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     chosen: dict[str, Any] = {"mp_policy": bf16} if policy == "bf16" else {"offload_policy": CPUOffloadPolicy(False)}
     model = shard(Net(), mesh_of(world_size, "dp"), **chosen)
-    optimizer = LoRAPre(model.named_parameters(), **OPTIONS)
+    optimizer = LoRAPre(model.named_parameters(), **OPTIONS["LoRAPre"])
     for step in range(5):
         optimizer.zero_grad(set_to_none=True)
         model(batch_of(step, torch.bfloat16 if policy == "bf16" else torch.float32)).backward()
@@ -228,7 +246,7 @@ def policy_case(rank: int, world_size: int, *, policy: str) -> tuple[dict[str, t
 def refused_case(rank: int, world_size: int) -> str:
     model = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
     try:
-        LoRAPre(model.named_parameters(), **OPTIONS)
+        LoRAPre(model.named_parameters(), **OPTIONS["LoRAPre"])
     except ConfigError as error:
         return str(error)
     return "accepted"

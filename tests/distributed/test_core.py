@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 
+from lorapre_dist.bench.muon import bytes_rank, closed_form
+
 from .cases import core_case
 from .harness import run_ranks
 
@@ -110,3 +112,57 @@ def test_core_matches_reference_fp32(world):
     for result in results:
         theta = {name: error for name, error in result["errors"].items() if "." not in name}
         assert max(theta.values(), default=0) <= FP32, theta
+
+
+MUON = {
+    "nesterov": {"rank": 4, "lr": 0.01},
+    "options": {"rank": 4, "lr": 0.01, "nesterov": False, "residual": 0.3, "adjust_lr_fn": "match_rms_adamw"},
+    "paper": {"rank": 3, "lr": 0.01, "variant": "paper", "damping": 1e-3, "ns_steps": 3},
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("bucket", [None, 1], ids=["cheapest-form", "rows-or-columns"])
+def test_muon_matches_reference_fp64(world, bucket):
+    """With blocks of 256 bytes no matrix may be assembled, so the Grams are summed over the ranks."""
+    for options in MUON.values():
+        results = run_ranks(
+            world,
+            core_case,
+            matrices=matrices(world),
+            options=options,
+            steps=STEPS,
+            bucket=bucket,
+            optimizer="LoRAPreMuon",
+        )
+        for result in results:
+            assert max(result["errors"].values()) <= FP64, result["errors"]
+            assert world == 1 or bucket is None or "reduce Gram" in result["calls"]
+            assert world > 1 or not result["calls"]
+
+
+OTHERS = {
+    "LoRAPreSGD": [{"rank": 4, "lr": 0.01, "nesterov": True}, {"rank": 3, "variant": "paper", "damping": 1e-3}],
+    "LoRAPreLion": [{"rank": 4, "lr": 0.001, "residual": 0.2}, {"rank": 3, "variant": "paper", "damping": 1e-3}],
+    "LoRAPreAdafactor": [
+        {"rank": 4, "lr": 0.01, "weight_decay": 0.1},
+        {"rank": 3, "variant": "paper", "damping": 1e-3},
+    ],
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_other_optimizers_match_reference_fp64(world, optimizer):
+    for options in OTHERS[optimizer]:
+        arguments = {"matrices": matrices(world), "options": options, "steps": STEPS, "optimizer": optimizer}
+        for result in run_ranks(world, core_case, **arguments):
+            assert max(result["errors"].values()) <= FP64, result["errors"]
+
+
+@pytest.mark.parametrize("shape", [(1024, 2752), (1000, 1998)])
+def test_muon_sends_what_the_closed_form_says(shape):
+    """Rows on four ranks; the second shape leaves ranks blocks of unequal size."""
+    results = run_ranks(4, bytes_rank, shape=shape, rank=8)
+    sent = {purpose: sum(result[purpose] for result in results) for purpose in results[0]}
+    assert sent == closed_form(shape, 8, 4)

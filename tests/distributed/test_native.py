@@ -9,7 +9,7 @@ from lorapre_dist.bench.memory import closed_form
 from lorapre_dist.bench.shapes import projections
 
 from .harness import run_ranks
-from .native_cases import equality_case, habits_case, policy_case, refused_case, state_case
+from .native_cases import OPTIONS, equality_case, habits_case, policy_case, refused_case, state_case
 
 WORLDS = {
     "fsdp2": (1, 2, 3, 4),
@@ -28,6 +28,17 @@ CASES = [(layout, world) for layout, worlds in WORLDS.items() for world in world
 @pytest.mark.parametrize("layout, world", CASES)
 def test_parameters_match_reference_in_fp64(layout, world):
     for result in run_ranks(world, equality_case, layout=layout, dtype=torch.float64, steps=20):
+        assert result["error"] <= 1e-10, (result["name"], result["error"])
+
+
+@pytest.mark.parametrize(
+    "layout, world", [("fsdp2", 3), ("hsdp", 4), ("fsdp1", 3), ("ddp", 2), ("tp", 3), ("tp+fsdp2", 4)]
+)
+@pytest.mark.parametrize("optimizer", [name for name in OPTIONS if name != "LoRAPre"])
+def test_other_optimizers_match_reference_in_fp64(layout, world, optimizer):
+    """Blocks of 256 bytes: no matrix is assembled, to be made orthogonal by one rank."""
+    arguments = {"layout": layout, "optimizer": optimizer, "dtype": torch.float64, "steps": 20, "block": 256}
+    for result in run_ranks(world, equality_case, **arguments):
         assert result["error"] <= 1e-10, (result["name"], result["error"])
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.deepspeed import check_config
+from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.ds_json import batch_sizes, precision, read_deepspeed_config, zero_stage
 from lorapre_dist.training.finetune.settings import with_optimizer
 from lorapre_dist.training.models import preset_config
@@ -17,6 +18,10 @@ FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 LRS = {0.01, 0.005, 0.001, 0.0005, 0.0001}
 NAMES = [f"tiny_zero{stage}" for stage in range(4)] + [f"llama_{n}_zero{s}" for n in RANKS for s in (1, 2, 3)]
+OTHERS = {
+    **{f"llama_{n}_zero2_muon": "LoRAPreMuon" for n in RANKS},
+    **{f"tiny_zero2_{name.removeprefix('LoRAPre').lower()}": name for name in OPTIMIZERS if name != "LoRAPre"},
+}
 FINETUNE = ["finetune_zero2", "finetune_zero3", "finetune_tiny_zero2", "finetune_tiny_zero3"]
 
 
@@ -34,10 +39,10 @@ class World:
 
 def test_nothing_else_is_shipped():
     # Those of the Hugging Face Trainer have tests of their own.
-    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("hf_")} == {*NAMES, *FINETUNE}
+    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("hf_")} == {*NAMES, *OTHERS, *FINETUNE}
 
 
-@pytest.mark.parametrize("name", NAMES + FINETUNE)
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS, *FINETUNE])
 def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
     from deepspeed.runtime.config import DeepSpeedConfig, dist
 
@@ -52,9 +57,20 @@ def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
         assert theirs.train_batch_size == ours.global_batch
         assert theirs.train_micro_batch_size_per_gpu == ours.micro_batch
         assert theirs.gradient_accumulation_steps == ours.accumulation
-        assert theirs.zero_optimization_stage == zero_stage(config) == int(name[-1])
+        assert theirs.zero_optimization_stage == zero_stage(config) == int(name.split("zero")[1][0])
         assert theirs.bfloat16_config.enabled == (precision(config) == "bf16")
         assert theirs.gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_only_the_optimizer_is_another(name):
+    config = read_deepspeed_config(str(FOLDER / f"{name}.json"))
+    same = read_deepspeed_config(str(FOLDER / f"{name.rpartition('_')[0]}.json"))
+    optimizer, adam = config.pop("optimizer"), same.pop("optimizer")
+    assert config == same
+    assert optimizer["type"] == OTHERS[name]
+    assert optimizer["params"]["rank"] == adam["params"]["rank"]
+    assert optimizer["params"].get("adamw_lr", optimizer["params"]["lr"]) == adam["params"]["lr"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lorapre_dist.training.documents import Source, open_source
 from lorapre_dist.training.settings import Settings, load_settings
 
 BASE_CONFIG = {
@@ -43,4 +44,24 @@ def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 documents as JSON lines, with a second column."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": t, "number": i}) + "\n" for i, t in enumerate(documents(120))))
+    return path
+
+
+def source_of(path: Any, **options: Any) -> Source:
+    given = {"config": None, "split": "train", "column": None, "streaming": False} | options
+    return open_source(str(path), **given)
+
+
+def hub_folder(path: Path, *, validation: bool) -> Path:
+    """A local folder in the form of a hub dataset: a card that names the files of each split, sharded."""
+    texts = documents(120)
+    for shard in range(4):
+        rows = [json.dumps({"text": text}) + "\n" for text in texts[shard::4]]
+        (path / f"train-{shard}.jsonl").write_text("".join(rows))
+    splits = "    - split: train\n      path: train-*.jsonl\n"
+    if validation:
+        rows = [json.dumps({"text": f"held out {i} " * 30}) + "\n" for i in range(20)]
+        (path / "validation.jsonl").write_text("".join(rows))
+        splits += "    - split: validation\n      path: validation.jsonl\n"
+    (path / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files:\n{splits}---\n")
     return path

@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,22 +12,17 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.training import builtin_text
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import prepare_data
-from lorapre_dist.training.documents import open_source
+from lorapre_dist.training.order import Permutation
 from lorapre_dist.training.splits import finite_split, streaming_split
-from lorapre_dist.training.streaming import Lane, LaneStream, Prefetch, lane_count, merge_states
+from lorapre_dist.training.streaming import ShardStream
 from lorapre_dist.training.tokenizer import Encoder, trained_tokenizer
 from lorapre_dist.training.tokens import TokenStream, token_file
-from tests.training.conftest import documents
+from tests.training.conftest import documents, hub_folder, source_of
 
 
 def numbers(texts):
     """A tokenizer for tests: one token per document's length, then 0."""
     return [[len(text), 0] for text in texts]
-
-
-def source_of(path, **options):
-    given = {"config": None, "split": "train", "column": None, "streaming": False} | options
-    return open_source(str(path), **given)
 
 
 # --- documents
@@ -107,29 +101,14 @@ def test_folders_without_data_or_with_mixed_kinds_are_refused(tmp_path):
         source_of(tmp_path)
 
 
-def hub_folder(path: Path, *, validation: bool) -> Path:
-    """A local folder in the form of a hub dataset: a card that names the files of each split, sharded."""
-    texts = documents(120)
-    for shard in range(4):
-        rows = [json.dumps({"text": text}) + "\n" for text in texts[shard::4]]
-        (path / f"train-{shard}.jsonl").write_text("".join(rows))
-    splits = "    - split: train\n      path: train-*.jsonl\n"
-    if validation:
-        rows = [json.dumps({"text": f"held out {i} " * 30}) + "\n" for i in range(20)]
-        (path / "validation.jsonl").write_text("".join(rows))
-        splits += "    - split: validation\n      path: validation.jsonl\n"
-    (path / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files:\n{splits}---\n")
-    return path
-
-
 @pytest.mark.parametrize("validation", [True, False])
 def test_hub_form_streams_with_its_own_or_a_made_split(tmp_path, make_settings, validation):
     folder = hub_folder(tmp_path, validation=validation)
     options = ["--dataset", str(folder), "--dataset_config", "en", "--seq_len", "16", "--eval_fraction", "0.2"]
     settings = make_settings(*options, "--vocab_size", "300", "--eval_batches", "3")
     data = prepare_data(settings, BatchPlan(4, 2, 1, 0), 300)
-    assert isinstance(data.train, Prefetch)
-    assert data.train.stream.lanes_in_all == 4
+    assert isinstance(data.train, ShardStream)
+    assert data.train.shards == 4
     assert data.held_out.shape == (12, 16)
     assert data.train.next_batch().shape == (4, 16)
 
@@ -208,12 +187,30 @@ def test_global_batches_do_not_depend_on_the_world_size(world):
         assert torch.equal(torch.cat([part.next_batch() for part in parts]), expected)
 
 
-def test_an_epoch_uses_every_sequence_once_in_another_order():
+def test_an_epoch_uses_every_token_once_in_another_order():
+    """95 tokens in sequences of 4: what is left of an epoch leads the next."""
     data = stream(BatchPlan(1, 1, 1, 0))
-    epochs = [[data.next_batch()[0].tolist() for _ in range(23)] for _ in range(2)]
-    assert all(sorted(epoch) == [list(range(4 * i, 4 * i + 4)) for i in range(23)] for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert stream(BatchPlan(1, 1, 1, 0), seed=1).next_batch()[0].tolist() != epochs[0][0]
+    drawn = [data.next_batch()[0].tolist() for _ in range(4 * 95 // 4)]
+    assert sorted(token for sequence in drawn for token in sequence) == sorted(4 * list(range(95)))
+    first, second = drawn[:23], drawn[23:47]
+    assert sorted(first) == [list(range(4 * i, 4 * i + 4)) for i in range(23)]
+    assert [92, 93, 94, 0] in second
+    assert sorted(token for sequence in second for token in sequence) == sorted([*range(92, 95), *range(93)])
+    assert first != sorted(first)
+    assert stream(BatchPlan(1, 1, 1, 0), seed=1).next_batch()[0].tolist() != first[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 1000, 4097])
+def test_a_permutation_by_formula_is_one(count):
+    places = np.arange(count)
+    found = Permutation(count, [0, 7], in_memory=0)[places]
+    assert np.array_equal(np.sort(found), places)
+    assert np.array_equal(found, Permutation(count, [0, 7], in_memory=0)[places])
+    if count >= 1000:
+        assert not np.array_equal(found, Permutation(count, [0, 8], in_memory=0)[places])
+        # As far from the identity, and as little like a shift, as a random one.
+        assert abs(np.corrcoef(found, places)[0, 1]) < 5 / count**0.5
+        assert len(np.unique((found - places) % count)) > 0.6 * count
 
 
 @pytest.mark.parametrize("done", [0, 1, 5, 11])
@@ -226,92 +223,6 @@ def test_token_position_resumes_exactly(done):
     resumed.load_state_dict(data.state_dict())
     for _ in range(8):
         assert torch.equal(resumed.next_batch(), data.next_batch())
-
-
-# --- streaming
-
-
-def lanes(path, plan, encode=None):
-    return LaneStream(source_of(path, config="en"), encode or words_to_numbers, 16, plan)
-
-
-def words_to_numbers(texts):
-    return [[sum(map(ord, word)) for word in text.split()] + [0] for text in texts]
-
-
-def test_lane_count_divides_the_batch():
-    assert lane_count(512, 1024) == 64
-    assert lane_count(12, 5) == 4
-    assert lane_count(7, 3) == 1
-
-
-@pytest.mark.parametrize("world", [2, 3, 6, 12])
-def test_streamed_batches_do_not_depend_on_the_world_size(tmp_path, world):
-    folder = hub_folder(tmp_path, validation=False)
-    whole = lanes(folder, BatchPlan(12, 1, 1, 0))
-    parts = [lanes(folder, BatchPlan(12, 1, world, rank)) for rank in range(world)]
-    assert world > 4 or sum(len(part.lanes) for part in parts) <= 6
-    for _ in range(5):
-        expected = whole.next_batch()
-        assert torch.equal(torch.cat([part.next_batch() for part in parts]), expected)
-
-
-def test_a_stream_packs_every_token_once_per_pass(tmp_path):
-    folder = hub_folder(tmp_path, validation=False)
-    source = source_of(folder, config="en")
-    lane = Lane(source, source.stream, words_to_numbers, 16, lambda text: True)
-    expected = [token for ids in words_to_numbers(list(source.documents())) for token in ids]
-    passes = 2 * expected
-    found = lane.take(len(passes) // 16).reshape(-1).tolist()
-    assert found == passes[: len(found)]
-    assert lane.epoch >= 1
-
-
-@pytest.mark.parametrize("done", [0, 1, 6, 40])
-def test_stream_position_resumes_exactly_at_any_world_size(tmp_path, done):
-    folder = hub_folder(tmp_path, validation=False)
-    running = [lanes(folder, BatchPlan(8, 1, 2, rank)) for rank in range(2)]
-    for _ in range(done):
-        for part in running:
-            part.next_batch()
-    state = merge_states([part.state_dict() for part in running])
-    resumed = [lanes(folder, BatchPlan(8, 1, 4, rank)) for rank in range(4)]
-    for part in resumed:
-        part.load_state_dict(state)
-    for _ in range(10):
-        expected = torch.cat([part.next_batch() for part in running])
-        assert torch.equal(torch.cat([part.next_batch() for part in resumed]), expected)
-
-
-def test_drawing_ahead_changes_neither_batches_nor_positions(tmp_path):
-    folder = hub_folder(tmp_path, validation=False)
-    plan = BatchPlan(8, 1, 1, 0)
-    plain, ahead = lanes(folder, plan), Prefetch(lanes(folder, plan))
-    for _ in range(5):
-        assert torch.equal(ahead.next_batch(), plain.next_batch())
-    state = ahead.state_dict()
-    expected = [plain.next_batch() for _ in range(3)]
-    for stream_ in (ahead, Prefetch(lanes(folder, plan))):
-        stream_.load_state_dict(state)
-        for batch in expected:
-            assert torch.equal(stream_.next_batch(), batch)
-
-
-def test_a_local_file_can_be_streamed(make_settings, jsonl):
-    options = [
-        "--dataset",
-        str(jsonl),
-        "--streaming",
-        "--seq_len",
-        "16",
-        "--vocab_size",
-        "300",
-        "--eval_fraction",
-        "0.2",
-    ]
-    data = prepare_data(make_settings(*options), BatchPlan(4, 2, 1, 0), 300)
-    assert data.train.stream.lanes_in_all == 1
-    assert len(data.held_out) > 10
 
 
 # --- tokenizer

@@ -4,6 +4,7 @@ import pytest
 
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.ds_json import batch_sizes, precision, read_deepspeed_config, zero_stage
+from lorapre_dist.training.presets import LR_GRID, RECIPES
 from lorapre_dist.training.settings import load_settings
 
 
@@ -11,6 +12,37 @@ def test_defaults_follow_the_preset(make_settings):
     settings = make_settings("--model", "llama-60m")
     assert (settings.max_steps, settings.warmup_steps, settings.seq_len) == (10_000, 1000, 256)
     assert make_settings().model == "llama-tiny"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_the_papers_run(name):
+    """10k, 20k, 60k, 100k and 150k steps of 512 x 256 tokens, warm-up 10%, rank 128/256/256/512/1024, scale 0.25."""
+    steps, rank, lr = {
+        "llama-60m": (10_000, 128, 0.01),
+        "llama-130m": (20_000, 256, 0.01),
+        "llama-350m": (60_000, 256, 0.005),
+        "llama-1b": (100_000, 512, 0.005),
+        "llama-7b": (150_000, 1024, 0.005),
+    }[name]
+    for world in (1, 8, 16):
+        settings = load_settings(["--recipe", name], world)
+        assert (settings.model, settings.dataset, settings.tokenizer) == (name, "c4", "t5-base")
+        assert (settings.max_steps, settings.warmup_steps, settings.seq_len) == (steps, steps // 10, 256)
+        assert settings.batch.global_batch == 512
+        params = settings.ds_config["optimizer"]["params"]
+        assert (params["rank"], params["scale"], params["lr"]) == (rank, 0.25, lr)
+        assert lr in LR_GRID
+
+
+def test_options_go_before_the_recipe(make_settings):
+    settings = make_settings("--recipe", "llama-60m", "--dataset", "builtin", "--lr", "0.001", "--max_steps", "50")
+    assert (settings.dataset, settings.model, settings.max_steps, settings.warmup_steps) == (
+        "builtin",
+        "llama-60m",
+        50,
+        5,
+    )
+    assert settings.ds_config["optimizer"] == {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}}
 
 
 def test_lr_overrides_the_json_only_where_given(make_settings):
@@ -23,6 +55,9 @@ def test_lr_overrides_the_json_only_where_given(make_settings):
     [
         (["--max_steps", "0"], "--max_steps 0"),
         (["--max_steps", "5", "--warmup_steps", "6"], "more than --max_steps"),
+        (["--recipe", "llama-2b"], "invalid choice: 'llama-2b'"),
+        (["--shuffle_buffer", "-1"], "--shuffle_buffer -1"),
+        (["--read_attempts", "0"], "--read_attempts 0"),
         (["--model", "llama-60n"], "did you mean llama-60m"),
         (["--model", "llama-60m", "--model_config", "x.json"], "not both"),
         (["--model_config", "missing.json"], "no such file"),
@@ -75,7 +110,7 @@ def test_bad_json_says_what_is_wrong(tmp_path, text, words):
 def test_missing_json_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.json: no such file"):
         load_settings(["--deepspeed_config", str(tmp_path / "none.json")], 1)
-    with pytest.raises(ConfigError, match="--deepspeed_config"):
+    with pytest.raises(ConfigError, match=r"--deepspeed_config is needed.*--recipe"):
         load_settings([], 1)
 
 

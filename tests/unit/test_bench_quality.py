@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lorapre_dist.bench import quality
+from lorapre_dist.bench import contenders, quality
 from lorapre_dist.bench.__main__ import main
 from lorapre_dist.config import ConfigError
 
@@ -52,7 +52,7 @@ def test_every_row_runs_on_the_same_batches_and_repeats_exactly(options, tmp_pat
 
 def test_only_the_matrices_differ_between_rows(options):
     model = quality.prepare(quality._parse(options)).model
-    matrices, rest = quality.split(model)
+    matrices, rest = contenders.split(model)
     # q, k, v, o, gate, up and down of four layers; embeddings, lm_head, two norms a layer and the last one.
     assert (len(matrices), len(rest)) == (28, 11)
     for name in ("adamw", "stable-r16", "paper-r16"):

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import TrainingData
-from lorapre_dist.training.documents import guarded_rows, open_rows
+from lorapre_dist.training.documents import PULL_ROWS, open_rows
 from lorapre_dist.training.files import build_once
 from lorapre_dist.training.finetune import answers
 from lorapre_dist.training.finetune.examples import Examples, ExampleStream, write_examples
 from lorapre_dist.training.finetune.settings import FinetuneSettings, score_name
+from lorapre_dist.training.reading import Reader, private
 from lorapre_dist.training.tokenizer import fingerprint, load_tokenizer
 
 # Question and text to learn, by data set: MetaMathQA, GSM8K, MATH.
@@ -150,18 +151,21 @@ def _problems(name: str, settings: FinetuneSettings, tokenizer: PreTrainedTokeni
 
 
 def _first_row(option: str, name: str, rows: Any) -> dict[str, Any]:
-    first = next(guarded_rows(name, rows, option), None)
-    if first is None:
+    first = Reader(name, private(rows), option=option).read(1)
+    if not first:
         raise ConfigError(f"{option} {name}: is empty")
-    return first
+    return first[0]
 
 
 def _texts(option: str, name: str, rows: Any, columns: tuple[str, str]) -> Iterator[tuple[str, str]]:
     """Two columns of every row, stripped; rows in which one is empty are left out."""
-    for row in guarded_rows(name, rows, option):
-        for column in columns:
-            if not isinstance(row.get(column), (str, type(None))):
-                raise ConfigError(f"{option} {name}: column {column!r} holds {type(row[column]).__name__}, not text")
-        first, second = ((row.get(column) or "").strip() for column in columns)
-        if first and second:
-            yield first, second
+    reader = Reader(name, private(rows), option=option)
+    while not reader.ended:
+        for row in reader.read(PULL_ROWS):
+            for column in columns:
+                if not isinstance(row.get(column), (str, type(None))):
+                    kind = type(row[column]).__name__
+                    raise ConfigError(f"{option} {name}: column {column!r} holds {kind}, not text")
+            first, second = ((row.get(column) or "").strip() for column in columns)
+            if first and second:
+                yield first, second

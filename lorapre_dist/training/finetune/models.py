@@ -19,10 +19,10 @@ from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
 from lorapre_dist.param_groups import matches
 from lorapre_dist.training import ranks
-from lorapre_dist.training.documents import first_line
 from lorapre_dist.training.ds_json import precision, zero_stage
 from lorapre_dist.training.finetune.settings import FinetuneSettings
 from lorapre_dist.training.models import DTYPES
+from lorapre_dist.training.reading import first_line
 
 
 def model_config(settings: FinetuneSettings) -> PretrainedConfig:

@@ -132,6 +132,8 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> FinetuneSettin
         ConfigError: a bad value, a missing or malformed file, a package that is needed and not installed.
     """
     args = vars(build_parser().parse_args(argv))
+    if args["deepspeed_config"] is None:
+        raise ConfigError("--deepspeed_config is needed: ds_configs/finetune_zero2.json, or one like it")
     _check_model(args)
     _check_data(args)
     check_run(args, max_steps=0, max_examples=1, score_problems=1, score_batch=1, max_new_tokens=1, lora_rank=1)

@@ -1,0 +1,122 @@
+"""Optimizers with one factored moment, on row intervals: Muon, SGD with momentum, Lion. They differ in the update.
+
+Notation and phases as in ``adam.py``. The update's direction is ``u = keep B A + fresh g + residual (g - Y A)``, from
+the old factors and the fresh gradient; then ``theta -= lr * u``, or of its sign, or of its orthogonalisation. For the
+latter ``u`` is kept for all of a bucket's matrices at once, as large as this rank's pieces of them; for the others a
+row block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import exchange, orthogonal, regression
+from .comm import Comm
+from .exchange import Item, Work
+from .factors import Matrix
+from .newton_schulz import NewtonSchulz
+from .regression import Block
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Settings of one parameter group at one step.
+
+    Attributes:
+        lr: of the update, by shape of the matrix.
+        decay: ``theta`` is multiplied by 1 minus this.
+        keep, fresh, residual: weights in ``u``, see above.
+        gamma, target: ``B A`` regresses at this rate on ``target * g``.
+        damping, stable: see :class:`lorapre_dist.config.LowRankConfig`.
+        sign: the update is that of each element of ``u``.
+        orthogonal: the update is ``u`` made orthogonal so; None if it is not.
+    """
+
+    lr: Callable[[tuple[int, int]], float]
+    decay: float
+    keep: float
+    fresh: float
+    residual: float
+    gamma: float
+    target: float
+    damping: float
+    stable: bool
+    sign: bool = False
+    orthogonal: NewtonSchulz | None = None
+
+
+def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
+    """One step of every matrix in ``items``, in place. Collective over each matrix's peers, in the order of items."""
+    per_element = orthogonal.PER_ELEMENT if hyper.orthogonal else 0
+    for bucket in regression.buckets([item.matrix for item in items], workspace.bucket, per_element):
+        _step_bucket(items[bucket], hyper, comm, workspace)
+
+
+def workspace_bytes(matrices: list[Matrix], workspace: Workspace, settings: NewtonSchulz | None = None) -> int:
+    """Bound on what a step allocates for itself, the pieces of ``u`` included if they are made orthogonal."""
+    if settings is None:
+        return regression.workspace_bytes(matrices, workspace)
+    segments = settings.segments()
+
+    def size_of(matrix: Matrix) -> int:
+        return regression.transient_bytes(matrix) + orthogonal.transient_bytes(matrix, segments, workspace.block)
+
+    return regression.workspace_bytes(matrices, workspace, size_of, orthogonal.PER_ELEMENT)
+
+
+def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
+    for item in items:
+        item.matrix.step += 1
+    works = exchange.gather(items, comm, sums=0)
+    regression.grams_of_A(works)
+    for work in works:
+        for block in regression.blocks(work, workspace, cut_only=True):
+            work.m.Y[block.lines] += block.grad.to(work.m.At.dtype) @ work.m.At[block.columns]
+    exchange.sum_edges(works, comm)
+    regression.invert(works, hyper)
+    pieces = []
+    for work in works:
+        regression.begin(work, hyper, workspace)
+        u = work.m.At.new_empty(work.item.theta.numel()) if hyper.orthogonal else None
+        for block in regression.blocks(work, workspace):
+            _block(work, block, u, hyper, workspace)
+        if hyper.stable:
+            regression.row_grams(work)
+        if u is not None:
+            pieces.append((work.matrix, u))
+    exchange.reduce(works, comm)
+    regression.refresh_columns(works, (hyper.gamma,), hyper)
+    if hyper.orthogonal:
+        orthogonal.orthogonalise(pieces, hyper.orthogonal, comm, workspace.block, workspace.bucket)
+        for item, (matrix, u) in zip(items, pieces, strict=True):
+            _apply(item.theta, u, hyper.lr(matrix.interval.shape), hyper)
+
+
+def _block(work: Work, block: Block, u: Tensor | None, hyper: Hyper, workspace: Workspace) -> None:
+    """One block: its rows of ``u``, the update unless it has to wait for all of ``u``, then the factors' rows."""
+    At, B = work.m.At[block.columns], work.m.factors.B[block.rows]
+    g = block.grad.to(At.dtype)
+    Y = regression.regress(g, work.m, block, "Y", workspace)
+    # keep B A + fresh g + residual (g - Y A), as one product
+    left = torch.mul(B, hyper.keep, out=workspace.take("left", B.shape[0], B.shape[1], At)).sub_(
+        Y, alpha=hyper.residual
+    )
+    out = workspace.take("m", g.shape[0], g.shape[1], At) if u is None else u[block.at : block.at + g.numel()]
+    direction = out.view(g.shape)
+    torch.addmm(g, left, At.T, beta=hyper.fresh + hyper.residual, out=direction)
+    if u is None:
+        direction = direction.sign_() if hyper.sign else direction
+        _apply(block.theta, direction, hyper.lr(work.matrix.interval.shape), hyper)
+    regression.refresh_rows(work, work.m, block, g, Y, hyper.gamma, hyper)
+
+
+def _apply(theta: Tensor, update: Tensor, lr: float, hyper: Hyper) -> None:
+    wide = theta if theta.dtype == update.dtype else theta.to(update.dtype)
+    wide.mul_(1 - hyper.decay).add_(update, alpha=-lr)
+    if wide is not theta:
+        theta.copy_(wide)

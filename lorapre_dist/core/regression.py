@@ -1,0 +1,230 @@
+"""The phases that all optimizers share: regress factors on the gradient, block by block of this rank's rows.
+
+Notation as in ``reference.py``; ``At`` is ``A`` transposed (q x r). Everything here is local; ``exchange.py`` sums
+between the phases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exchange import Moment, Work
+from .factors import Matrix
+from .interval import Segment
+from .refresh import CHUNK, damped_inverses
+from .workspace import Workspace
+
+# Mean eigenvalue of ``A A^T`` below which ``A`` is brought back to size: far below what training comes to.
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a piece: ``theta`` and ``grad`` n x c (views), ``rows`` of B, ``columns`` of A, ``at`` in the piece.
+
+    ``lines`` are those of ``Work.edge`` if the rows are cut between ranks, else None.
+    """
+
+    theta: Tensor
+    grad: Tensor
+    rows: slice
+    columns: slice
+    lines: slice | None
+    at: int
+
+
+def buckets(matrices: list[Matrix], limit: int, per_element: int = 0) -> Iterator[slice]:
+    """Runs of consecutive matrices whose transient tensors fit in ``limit`` bytes (one matrix may exceed it).
+
+    Ranks that share matrices also hold others that they do not share. So the list is cut by where a matrix stands among
+    those of all ranks, as if each were shared: then peers have their matrices in the same buckets.
+
+    Args:
+        per_element: numbers per element of a matrix that a step keeps beside factors and Grams.
+    """
+    begin = 0
+    places = [_place(matrix, per_element) // limit for matrix in matrices]
+    for k in range(1, len(matrices) + 1):
+        if k == len(matrices) or places[k] != places[begin]:
+            yield slice(begin, k)
+            begin = k
+
+
+def _place(matrix: Matrix, per_element: int) -> int:
+    """Bytes that the matrices ahead of this one would take if they were of its rank."""
+    count, columns, elements = matrix.before
+    return _bytes(matrix, 5 * columns, 4 * count) + per_element * elements * matrix.dtype.itemsize
+
+
+def transient_bytes(matrix: Matrix) -> int:
+    """Bytes of one matrix in a step: gathered factors, their gradients, packed collectives, Grams and inverses."""
+    return _bytes(matrix, (1 if matrix.peers is None else 5) * matrix.block_size * matrix.parts, 4)
+
+
+def _bytes(matrix: Matrix, columns: int, squares: int) -> int:
+    ranks = matrix.ranks.values()
+    return (columns * sum(ranks) + squares * sum(r * r for r in ranks)) * matrix.dtype.itemsize
+
+
+def workspace_bytes(
+    matrices: list[Matrix],
+    workspace: Workspace,
+    size_of: Callable[[Matrix], int] = transient_bytes,
+    per_element: int = 0,
+) -> int:
+    """Bound on what a step allocates: the largest bucket, the buffers of one row block and of one batch of solves.
+
+    Args:
+        size_of: bytes of one matrix.
+        per_element: as in :func:`buckets`.
+    """
+    if not matrices:
+        return 0
+    size = matrices[0].dtype.itemsize
+    squares = [sum(r * r for r in m.ranks.values()) for m in matrices]
+    runs = list(buckets(matrices, workspace.bucket, per_element))
+    bucket = max(sum(map(size_of, matrices[b])) for b in runs)
+    # In fp64: the stacked Grams, their Cholesky factors, the inverses, and a copy that the solver makes.
+    batch = max(sum(squares[b]) for b in runs)
+    if matrices[0].factors["m"].B.device.type == "cpu":
+        batch = min(batch, max(CHUNK, max(squares)))
+    # Three temporaries of a row block, two more where the parameter is of another dtype.
+    block = max(max(workspace.block, m.interval.shape[1] * size) for m in matrices)
+    rows = max(min(m.interval.rows, max(1, workspace.block // (m.interval.shape[1] * size))) for m in matrices)
+    ranks = max(sum(m.ranks.values()) for m in matrices)
+    # Old A times its inverse Gram, where the matrix has at least as many rows as columns.
+    solved = max(m.interval.shape[1] if m.interval.rows >= m.interval.shape[1] else 0 for m in matrices)
+    return bucket + 4 * batch * 8 + 5 * block + (3 * rows + solved) * ranks * size
+
+
+def view(flat: Tensor, segment: Segment) -> Tensor:
+    """A segment of a piece as its rows x columns."""
+    return flat[segment.offset : segment.offset + segment.numel].view(segment.rows, -1)
+
+
+def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator[Block]:
+    """The piece in blocks sized to the cache; with ``cut_only`` those of rows that are cut between ranks."""
+    interval = work.matrix.interval
+    for segment in interval.segments():
+        line = work.cut.get(segment.row)
+        if line is None and cut_only:
+            continue
+        theta, grad = view(work.item.theta, segment), view(work.item.grad, segment)
+        size = workspace.rows(segment.rows, segment.col_stop - segment.col, work.m.At)
+        first, columns = segment.row - interval.first_row, slice(segment.col, segment.col_stop)
+        for low in range(0, segment.rows, size):
+            high = min(segment.rows, low + size)
+            lines = None if line is None else slice(line + low, line + high)
+            at = segment.offset + low * (segment.col_stop - segment.col)
+            yield Block(theta[low:high], grad[low:high], slice(first + low, first + high), columns, lines, at)
+
+
+def grams_of_A(works: list[Work]) -> None:
+    """This rank's part of ``A A^T``."""
+    for work in works:
+        for moment in work.moments:
+            moment.gram = moment.factors.At.T @ moment.factors.At
+
+
+def invert(works: list[Work], hyper: Any) -> None:
+    """Invert the damped Grams of ``A``; the cut rows' Y is solved here."""
+    if hyper.stable:  # damping is relative there, so that the factors' size does not matter
+        _rescale(works)
+    for moments in _by_moment(works):
+        inverses = damped_inverses([moment.gram for moment in moments], hyper.damping, hyper.stable)
+        for moment, inverse in zip(moments, inverses, strict=True):
+            moment.inverse = inverse
+            if moment.Y.shape[0]:
+                moment.Y.copy_(moment.Y @ inverse)
+
+
+def _rescale(works: list[Work]) -> None:
+    """Bring an ``A`` that has shrunk to almost nothing back to size, at the expense of ``B``; the product stays.
+
+    At every step without gradient ``A`` shrinks by ``1 - gamma``. Were it left at 1e-17, after some hundred of them,
+    the next gradient would make ``B`` so large that ``B^T B`` overflows. Powers of two, so nothing is rounded.
+    """
+    moments = [moment for work in works for moment in work.moments]
+    levels = torch.stack([moment.gram.diagonal().mean() for moment in moments]).tolist()
+    for moment, level in zip(moments, levels, strict=True):
+        if 0 < level < TINY:
+            factor = 2.0 ** round(-0.5 * math.log2(level))
+            moment.gram.mul_(factor).mul_(factor)
+            moment.factors.At.mul_(factor)
+            moment.factors.B.div_(factor)
+            moment.Y.mul_(factor)
+            if moment.At is not moment.factors.At:
+                moment.At.mul_(factor)
+
+
+def begin(work: Work, hyper: Any, workspace: Workspace) -> None:
+    """Before the first block: ``W``, room for Z, and in ``paper`` the Gram of the old ``B``."""
+    matrix, interval = work.matrix, work.matrix.interval
+    for k, moment in enumerate(work.moments):
+        if interval.rows >= interval.shape[1] and interval.columns is None:
+            moment.W = workspace.take(f"W{k}", interval.shape[1], moment.rank, moment.At)
+            torch.mm(moment.At, moment.inverse, out=moment.W)
+        shape = matrix.block_size * matrix.parts, moment.rank
+        # The first block of a matrix held whole writes Z; everywhere else blocks add to it.
+        moment.Zt = moment.At.new_zeros(shape) if matrix.peers else moment.At.new_empty(shape)
+    if not hyper.stable:
+        row_grams(work)
+
+
+def row_grams(work: Work) -> None:
+    """``S = B^T B`` over the rows that are counted here."""
+    for moment in work.moments:
+        owned = moment.factors.B[work.matrix.interval.first_owned :]
+        moment.S = owned.T @ owned
+
+
+def regress(g: Tensor, moment: Moment, block: Block, label: str, workspace: Workspace) -> Tensor:
+    """``Y = g At (A A^T + d)^-1``: n x r."""
+    if block.lines is not None:
+        return moment.Y[block.lines]
+    Y = workspace.take(label, g.shape[0], moment.rank, moment.At)
+    if moment.W is not None:
+        return torch.mm(g, moment.W[block.columns], out=Y)
+    product = torch.mm(g, moment.At[block.columns], out=workspace.take("left", g.shape[0], moment.rank, moment.At))
+    return torch.mm(product, moment.inverse, out=Y)
+
+
+def refresh_rows(work: Work, moment: Moment, block: Block, g: Tensor, Y: Tensor, gamma: float, hyper: Any) -> None:
+    """``B <- (1 - gamma) B + gamma target Y`` on a block's rows, and its part of ``Z = g^T B``.
+
+    Alternating refresh: A is regressed with the new B; the printed form uses the old one.
+    """
+    B, Zt = moment.factors.B[block.rows], moment.Zt[block.columns]
+    first = work.matrix.peers is None and block.at == 0
+    if not hyper.stable:
+        _add_product(Zt, g, B, first)
+    B.lerp_(Y, gamma) if hyper.target == 1 else B.mul_(1 - gamma).add_(Y, alpha=gamma * hyper.target)
+    if hyper.stable:
+        _add_product(Zt, g, B, first)
+
+
+def _add_product(Zt: Tensor, g: Tensor, B: Tensor, first: bool) -> None:
+    """``Zt += g^T B``, or ``Zt = g^T B`` if it is the first."""
+    if first:
+        torch.mm(g.T, B, out=Zt)
+    else:
+        Zt.addmm_(g.T, B)
+
+
+def refresh_columns(works: list[Work], gammas: tuple[float, ...], hyper: Any) -> None:
+    """``At <- (1 - gamma) At + gamma target Zt (S + d)^-1`` on this rank's columns."""
+    for moments, gamma in zip(_by_moment(works), gammas, strict=True):
+        inverses = damped_inverses([moment.S for moment in moments], hyper.damping, hyper.stable)
+        for moment, inverse in zip(moments, inverses, strict=True):
+            moment.factors.At.addmm_(moment.Zt, inverse, beta=1 - gamma, alpha=gamma * hyper.target)
+
+
+def _by_moment(works: list[Work]) -> list[list[Moment]]:
+    """First moments, then second moments."""
+    return [list(moments) for moments in zip(*(work.moments for work in works), strict=True)]

@@ -1,0 +1,151 @@
+"""``lorapre plan``: from options and a DeepSpeed JSON to a request, and what to print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from lorapre_dist.config import VARIANTS, ConfigError, LoRAPreConfig
+
+from .models import load
+from .plan import plan, smallest_world
+from .render import as_json, chart, table
+from .request import BYTES, LAYOUTS, Request, Zero
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# What of the JSON's optimizer.params memory depends on.
+SETTINGS = ("rank", "rank_v", "variant", "target_modules")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("--model", required=True, help="a preset (llama-60m ... llama-7b), or a model folder or config.json of HF's")
+    add("--layout", choices=LAYOUTS, help="where parameters lie (default: zero2)")
+    add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage: another name of --layout zero0 to zero3")
+    add("--world_size", type=int, default=1, help="data-parallel ranks (default: 1)")
+    add("--rank", type=int, help="of the first moment's factors, also GaLore's (default: 128)")
+    add("--rank_v", type=int, help="of the second moment's factors (default: as in the optimizer)")
+    add("--variant", choices=VARIANTS, help="of LoRAPre (default: stable)")
+    add("--target_modules", nargs="+", metavar="NAME", help="low-rank modules: names or regular expressions")
+    add("--precision", choices=tuple(BYTES), help="of computation (default: bf16, with fp32 master weights)")
+    add("--offload", action="store_true", help="optimizer state and master weights in host memory")
+    add("--accumulation", type=int, help="micro-batches per step (default: 1)")
+    add("--deepspeed_config", metavar="JSON", help="take all of that from this file; options given here come first")
+    add("--max_memory", metavar="SIZE", help="also say from how many ranks each layout fits, e.g. 80GiB")
+    add("--json", action="store_true", help="print JSON, all sizes in bytes")
+    add("--plot", type=Path, metavar="FILE", help="draw memory per rank against world size and against rank (.png)")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Print the plan."""
+    limit = size_of(given.max_memory) if given.max_memory else None
+    request = request_of(given)
+    usages = plan(request)
+    fits = {} if limit is None else _fits(request, limit)
+    if given.json:
+        print(json.dumps(as_json(request, usages, fits, limit), indent=1))
+    else:
+        print(table(request, usages, fits, limit))
+    if given.plot:
+        chart(request, given.plot)
+        if not given.json:
+            print(f"\nchart: {given.plot}")
+    return 0
+
+
+def request_of(given: argparse.Namespace) -> Request:
+    """What the options and the JSON that they name ask for.
+
+    Raises:
+        ConfigError: a bad or contradictory option, an unreadable file.
+    """
+    layout = given.layout
+    if given.stage is not None:
+        if layout not in (None, f"zero{given.stage}"):
+            raise ConfigError(f"--stage {given.stage} and --layout {layout}: give one of them")
+        layout = f"zero{given.stage}"
+    values: dict[str, Any] = {"world_size": given.world_size, "offload": given.offload}
+    ours: dict[str, Any] = {}
+    if given.deepspeed_config:
+        found, ours = _from_json(given.deepspeed_config, given.world_size, given.accumulation, layout)
+        values |= found | {"offload": found["offload"] or given.offload}
+    values |= {k: v for k in ("precision", "accumulation") if (v := getattr(given, k)) is not None}
+    values |= {"layout": layout} if layout else {}
+    ours |= {k: v for k in SETTINGS if (v := getattr(given, k)) is not None}
+    name = Path(given.model).name or given.model
+    return Request(
+        name if name != "config.json" else Path(given.model).resolve().parent.name,
+        load(given.model),
+        optimizer=LoRAPreConfig.from_params(ours),
+        **values,
+    )
+
+
+def _from_json(
+    path: str, world_size: int, accumulation: int | None, layout: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the request, and of the optimizer."""
+    # It imports DeepSpeed.
+    from lorapre_dist.deepspeed import check_config
+    from lorapre_dist.training import ds_json
+
+    config = ds_json.read_deepspeed_config(path)
+    check_config(config)
+    kind, section = config["optimizer"]["type"], config.get("zero_optimization") or {}
+    if kind.startswith("LoRAPre") and kind != "LoRAPre":
+        raise ConfigError(f"--deepspeed_config {path}: optimizer.type {kind!r} is not planned for, LoRAPre alone is")
+    if (section.get("offload_param") or {}).get("device", "none") != "none":
+        raise ConfigError(f"--deepspeed_config {path}: zero_optimization.offload_param is not planned for; remove it")
+    if accumulation is None:
+        try:
+            accumulation = ds_json.batch_sizes(config, world_size).accumulation
+        except ConfigError as error:
+            raise ConfigError(f"--deepspeed_config {path}: {error}, or give --accumulation") from error
+    values = {
+        "layout": f"zero{ds_json.zero_stage(config)}",
+        "precision": ds_json.precision(config),
+        "accumulation": accumulation,
+        "offload": (section.get("offload_optimizer") or {}).get("device", "none") == "cpu" and layout != "ddp",
+        "zero": _zero(path, section),
+    }
+    params = config["optimizer"].get("params") or {}
+    return values, {k: params[k] for k in SETTINGS if kind == "LoRAPre" and k in params}
+
+
+def _zero(path: str, section: dict[str, Any]) -> Zero:
+    zero = Zero()
+    for setting in fields(Zero):
+        value = section.get(setting.name, section.get(f"stage3_{setting.name}"))
+        if value is None:
+            continue
+        flag = isinstance(getattr(zero, setting.name), bool) or setting.name == "overlap_comm"
+        if isinstance(value, bool) is not flag or not isinstance(value, (int, float)) or value < 0:
+            raise ConfigError(
+                f"--deepspeed_config {path}: zero_optimization.{setting.name}={value!r}: must be "
+                + ("true or false" if flag else "a number of elements")
+            )
+        zero = replace(zero, **{setting.name: value if flag else int(value)})
+    return zero
+
+
+def size_of(text: str) -> int:
+    """Bytes of ``80GiB``, ``80G`` (the same) or ``85899345920``.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B?)\s*", text, re.IGNORECASE)
+    if not found or float(found.group(1)) == 0:
+        raise ConfigError(f"--max_memory {text}: must be a size such as 80GiB or 40960MiB")
+    return int(float(found.group(1)) * UNITS[(found.group(2) or "").upper()])
+
+
+def _fits(request: Request, limit: int) -> dict[str, int | None]:
+    """From how many ranks LoRAPre fits, by layout."""
+    layouts = [name for name in LAYOUTS if not (request.offload and name in ("zero0", "ddp"))]
+    return {name: smallest_world(replace(request, layout=name), limit) for name in layouts}

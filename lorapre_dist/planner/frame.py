@@ -1,0 +1,163 @@
+"""What DeepSpeed, FSDP2 or DDP itself holds and sends: weights, gradients, buffers, and the collectives of a step.
+
+Written from the sources of DeepSpeed 0.19 and PyTorch 2.13. ``e`` is the bytes of an element in the precision of the
+model's computation, ``P`` the model's elements, ``N`` the ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .request import Request
+from .spread import Array, Spread
+
+FP32 = 4
+# DeepSpeed's ZeRO-0 all-reduces gradients by this many elements (runtime/engine.py, buffered_allreduce_fallback).
+ZERO0_BUCKET = 500_000_000
+
+
+@dataclass
+class Frame:
+    """Bytes on each rank (arrays over :attr:`Spread.ranks`, or numbers that are the same on all).
+
+    Attributes:
+        weights: and fp32 masters.
+        gradients: between the last backward pass and the end of the step, at most.
+        buffers: for collectives, and whole parameters gathered for computation, at most.
+        host: in host memory under offload: master weights and gradients.
+        sent: by purpose, in a step and a ring implementation.
+    """
+
+    weights: Any
+    gradients: Any
+    buffers: Any
+    host: Any = 0
+    sent: dict[str, int] = field(default_factory=dict)
+
+
+def frame(request: Request, spread: Spread) -> Frame:
+    """The frame of the request's layout."""
+    make: dict[str, Callable[[Request, Spread], Frame]] = {
+        "zero0": _zero0,
+        "zero1": _zero12,
+        "zero2": _zero12,
+        "zero3": _zero3,
+        "fsdp2": _fsdp2,
+        "ddp": _ddp,
+    }
+    return make[request.layout](request, spread)
+
+
+def plain(request: Request) -> Frame:
+    """DDP on weights in the compute precision, without masters, as ``galore-torch`` is run."""
+    size = request.width * request.elements
+    return Frame(size, size, size, sent=_all_reduce(request, size))
+
+
+def _zero0(request: Request, _: Spread) -> Frame:
+    """Whole weights, with fp32 masters below fp32; there the step makes fp32 copies of the gradients."""
+    e, elements = request.width, request.elements
+    masters = 0 if e == FP32 else FP32
+    buffers = e * min(elements, ZERO0_BUCKET) if request.world_size > 1 else 0
+    return Frame((e + masters) * elements, (e + masters) * elements, buffers, sent=_all_reduce(request, e * elements))
+
+
+def _zero12(request: Request, spread: Spread) -> Frame:
+    """Whole weights in one flat buffer, masters and reduced gradients of one partition.
+
+    At the step the reduced gradients, a flat copy of them and its fp32 form exist together: 8 bytes an element of the
+    partition, whatever the precision. ZeRO-1 keeps the whole gradient from one micro-batch to the next, ZeRO-2 reduces
+    it each time. The reduction is an all-reduce of each bucket unless ``use_multi_rank_bucket_allreduce`` is off.
+    """
+    e, part, size, zero = request.width, spread.partition, request.world_size, request.zero
+    weights, gradients = e * part * size + FP32 * part, 8 * part
+    buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
+    buffers, host, kept = e * buckets * zero.reduce_bucket_size, 0 * part, request.layout == "zero1"
+    if kept and request.accumulation > 1:
+        gradients = np.maximum(gradients, e * request.elements)
+    if request.offload:
+        largest = max(p.numel for p in request.parameters)
+        host = (2 * FP32 + e) * part + e * largest
+        weights = e * part * size
+        gradients = np.full_like(part, e * (request.elements if kept and request.accumulation > 1 else largest))
+    passes = 1 if kept else request.accumulation
+    weights_sent = e * int(part[0]) * size
+    if request.world_size > 1 and zero.use_multi_rank_bucket_allreduce:
+        sent = _all_reduce(request, passes * e * request.elements)
+        sent["all-gather weights"] = _sharded(request, 0, weights_sent)["all-gather weights"]
+    else:
+        sent = _sharded(request, passes * e * request.elements, weights_sent)
+    return Frame(weights, gradients, buffers, host, sent)
+
+
+def _zero3(request: Request, spread: Spread) -> Frame:
+    """Weights, masters and gradients of one partition; at the step, fp32 gradients of one sub-group at a time.
+
+    Weights gathered for computation are bounded by ``stage3_max_live_parameters``. They are counted as gathered forward
+    and backward for each micro-batch; what DeepSpeed keeps in between (all of a model that fits in its prefetch bucket)
+    goes once, and a tied parameter once more for each use.
+    """
+    e, part, size, zero = request.width, spread.partition, request.world_size, request.zero
+    weights, step = (e + FP32) * part, (FP32 + (e if e < FP32 else 0)) * spread.call_elements
+    gradients, host = e * part + step, 0 * part
+    gathered = min(request.elements, zero.max_live_parameters) if size > 1 else 0
+    buffers = e * (gathered + (zero.reduce_bucket_size if zero.contiguous_gradients else 0))
+    if request.offload:
+        host, weights, gradients = (2 * FP32 + e) * part, e * part, 0 * part
+    padded, passes = int(part[0]) * size, request.accumulation
+    return Frame(weights, gradients, buffers, host, _sharded(request, e * passes * padded, 2 * e * passes * padded))
+
+
+def _fsdp2(request: Request, spread: Spread) -> Frame:
+    """fp32 shards of weights and gradients; computation gathers one layer while it prefetches the next.
+
+    Assumes ``fully_shard`` on each layer and on the model and, below fp32, ``MixedPrecisionPolicy(param_dtype,
+    reduce_dtype=torch.float32)``: whole weights and gradients of two layers and of the rest of the model in e bytes,
+    and one unit's in fp32 on the way to the reduction. Layers are gathered forward and backward, the rest once.
+    """
+    e, padded = request.width, np.full_like(spread.partition, spread.partition[0])
+    units: dict[str, int] = defaultdict(int)
+    for p in request.parameters:
+        layer, rows = re.match(r".*?\.\d+(?=\.)", p.name), max(1, p.shape[0] if p.shape else 1)
+        parts = -(-rows // request.world_size) * request.world_size  # all are padded to the largest
+        units[layer.group() if layer else ""] += parts * (p.numel // rows)
+    rest, layers, largest = units.pop("", 0), sum(units.values()), max(units.values(), default=0)
+    live, passes = rest + min(layers, 2 * largest), request.accumulation
+    alone = request.world_size == 1 and e == FP32
+    buffers = 0 if alone else 2 * e * live + FP32 * max(rest, largest)
+    sent = _sharded(request, FP32 * passes * (rest + layers), e * passes * (rest + 2 * layers))
+    shards = FP32 * padded
+    if request.offload:
+        return Frame(0 * padded, 0 * padded, buffers, 2 * shards, sent)
+    return Frame(shards, shards, buffers, 0, sent)
+
+
+def _ddp(request: Request, _: Spread) -> Frame:
+    """fp32 weights (autocast below fp32) and gradients, and DDP's buckets, which are another copy of the gradients."""
+    size = FP32 * request.elements
+    return Frame(size, size, size if request.world_size > 1 else 0, sent=_all_reduce(request, size))
+
+
+def _all_reduce(request: Request, size: int) -> dict[str, int]:
+    n = request.world_size
+    return {"all-reduce gradients": round(2 * (n - 1) / n * size)} if n > 1 else {}
+
+
+def _sharded(request: Request, gradients: int, weights: int) -> dict[str, int]:
+    """Bytes of whole gradients and weights, as a rank sends them."""
+    n = request.world_size
+    ring = (n - 1) / n
+    if n == 1:
+        return {}
+    return {"reduce-scatter gradients": round(ring * gradients), "all-gather weights": round(ring * weights)}
+
+
+def full(value: Any, ranks: int) -> Array:
+    """``value`` as an array over ranks."""
+    return np.broadcast_to(np.asarray(value, np.int64), (ranks,))

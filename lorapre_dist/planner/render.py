@@ -1,0 +1,187 @@
+"""A plan as a table, as JSON and as a chart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorapre_dist.checkpoint.inspect import readable
+from lorapre_dist.config import ConfigError
+
+from .optimizers import OPTIMIZERS
+from .plan import PARTS, Usage, plan
+from .request import Request
+
+Usages = dict[str, Usage]
+Fits = dict[str, "int | None"]
+
+TITLES = {
+    "zero0": "ZeRO-0",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "fsdp2": "FSDP2",
+    "ddp": "DDP",
+}
+COLOURS = ("C0", "C1", "C2", "C3")
+# What the column "buffers" is, by layout.
+BUFFERS = {
+    "zero0": "gradients packed for the all-reduce",
+    "zero1": "DeepSpeed's reduce bucket (reduce_bucket_size)",
+    "zero2": "DeepSpeed's reduce bucket (reduce_bucket_size)",
+    "zero3": "DeepSpeed's reduce bucket, and weights gathered for computation (at most stage3_max_live_parameters)",
+    "fsdp2": "whole weights and gradients of two layers and of what is in no layer",
+    "ddp": "DDP's buckets",
+}
+
+
+def notes(request: Request) -> list[str]:
+    """What the figures are and what they leave out."""
+    return [
+        "activations, the accelerator's context and fragmentation are not included",
+        f"buffers: {BUFFERS[request.layout]}; not all columns are at their largest at the same time",
+        "sent: by a rank in rings over n, (n-1)/n of what is gathered or reduce-scattered, twice that of an all-reduce",
+        "AdamW and Muon (torch.optim.Muon, AdamW on the rest): by formula, with the same weights and layout",
+        f"GaLore (galore-torch): under DDP, all of it on every rank, weights and state in {request.precision} alone",
+    ]
+
+
+def as_json(
+    request: Request, usages: dict[str, Usage], fits: dict[str, int | None], limit: int | None
+) -> dict[str, Any]:
+    """The plan as plain values, all sizes in bytes."""
+    ours = request.optimizer
+    found: dict[str, Any] = {
+        "model": request.model,
+        "elements": request.elements,
+        "low_rank_matrices": request.matrices,
+        "low_rank_elements": request.low_rank_elements,
+        "layout": request.layout,
+        "world_size": request.world_size,
+        "precision": request.precision,
+        "offload": request.offload,
+        "accumulation": request.accumulation,
+        "rank": ours.rank,
+        "rank_v": ours.resolved_rank_v,
+        "variant": ours.variant,
+        "optimizers": {name: usage.summary() for name, usage in usages.items()},
+        "notes": notes(request),
+    }
+    if limit is not None:
+        found["max_memory"] = {"bytes": limit, "smallest_world_size": fits}
+    return found
+
+
+def table(request: Request, usages: Usages, fits: Fits, limit: int | None) -> str:
+    """The plan for people."""
+    ours, share = request.optimizer, request.low_rank_elements / request.elements
+    ranks = f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
+    lines = [
+        f"{request.model}: {request.elements:,} parameters, {share:.1%} of them in {request.matrices:,} low-rank matrices, "
+        f"rank {ours.rank}, rank_v {ours.resolved_rank_v}, {ours.variant}",
+        f"{TITLES[request.layout]}{', offload' if request.offload else ''}, {ranks}, {request.precision}, "
+        f"{request.accumulation} micro-batch{'es' if request.accumulation > 1 else ''} per step",
+    ]
+    return "\n".join([*lines, "", *_memory(usages), "", *_sent(usages), *_fitting(fits, limit), "", *_noted(request)])
+
+
+def _memory(usages: Usages) -> list[str]:
+    hosted = any(usage.host.any() for usage in usages.values())
+    headings = [*PARTS, "total", *(["host"] if hosted else []), "mean state", "mean total"]
+    lines = [f"{'memory of the fullest rank':<27}" + "".join(f"{heading:>12}" for heading in headings)]
+    for label, usage in usages.items():
+        at = usage.fullest
+        cells = [*(usage.memory[part][at] for part in PARTS), usage.total[at]]
+        cells += [usage.host[at]] if hosted else []
+        cells += [usage.memory["state"].mean(), usage.total.mean()]
+        lines.append(f"  {label:<25}" + "".join(f"{_size(cell):>12}" for cell in cells))
+    return lines
+
+
+def _sent(usages: Usages) -> list[str]:
+    """The framework's collectives once, and again for an optimizer under which they differ."""
+    common = usages["LoRAPre"].frame_sent
+    shown = [("framework", purpose, count, count) for purpose, count in common.items()]
+    for label, usage in usages.items():
+        if usage.frame_sent != common:
+            shown += [(f"framework, {label}", purpose, n, n) for purpose, n in usage.frame_sent.items()]
+        shown += [(label, purpose, x.max(), x.mean()) for purpose, x in usage.sent.items()]
+    if not shown:
+        return ["sent per step and rank: nothing"]
+    lines = [f"{'sent per step and rank':<51}{'largest':>12}{'mean':>12}"]
+    return lines + [f"  {who:<25}{what:<24}{_size(most):>12}{_size(mean):>12}" for who, what, most, mean in shown]
+
+
+def _fitting(fits: Fits, limit: int | None) -> list[str]:
+    if limit is None:
+        return []
+    found = [f"{TITLES[k]} from {n:,} rank{'s' if n > 1 else ''}" for k, n in fits.items() if n]
+    return ["", f"LoRAPre fits in {_size(limit)}: " + (", ".join(found) or "in no layout up to 4,096 ranks")]
+
+
+def _noted(request: Request) -> list[str]:
+    return [f"note: {line}" for line in notes(request)]
+
+
+def _size(count: float) -> str:
+    return readable(int(count)) if count else "-"
+
+
+def chart(request: Request, path: Path) -> None:
+    """Draw memory per rank against world size, and against LoRAPre's rank, into ``path``.
+
+    Raises:
+        ConfigError: the file cannot be written, or matplotlib knows no such format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    _against_world(request, left)
+    _against_rank(request, right)
+    figure.suptitle(
+        f"{request.model}, {TITLES[request.layout]}, {request.precision}: largest rank, without activations"
+    )
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path}: cannot be written: {error}") from error
+    finally:
+        plt.close(figure)
+
+
+def _against_world(request: Request, axes: Any) -> None:
+    last = max(64, request.world_size)
+    worlds = sorted({1 << k for k in range(last.bit_length()) if 1 << k <= last} | {request.world_size})
+    plans = [plan(replace(request, world_size=world)) for world in worlds]
+    for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
+        axes.plot(worlds, [p[name].total.max() / 2**30 for p in plans], "o-", color=colour, markersize=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"ranks (rank {request.optimizer.rank})")
+    axes.set_ylabel("memory of the fullest rank (GiB)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _against_rank(request: Request, axes: Any) -> None:
+    """Total and state, on average; ``rank_v`` follows its default where it is not given."""
+    smallest = min(min(p.shape[-2:]) for p in request.parameters if request.is_low_rank(p))
+    floor = request.optimizer.rank_v or 1
+    ranks = sorted({1 << k for k in range(2, 20) if max(1 << k, floor - 1) < smallest} | {request.optimizer.rank})
+    settings = [replace(request.optimizer, rank=rank) for rank in ranks]
+    plans = [plan(replace(request, optimizer=ours)) for ours in settings]
+    for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
+        axes.plot(ranks, [p[name].total.mean() / 2**30 for p in plans], "o-", color=colour, markersize=4, label=name)
+        if not request.offload:
+            states = [p[name].memory["state"].mean() / 2**30 for p in plans]
+            axes.plot(ranks, states, "o--", color=colour, markersize=4, label=f"{name}, state")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"rank ({request.world_size:,} ranks share the model)")
+    axes.set_ylabel("memory per rank, mean (GiB)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")

@@ -1,0 +1,120 @@
+"""What a plan is asked for, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+from lorapre_dist.config import ConfigError, LoRAPreConfig
+from lorapre_dist.param_groups import explain_no_match, is_low_rank
+
+LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "fsdp2", "ddp")
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+MAX_WORLD_SIZE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trainable parameter of a model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a matrix, 1 for any other shape."""
+        return self.shape[1] if len(self.shape) == 2 else 1
+
+
+@dataclass(frozen=True)
+class Zero:
+    """DeepSpeed's ``zero_optimization`` settings that memory follows from, with DeepSpeed's defaults (elements)."""
+
+    reduce_bucket_size: int = 500_000_000
+    sub_group_size: int = 1_000_000_000
+    max_live_parameters: int = 1_000_000_000
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool = True
+    use_multi_rank_bucket_allreduce: bool = True
+    round_robin_gradients: bool = False
+    parameter_alignment: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, where its parameters lie, and the optimizer's settings.
+
+    Attributes:
+        model: its name, for the report.
+        parameters: in the model's order, tied ones once.
+        layout: one of :data:`LAYOUTS`.
+        world_size: data-parallel ranks.
+        precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` compute with fp32 master weights.
+        offload: optimizer state and master weights lie in host memory.
+        optimizer: LoRAPre's settings; rank, rank_v, variant and target_modules count.
+        accumulation: micro-batches per optimizer step.
+        zero: of DeepSpeed's own buffers.
+        cpu: ranks have no accelerator; the r x r solves then go in smaller batches.
+
+    Raises:
+        ConfigError: a value that is not allowed, or no parameter would be low-rank.
+    """
+
+    model: str
+    parameters: tuple[Parameter, ...]
+    layout: str = "zero2"
+    world_size: int = 1
+    precision: str = "bf16"
+    offload: bool = False
+    optimizer: LoRAPreConfig = field(default_factory=LoRAPreConfig)
+    accumulation: int = 1
+    zero: Zero = field(default_factory=Zero)
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"layout {self.layout!r}: must be one of {', '.join(LAYOUTS)}")
+        if self.precision not in BYTES:
+            raise ConfigError(f"precision {self.precision!r}: must be one of {', '.join(BYTES)}")
+        if not 1 <= self.world_size <= MAX_WORLD_SIZE:
+            raise ConfigError(f"world_size {self.world_size}: must be from 1 to {MAX_WORLD_SIZE}")
+        if self.accumulation < 1:
+            raise ConfigError(f"gradient accumulation {self.accumulation}: must be at least 1")
+        if self.optimizer.rank < 1:
+            raise ConfigError("rank=0: must be at least 1")
+        if self.offload and self.layout in ("zero0", "ddp"):
+            raise ConfigError(f"offload: needs zero1, zero2, zero3 or fsdp2, not {self.layout}")
+        if not any(self.is_low_rank(p) for p in self.parameters):
+            shapes = [(p.name, p.shape) for p in self.parameters]
+            ours = self.optimizer
+            raise ConfigError(explain_no_match(shapes, ours.rank, ours.target_modules, ours.resolved_rank_v))
+
+    def is_low_rank(self, parameter: Parameter) -> bool:
+        """Whether LoRAPre keeps low-rank momenta for it."""
+        ours = self.optimizer
+        return is_low_rank(parameter.name, parameter.shape, ours.rank, ours.resolved_rank_v, ours.target_modules)
+
+    @property
+    def matrices(self) -> int:
+        """Number of low-rank matrices, those in stacks included."""
+        return sum(p.shape[0] if len(p.shape) == 3 else 1 for p in self.parameters if self.is_low_rank(p))
+
+    @property
+    def low_rank_elements(self) -> int:
+        """Elements of the low-rank matrices."""
+        return sum(p.numel for p in self.parameters if self.is_low_rank(p))
+
+    @property
+    def elements(self) -> int:
+        """Elements of all parameters."""
+        return sum(p.numel for p in self.parameters)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element in the precision of the model's computation."""
+        return BYTES[self.precision]

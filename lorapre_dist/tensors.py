@@ -1,0 +1,52 @@
+"""Small things that the optimizers do with parameters as tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+
+from .checks import ConfigError
+from .core.comm import Comm
+from .core.exchange import Item
+from .layouts.base import Layout
+
+
+def number(lr: Any) -> Any:
+    """A learning rate that is a tensor of one element, as PyTorch allows, as a number."""
+    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+
+
+def may_step(parameter: Tensor) -> bool:
+    """Whether a parameter is, or once was, trained."""
+    return parameter.requires_grad or parameter.grad is not None
+
+
+def refuse_duplicates(names: list[str]) -> None:
+    """Raise a ConfigError if a name appears twice."""
+    if len(names) != len(set(names)):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ConfigError(f"parameter {twice!r} appears twice in the optimizer's groups")
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The tensor's elements, row-major: a view, or a copy if they do not lie so."""
+    return tensor.detach().contiguous().view(-1)
+
+
+def write_back(item: Item) -> None:
+    """Bring a stepped copy to the tensor itself."""
+    if item.target is not None:
+        item.target.copy_(item.theta.view(item.target.shape))
+
+
+def send_stepped(layout: Layout, comm: Comm, limit: int) -> None:
+    """Where each rank has stepped a part of the parameters: let all have all, by at most ``limit`` bytes at a time."""
+    sends = [s for s in layout.sends if s.tensor.grad is not None]
+    if sends:
+        flats = {id(s.tensor): flat(s.tensor) for s in sends}
+        parts = [(s.owner, flats[id(s.tensor)][s.start : s.stop]) for s in sends]
+        comm.broadcast(parts, layout.group, "broadcast parameters", limit)
+        for tensor in {id(s.tensor): s.tensor for s in sends if not s.tensor.is_contiguous()}.values():
+            tensor.copy_(flats[id(tensor)].view(tensor.shape))

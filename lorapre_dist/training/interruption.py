@@ -1,0 +1,95 @@
+"""What ends a run early and leaves it resumable: a scheduler's signal, a rank that is gone, output nobody reads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from types import FrameType
+
+# ``EX_TEMPFAIL`` of sysexits.h: nothing is wrong, start the same command again.
+EXIT_STOPPED = 75
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# How gloo says that a peer is gone, silent or unreachable; it raises a plain RuntimeError.
+LOST_BY_GLOO = ("Connection closed by peer", "Timed out waiting", "timed out", "Connection reset", "Broken pipe")
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGUSR1, so that the loop can end the step it is in and save.
+
+    A signal may reach one rank only (a launcher ends its children one after the other): the loop asks all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def listen(self) -> None:
+        """From now on the signals do nothing but set ``signal``; until the process ends."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+
+def limit_waits(seconds: float) -> timedelta:
+    """Let every process group made from now on wait at most ``seconds`` for a peer; returns it as a timedelta.
+
+    DeepSpeed makes its sub-groups without naming a timeout, and torch then takes a default of its own (30 minutes with
+    gloo), not the world's: so the default is what has to change.
+    """
+    import torch.distributed.distributed_c10d as c10d
+
+    limit = timedelta(seconds=seconds)
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit
+    return limit
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """One line about the connection, if ``error`` says that another rank is gone; else None."""
+    import torch.distributed as dist
+
+    text = " ".join(str(error).split())
+    from_gloo = "gloo" in text.lower() and any(sign in text for sign in LOST_BY_GLOO)
+    if not (from_gloo or isinstance(error, dist.DistError)):
+        return None
+    # "[/build/path/gloo/transport/tcp/pair.cc:554] Connection closed by peer [10.0.0.2]:41. This is typically ..."
+    where, found, reason = text.partition("] ")
+    return (reason if found and where.startswith("[") else text).split(". ", 1)[0]
+
+
+def outlive_the_terminal() -> None:
+    """Where a write finds that its reader is gone (a dead launcher or ssh), write to nowhere instead of failing.
+
+    Else the first line about a signal, or the next refresh of the progress bar, would end the run before it has saved.
+    """
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _Outliving(getattr(sys, name)))
+
+
+class _Outliving:
+    """A text stream that swallows a broken pipe, once; from then on its file descriptor is ``/dev/null``."""
+
+    def __init__(self, stream: object) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try("write", text) or 0
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, method: str, *args: str) -> int | None:
+        try:
+            return getattr(self._stream, method)(*args)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # type: ignore[attr-defined]
+            os.close(nowhere)
+            return None

@@ -1,0 +1,52 @@
+"""A two-rank run whose storage fails in the middle: it saves, says so, and goes on when it is started again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import ds_json, environment
+from tests.launch.test_resume import rows
+from tests.training.conftest import documents
+
+STEPS = 24
+
+
+@pytest.mark.timeout(500)
+def test_storage_that_fails_for_good_leaves_a_run_that_goes_on(tmp_path, data_cache):
+    """128 shards of some eight sequences, of which 64 are open at once: the others are opened in the middle."""
+    texts = documents(256, 80)
+    for shard in range(128):
+        part = [json.dumps({"text": text}) + "\n" for text in texts[shard::128]]
+        (tmp_path / f"part-{shard:03d}.jsonl").write_text("".join(part))
+    config = ds_json(tmp_path / "ds.json", train_batch_size=32, train_micro_batch_size_per_gpu=16)
+    options = ["--dataset", f"flaky://{tmp_path}/part-*.jsonl", "--shuffle_buffer", "64", "--read_attempts", "2"]
+    options += ["--data_cache", str(data_cache), "--vocab_size", "400", "--seq_len", "64", "--eval_batches", "1"]
+    options += ["--deepspeed_config", config, "--max_steps", str(STEPS), "--warmup_steps", "3", "--eval_every", "0"]
+    job = {"argv": [*options, "--no_progress", "--no_tensorboard"]}
+    job |= {name: str(tmp_path / name) for name in ("whole", "run")}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "tests.launch.outage", str(tmp_path / "job.json"), str(tmp_path / "result.json")]
+    done = subprocess.run(
+        command,
+        env=environment() | {"FLAKY_OUTAGE": str(tmp_path / "outage")},
+        capture_output=True,
+        text=True,
+        timeout=450,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    logs = {name: Path(tmp_path / f"{name}.log").read_text() for name in ("whole", "run", "again")}
+    assert result == {"whole": [0, 0], "run": [1, 1], "again": [0, 0]}, logs
+
+    line = [text for text in logs["run"].splitlines() if text.startswith("error: ")]
+    assert len(line) == 1
+    assert "cannot be read, tried 2 times: ConnectionResetError: connection reset by the storage; saved step" in line[0]
+    step = int(line[0].split("saved step ")[1].split(",")[0])
+    assert 2 <= step < STEPS
+    assert f"resuming from step{step:07d} at step {step}" in logs["again"]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")

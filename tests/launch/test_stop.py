@@ -1,0 +1,97 @@
+"""What a scheduler or a full disk does to a run on one host: it ends, or goes on, resumable."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import ds_json, finish, group_members, launch, wait_for
+from tests.launch.test_resume import rows
+
+STEPS = ["--max_steps", "60", "--warmup_steps", "3", "--eval_every", "10", "--save_every", "5", "--keep_last", "2"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, base_options) -> list[str]:
+    config = ds_json(tmp_path_factory.mktemp("stop") / "ds.json")
+    return [*base_options, *STEPS, "--deepspeed_config", config, "--output_dir"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, options) -> list[dict]:
+    folder = tmp_path_factory.mktemp("whole")
+    code, _, err = finish(launch(2, *options, str(folder)))
+    assert code == 0, err
+    return rows(folder)
+
+
+def child(process: subprocess.Popen[str], name: str) -> int:
+    """The process of the launcher's group whose command line has ``name``; the first started."""
+    found = [p for p in group_members(process.pid) if name in Path(f"/proc/{p}/cmdline").read_bytes().decode()]
+    return min(found)
+
+
+@pytest.mark.timeout(400)
+def test_sigterm_through_the_launcher_and_again_to_one_rank(options, whole, tmp_path):
+    """The launcher ends its ranks one after the other: the first one's signal must be enough for all."""
+    metrics = tmp_path / "metrics.jsonl"
+    process = launch(2, *options, str(tmp_path))
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 8, 120, process)
+    os.kill(child(process, "deepspeed.launcher.launch"), signal.SIGTERM)
+    code, out, err = finish(process, timeout=60)
+    step = rows(tmp_path)[-1]["step"]
+    assert code != 0
+    assert f"stopped by SIGTERM after step {step}: saved in {tmp_path}/checkpoints/step{step:07d}" in out, err
+    assert group_members(process.pid) == []
+
+    process = launch(2, *options, str(tmp_path))
+    wait_for(lambda: metrics.read_text().count("\n") >= step + 5, 120, process)
+    os.kill(child(process, "--local_rank=1"), signal.SIGUSR1)
+    code, out, err = finish(process, timeout=60)
+    assert code == 75, err
+    assert f"resuming from step{step:07d}" in out and "stopped by" in out
+    assert "Traceback" not in err
+
+    found = rows(tmp_path)
+    assert found == whole[: len(found)]  # as if nothing had happened, to the last bit
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root")
+@pytest.mark.timeout(400)
+def test_a_full_disk(options, whole, tmp_path):
+    """Training goes on without checkpoints; a stop then says that it could not save; with room again it resumes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        folder, filler = disk / "run", disk / "filler"
+        metrics = folder / "metrics.jsonl"
+        process = launch(2, *options, str(folder))
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 8, 120, process)
+        with filler.open("wb") as file:
+            subprocess.run(["cat", "/dev/zero"], stdout=file, stderr=subprocess.DEVNULL)  # until no byte is left
+        step = int((folder / "checkpoints" / "latest").read_text().removeprefix("step"))
+        lines = []
+        assert process.stderr is not None
+        while not lines or "training goes on" not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        os.kill(child(process, "--local_rank=1"), signal.SIGTERM)
+        code, _, err = finish(process, timeout=60)
+        said = "".join(lines) + err
+        assert code == 1, said
+        assert "error: saving checkpoint" in said and "failed" in said and "Traceback" not in said
+        filler.unlink()
+
+        code, out, err = finish(launch(2, *options, str(folder)))
+        assert code == 0, err
+        assert f"resuming from step{step:07d}" in out
+        assert rows(folder) == whole
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
