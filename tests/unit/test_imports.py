@@ -26,11 +26,8 @@ ORACLE = "reference"
 # what builds a model under zero.Init, what starts the ranks, asks MPI for them and reads the JSON (there only inside
 # functions).
 DEEPSPEED_LAZILY = {"lorapre_dist.training.program", "lorapre_dist.training.discovery"}
-DEEPSPEED = {
-    "lorapre_dist.deepspeed",
-    *(f"lorapre_dist.training.{n}models" for n in ("", "finetune.")),
-    *DEEPSPEED_LAZILY,
-}
+MODELS = {"lorapre_dist.training.models", "lorapre_dist.training.finetune.models"}
+DEEPSPEED = {"lorapre_dist.deepspeed", *MODELS, *DEEPSPEED_LAZILY}
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
 # The library's own heavy or optional companions.
 TRAINING_ONLY = {"transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm", "peft"}

@@ -67,7 +67,9 @@ class Finetuner(Trainer):
             columns[f"eval_{name}_exact_match"] = result.exact_match
             columns[f"eval_{name}_answered"] = result.answered
             if ranks.rank() == 0:
-                result.write(problems, Path(settings.output_dir) / "responses" / f"{name}-step{self.step:07d}.jsonl")
+                with self._full_disk_is_no_end("the responses"):
+                    file = f"{name}-step{self.step:07d}.jsonl"
+                    result.write(problems, Path(settings.output_dir) / "responses" / file)
                 tqdm.write(
                     f"{name}: {result.exact_match:.1%} right, {result.answered:.1%} answered, of {len(problems):,} "
                     f"problems at step {self.step}"

@@ -21,6 +21,7 @@ from lorapre_dist.param_groups import matches
 from lorapre_dist.training import ranks
 from lorapre_dist.training.ds_json import precision, zero_stage
 from lorapre_dist.training.finetune.settings import FinetuneSettings
+from lorapre_dist.training.interruption import lost_rank
 from lorapre_dist.training.models import DTYPES
 from lorapre_dist.training.reading import first_line
 
@@ -79,6 +80,8 @@ def load_model(config: PretrainedConfig, settings: FinetuneSettings) -> PreTrain
             settings.model, config=config, dtype=DTYPES[precision(settings.ds_config)], output_loading_info=True
         )
     except Exception as error:  # transformers raises many kinds
+        if lost_rank(error) is not None:
+            raise
         raise ConfigError(f"--model {settings.model}: cannot be loaded: {first_line(error)}") from error
     finally:
         del zero3
