@@ -116,9 +116,9 @@ def test_killed_runs_and_other_world_sizes_make_no_difference(folder):
     run("alone", 1, 0)
     alone = metrics(folder / "alone")
     for one, two in zip(alone[1:], whole[1:], strict=True):
-        # The batch is summed up in another order.
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        # fp32 sums in another order, and nine steps to carry that on.
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
         assert one["tokens"] == two["tokens"]
     first = [(folder / name / "responses" / "test-step0000000.jsonl").read_text() for name in ("whole", "alone")]
     assert first[0] == first[1]
