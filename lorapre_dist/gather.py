@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import ConfigError
-from .shards import OPTIMIZER, Shard, state_shards
+from .shards import OPTIMIZER, Shard, bring_home, state_shards
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]]
         for part, tensor in entry.items():
             if part != "step":
                 tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape(-1) if part.startswith("exp_avg") else tensor
-    scatter(state_shards(held), tensors, group)
+    shards = state_shards(held)
+    scatter(shards, tensors, group)
+    bring_home(shards)
     steps = all_ranks(steps, group)[0]
     for piece, state in held:
         state.step = steps[piece.name]

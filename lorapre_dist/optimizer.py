@@ -25,7 +25,7 @@ from .layouts import detect, whole
 from .layouts.base import Layout, Piece, Unit, local, local_gradient
 from .layouts.matrices import arrange
 from .report import MemoryReport
-from .state import load_state, save_state
+from .state import StatefulOptimizer, state_dtype
 from .tensors import flat, may_step, number, refuse_duplicates, send_stepped, write_back
 
 
@@ -37,7 +37,7 @@ class Bound:
     state: Matrix | adamw.Vector
 
 
-class LowRankOptimizer(torch.optim.Optimizer):
+class LowRankOptimizer(StatefulOptimizer):
     """What all our optimizers share: where the parameters lie, whose state this rank keeps, saving and loading it.
 
     ``params`` is ``model.named_parameters()``, or groups of such pairs; a group may override any option, and one
@@ -105,10 +105,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if len({id(p) for p in group["params"]}) < len(group["params"]):
             raise ConfigError("a parameter appears twice in one of the optimizer's groups")
 
-    def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only
+    def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only, ``state`` among them
         own = {name: getattr(self, name) for name in ("config", "comm", "layout", "awaiting_layout", "shard_state")}
         empty = replace(self.workspace)  # the limits without the buffers
-        return {**super().__getstate__(), **own, "workspace": empty, "_bound": list(self._bound.values())}
+        base = {"defaults": self.defaults, "param_groups": self.param_groups}
+        return {**base, **own, "workspace": empty, "_bound": list(self._bound.values())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         bound = state["_bound"]
@@ -135,7 +136,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _bind_unit(self, unit: Unit) -> None:
         config = self.group_config(self.param_groups[unit.group])
         device = local(unit.tensor).device
-        dtype = torch.float64 if unit.tensor.dtype == torch.float64 else torch.float32
+        dtype = state_dtype(unit.tensor)
         bound = []
         for piece in [piece for piece in unit.pieces if piece.owned]:
             state: Matrix | adamw.Vector
@@ -204,6 +205,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             found = detect.layout(named, self.shard_state, self._in_group)
             shapes = {piece.name: (piece.shape, unit.group) for unit in found.units for piece in unit.pieces}
             self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
+            found.native = True
             self.bind(found)
         elif self.layout.name == "one device":
             missing = [(n, p, i) for n, p, i in self._named() if may_step(p) and id(p) not in self._bound]
@@ -311,21 +313,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Bound on what a step on these matrices allocates for itself."""
         bytes: int = self.core.workspace_bytes(matrices, self.workspace)
         return bytes
-
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """This rank's state by parameter name: tensors, and plain numbers that say what they belong to."""
-        self._ensure_bound()
-        return save_state([(b.piece, b.state) for b in self.bound()], self.param_groups)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave on the same rank of the same layout.
-
-        Raises:
-            ConfigError: names, shapes, ranks, variant or layout differ; nothing has been loaded then.
-        """
-        self._ensure_bound()
-        load_state(state_dict, [(b.piece, b.state) for b in self.bound()], self.param_groups)
 
     def full_state_dict(self) -> dict[str, dict[str, Any]]:
         """The whole state in host memory of rank 0, ``{}`` on the others; a collective, streamed tensor by tensor.

@@ -7,13 +7,15 @@ its singular values. ``bytes``: 2048 x 5504 in even row shards on 4 ranks, what 
 the closed form says, and what gathering the matrix on every rank would send. ``time``: Llama-60M's matrices on 2 ranks
 against one process, each rank on one core, dealt out whole as under DDP with sharded state, and in row shards as under
 FSDP2; all three are timed alternately in one run, and minima over the rounds compared, which other work on the machine
-disturbs least. Ranks are processes of this machine that speak gloo.
+disturbs least; beside them the CPU time of the busier rank, which it hardly disturbs. Ranks are processes of this
+machine that speak gloo.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -30,6 +32,7 @@ from lorapre_dist.config import LoRAPreMuonConfig
 from lorapre_dist.core.factors import Peers
 from lorapre_dist.core.interval import column_block
 from lorapre_dist.core.newton_schulz import NewtonSchulz, gram, packed_numel, polynomial
+from lorapre_dist.core.orthogonal import cost
 from lorapre_dist.layouts import ddp, whole
 from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.optimizers import LoRAPreMuon
@@ -121,7 +124,9 @@ def print_bytes(shape: tuple[int, int], rank: int, size: int) -> None:
     orthogonal = [sum(c[p] for p in ORTHOGONAL) for c in (measured, expected)]
     print(f"  {'orthogonalisation':<26} {orthogonal[0]:>13,} {orthogonal[1]:>13,}")
     print(f"  {'all':<26} {sum(measured.values()):>13,} {sum(expected.values()):>13,}")
-    print(f"  to gather the matrix on all ranks: {gather:,}, and the iterations {size} times")
+    segments = NewtonSchulz((0, 0, 0), 5, 0).segments()
+    ours, theirs = (cost(form, shape, size, segments, True).flops / 1e9 for form in ("columns", "gather"))
+    print(f"  to gather the matrix on all ranks: {gather:,} bytes, and {theirs:.0f} GFlop a rank instead of {ours:.0f}")
 
 
 ORTHOGONAL = ("move m", "norm", "reduce Gram", "broadcast polynomial", "return update")
@@ -169,15 +174,16 @@ def print_times(model: str, rank: int, rounds: int) -> None:
     """Seconds of a step in one process and on two ranks."""
     times = spawn(2, time_rank, model=model, rank=rank, rounds=rounds)[0]
     print(f"a step of {model}'s matrices, rank {rank}, fp32, one thread a rank, {rounds} rounds")
-    print(f"  {'':<34} {'median':>8} {'minimum':>9} {'one process / this':>19}")
-    alone = min(times["one process"])
-    for label, seconds in times.items():
-        median = sorted(seconds)[len(seconds) // 2]
-        print(f"  {label:<34} {median:6.2f} s {min(seconds):7.2f} s {alone / min(seconds):19.2f}")
+    print(f"  {'':<32} {'median':>8} {'minimum':>9} {'one / this':>11} {'CPU':>9} {'one / this':>11}")
+    alone = [min(values) for values in zip(*times["one process"], strict=True)]
+    for label, rounds_of in times.items():
+        wall, cpu = (list(values) for values in zip(*rounds_of, strict=True))
+        cells = statistics.median(wall), min(wall), alone[0] / min(wall), min(cpu), alone[1] / min(cpu)
+        print("  {:<32} {:6.2f} s {:7.2f} s {:11.2f} {:7.2f} s {:11.2f}".format(label, *cells))
 
 
-def time_rank(index: int, size: int, model: str, rank: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round by contender, the slower rank's: alone (rank 0, while the other waits), and both ranks."""
+def time_rank(index: int, size: int, model: str, rank: int, rounds: int) -> dict[str, list[list[float]]]:
+    """Seconds and CPU seconds of each round by contender, the larger of both ranks'; alone, the second rank waits."""
     generator = torch.Generator().manual_seed(0)
     shapes = projections(model)
     grads = {name: torch.randn(shape, generator=generator) * 1e-3 for name, shape in shapes}
@@ -204,16 +210,16 @@ def time_rank(index: int, size: int, model: str, rank: int, rounds: int) -> dict
     parts = [grads[name][slice(*column_block(shape[0], size, index))].reshape(-1) for name, shape in shapes]
     flat.grad = torch.cat(parts)
     contenders["2 ranks, row shards (FSDP2)"] = optimizer.step
-    times: dict[str, list[float]] = {label: [] for label in contenders}
+    times: dict[str, list[list[float]]] = {label: [] for label in contenders}
     for repeat in range(rounds + 1):
         for label, run in contenders.items():
             dist.barrier()
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             run()
-            seconds = torch.tensor(time.perf_counter() - begin)
+            seconds = torch.tensor([time.perf_counter() - begin[0], time.process_time() - begin[1]])
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
             if repeat:
-                times[label].append(float(seconds))
+                times[label].append(seconds.tolist())
     return times
 
 

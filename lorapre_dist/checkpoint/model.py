@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..layouts.base import local
 from ..layouts.dtensor import block
 from ..param_groups import clean_name
-from ..shards import Shard, Untrained
+from ..shards import Shard, Untrained, flat_shard
 from .team import Team
 
 
@@ -27,7 +27,7 @@ def untrained(module: torch.nn.Module, trained: Container[str], frozen: bool = T
         name = clean_name(name)
         if name not in trained and frozen:
             shape = tuple(getattr(p, "ds_shape", p.shape))
-            found[name] = Untrained(shape, Shard((torch.Size(shape).numel(),), *_held(name, p)))
+            found[name] = Untrained(shape, _held(name, p, torch.Size(shape).numel()))
     persistent = set(module.state_dict().keys())
     for name, buffer in module.named_buffers():
         if name in persistent or clean_name(name) in persistent:
@@ -35,20 +35,18 @@ def untrained(module: torch.nn.Module, trained: Container[str], frozen: bool = T
     return found
 
 
-def _held(name: str, p: Any) -> tuple[int, torch.Tensor]:
-    """Where this rank's run of a parameter starts, and its elements."""
+def _held(name: str, p: Any, numel: int) -> Shard:
+    """This rank's run of a parameter."""
     if hasattr(p, "ds_tensor"):  # ZeRO-3
         part = p.partition_numel()
-        start = min(p.ds_numel, Team(p.ds_process_group).rank * part)
-        return start, p.ds_tensor.data.view(-1)[: max(0, min(part, p.ds_numel - start))]
+        start = min(numel, Team(p.ds_process_group).rank * part)
+        return Shard((numel,), start, p.ds_tensor.data.view(-1)[: max(0, min(part, numel - start))])
     if isinstance(p, DTensor):
         held = block(name, p)
-        if held.columns is not None:
-            raise ConfigError(f"{name}: checkpoints of matrices split by columns are not supported")
-        return held.start, local(p).detach().view(-1)
+        return Shard((numel,), held.start, local(p).detach().view(-1)) if held.columns is None else flat_shard(p)
     if getattr(p, "_fsdp_flattened", False):
         raise ConfigError(f"{name}: frozen parameters under FSDP1 cannot be saved; use FSDP2")
-    return 0, p.detach().view(-1)
+    return Shard((numel,), 0, p.detach().view(-1))
 
 
 def aliases(module: torch.nn.Module) -> dict[str, str]:

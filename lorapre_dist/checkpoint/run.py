@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..optimizer import LowRankOptimizer
-from ..shards import OPTIMIZER, UNTRAINED, Shard, Untrained, Weights, state_shards
+from ..shards import OPTIMIZER, UNTRAINED, Shard, Untrained, bring_home, state_shards, weight_shards
 from ..state import restore_groups
 from . import content, dcp, folder
 from .folder import CheckpointError, Manifest
@@ -128,7 +128,7 @@ def _shards(job: Job) -> dict[str, Shard]:
     optimizer = job.optimizer
     held = [(bound.piece, bound.state) for bound in optimizer.bound()]
     assert optimizer.layout is not None
-    return {**Weights.of(optimizer.layout.units).shards, **state_shards(held), **_keyed(job.untrained)}
+    return {**weight_shards(optimizer.layout.units), **state_shards(held), **_keyed(job.untrained)}
 
 
 def _keyed(untrained: dict[str, Untrained]) -> dict[str, Shard]:
@@ -296,8 +296,7 @@ def load(
     with team.together(f"loading checkpoint {path}"):
         content.complain(path, found + content.missing(saved, untrained or {}))
     assert optimizer.layout is not None
-    weights = Weights.of(optimizer.layout.units)
-    shards = {**weights.shards, **_keyed(untrained or {})}
+    shards = {**weight_shards(optimizer.layout.units), **_keyed(untrained or {})}
     changed: dict[str, dict[str, Any]] = {}
     if states:
         factors = state_shards([(bound.piece, bound.state) for bound in optimizer.bound()])
@@ -306,7 +305,7 @@ def load(
         shards.update({name: shard for name, shard in factors.items() if name not in resized})
     with team.together(f"loading checkpoint {path}"):
         dcp.load(path / content.TENSORS, shards, group)
-        weights.write_back()
+    bring_home(shards)
     if states:
         if changed:
             options = {"init_std": optimizer.config.init_std, "seed": optimizer.config.seed}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from ..core.factors import state_shapes
 from ..shards import MODEL, OPTIMIZER, UNTRAINED
 from . import content, dcp, folder
 from .folder import CheckpointError, Manifest
@@ -97,12 +98,9 @@ def expected(parameters: dict[str, dict[str, Any]]) -> dict[str, tuple[int, ...]
         shape = tuple(entry["shape"])
         found[(UNTRAINED if entry["kind"] == "untrained" else MODEL) + name] = shape
         if entry["kind"] == "lorapre":
-            for moment, key in content.RANKS.items():
-                if key in entry:
-                    found[f"{OPTIMIZER}{name}.{moment}_B"] = (shape[0], entry[key])
-                    found[f"{OPTIMIZER}{name}.{moment}_A"] = (entry[key], shape[1])
-            for vector in content.vectors(entry):
-                found[f"{OPTIMIZER}{name}.{vector}"] = (shape[0] if vector.endswith("_row") else shape[1],)
+            ranks = {moment: entry[key] for moment, key in content.RANKS.items() if key in entry}
+            whole = state_shapes((shape[0], shape[1]), ranks, content.vectors(entry))
+            found.update({f"{OPTIMIZER}{name}.{key}": size for key, size in whole.items()})
         elif entry["kind"] == "adamw":
             found[f"{OPTIMIZER}{name}.exp_avg"] = found[f"{OPTIMIZER}{name}.exp_avg_sq"] = shape
     return found

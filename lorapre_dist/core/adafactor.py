@@ -55,7 +55,7 @@ def _sums(work: Work, workspace: Workspace) -> None:
         work.column_sums[block.columns] += squares.sum(0)
         if block.lines is not None:
             work.edge[block.lines, 0] += squares.sum(1)
-            work.m.Y[block.lines] += g @ work.m.At[block.columns]
+            work.m.Y[block.lines] += g @ work.m.At[block.held]
 
 
 def _decay_columns(work: Work, hyper: Hyper) -> None:
@@ -67,7 +67,7 @@ def _decay_columns(work: Work, hyper: Hyper) -> None:
 
 def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) -> None:
     """One block: its rows' statistics, the update of theta, then the factors' rows."""
-    matrix, At, B = work.matrix, work.m.At[block.columns], work.m.factors.B[block.rows]
+    matrix, At, B = work.matrix, work.m.At[block.held], work.m.factors.B[block.rows]
     beta1, beta2 = hyper.betas
     bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step
     g = block.grad.to(At.dtype)

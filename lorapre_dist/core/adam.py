@@ -81,17 +81,17 @@ def _edge_sums(work: Work, hyper: Hyper, workspace: Workspace) -> None:
     beta2 = hyper.betas[1]
     for block in regression.blocks(work, workspace, cut_only=True):
         g = block.grad.to(work.m.At.dtype)
-        u = work.v.factors.B[block.rows] @ work.v.At[block.columns].T
+        u = work.v.factors.B[block.rows] @ work.v.At[block.held].T
         work.edge[block.lines, 0] += g.square().sum(1)
         work.edge[block.lines, 1] += (beta2 * u.square() + (1 - beta2) * g.square()).sum(1)
-        work.m.Y[block.lines] += g @ work.m.At[block.columns]
-        work.v.Y[block.lines] += g.abs() @ work.v.At[block.columns]
+        work.m.Y[block.lines] += g @ work.m.At[block.held]
+        work.v.Y[block.lines] += g.abs() @ work.v.At[block.held]
 
 
 def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) -> None:
     """One block: the update of theta, then both moments' rows."""
     matrix = work.matrix
-    At, vAt = work.m.At[block.columns], work.v.At[block.columns]
+    At, vAt = work.m.At[block.held], work.v.At[block.held]
     B, vB = work.m.factors.B[block.rows], work.v.factors.B[block.rows]
     beta1, beta2 = hyper.betas
     bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step

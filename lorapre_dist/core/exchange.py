@@ -32,7 +32,7 @@ class Moment:
 
     Attributes:
         factors: this rank's state.
-        At: q x r, whole, of the step before.
+        At: q x r, of the step before: whole, or this rank's block if it needs no more (:attr:`Matrix.lends`).
         Y: per row that is cut between ranks, the regression of the whole row on the old A (r numbers).
         gram: ``A A^T``, r x r.
         inverse: of the damped ``gram``.
@@ -108,13 +108,13 @@ def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
 
 
 def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
-    """``At`` of every moment, whole: one all-gather a group. Matrices owned whole lend their state.
+    """``At`` of every moment, whole: one all-gather a group. Where this rank's block is enough, it lends its state.
 
     Args:
         sums: numbers per cut row that the optimizer sums beside ``Y``.
     """
     waits = []
-    for group, shared in by_group(items):
+    for group, shared in by_group(item for item in items if not item.matrix.lends):
         blocks = [_padded(f.At, x.matrix.block_size) for x in shared for f in x.matrix.factors.values()]
         waits.append((comm.all_gather(torch.cat(blocks), group, "gather A"), shared))
     whole: dict[int, list[Tensor]] = {}
@@ -145,7 +145,7 @@ def sum_edges(works: list[Work], comm: Comm) -> None:
 def reduce(works: list[Work], comm: Comm) -> None:
     """Sum Z into each rank's block of columns, and S everywhere: a reduce-scatter and an all-reduce a group."""
     waits = []
-    for group, shared in by_group(works):
+    for group, shared in by_group(work for work in works if not work.matrix.lends):
         parts = shared[0].matrix.parts
         blocks = torch.cat([moment.Zt.view(parts, -1) for work in shared for moment in work.moments], dim=1)
         waits.append((comm.reduce_scatter(blocks, group, "reduce Z"), shared))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,11 @@ class Peers:
     ranges: tuple[Range, ...]
     index: int
     columns: tuple[Range, ...] | None = None
+
+    def own_columns(self, shape: tuple[int, int]) -> bool:
+        """Whether every rank has all rows of a p x q matrix and just the columns that are its block of ``A``."""
+        blocks = tuple(column_block(shape[1], len(self.ranges), k) for k in range(len(self.ranges)))
+        return self.columns == blocks and set(self.ranges) == {(0, shape[0] * shape[1])}
 
     def cut_rows(self, shape: tuple[int, int]) -> Sequence[int]:
         """Rows of a p x q matrix that more than one of these ranks holds a part of, in order."""
@@ -93,6 +98,16 @@ class Matrix:
         return len(self.peers.ranges) if self.peers else 1
 
     @property
+    def lends(self) -> bool:
+        """Whether a step needs this rank's block of ``A`` alone, and gives no more of it."""
+        return self.peers is None or self.peers.own_columns(self.interval.shape)
+
+    @property
+    def first_column(self) -> int:
+        """The first column of the ``A`` that a step on this rank needs."""
+        return column_block(self.interval.shape[1], self.parts, self.peers.index)[0] if self.peers and self.lends else 0
+
+    @property
     def block_size(self) -> int:
         """Columns in every rank's block of ``A``, the last ones padded."""
         return -(-self.interval.shape[1] // self.parts)
@@ -130,6 +145,15 @@ def allocate(
     sizes = {name: p if name.endswith("_row") else q for name in vectors}
     zeros = {name: torch.zeros(size, device=device, dtype=dtype) for name, size in sizes.items()}
     return Matrix(interval, peers, held, zeros, optimizer, variant, before)
+
+
+def state_shapes(shape: tuple[int, int], ranks: dict[str, int], vectors: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of what :meth:`Matrix.tensors` holds of a p x q matrix."""
+    p, q = shape
+    found: dict[str, tuple[int, ...]] = {}
+    for moment, r in ranks.items():
+        found |= {f"{moment}_B": (p, r), f"{moment}_A": (r, q)}
+    return found | {name: (p if name.endswith("_row") else q,) for name in vectors}
 
 
 def initial_At(name: str, moment: str, q: int, r: int, std: float, seed: int) -> Tensor:

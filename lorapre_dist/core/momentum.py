@@ -76,7 +76,7 @@ def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspa
     regression.grams_of_A(works)
     for work in works:
         for block in regression.blocks(work, workspace, cut_only=True):
-            work.m.Y[block.lines] += block.grad.to(work.m.At.dtype) @ work.m.At[block.columns]
+            work.m.Y[block.lines] += block.grad.to(work.m.At.dtype) @ work.m.At[block.held]
     exchange.sum_edges(works, comm)
     regression.invert(works, hyper)
     pieces = []
@@ -99,7 +99,7 @@ def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspa
 
 def _block(work: Work, block: Block, u: Tensor | None, hyper: Hyper, workspace: Workspace) -> None:
     """One block: its rows of ``u``, the update unless it has to wait for all of ``u``, then the factors' rows."""
-    At, B = work.m.At[block.columns], work.m.factors.B[block.rows]
+    At, B = work.m.At[block.held], work.m.factors.B[block.rows]
     g = block.grad.to(At.dtype)
     Y = regression.regress(g, work.m, block, "Y", workspace)
     # keep B A + fresh g + residual (g - Y A), as one product

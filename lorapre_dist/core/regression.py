@@ -26,15 +26,17 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a piece: ``theta`` and ``grad`` n x c (views), ``rows`` of B, ``columns`` of A, ``at`` in the piece.
+    """Some rows of a piece: ``theta`` and ``grad`` n x c (views), ``rows`` of B, ``at`` in the piece.
 
-    ``lines`` are those of ``Work.edge`` if the rows are cut between ranks, else None.
+    ``columns`` are those of the matrix, ``held`` the same in ``Moment.At``. ``lines`` are those of ``Work.edge`` if the
+    rows are cut between ranks, else None.
     """
 
     theta: Tensor
     grad: Tensor
     rows: slice
     columns: slice
+    held: slice
     lines: slice | None
     at: int
 
@@ -64,7 +66,7 @@ def _place(matrix: Matrix, per_element: int) -> int:
 
 def transient_bytes(matrix: Matrix) -> int:
     """Bytes of one matrix in a step: gathered factors, their gradients, packed collectives, Grams and inverses."""
-    return _bytes(matrix, (1 if matrix.peers is None else 5) * matrix.block_size * matrix.parts, 4)
+    return _bytes(matrix, matrix.block_size * (1 if matrix.lends else 5 * matrix.parts), 4)
 
 
 def _bytes(matrix: Matrix, columns: int, squares: int) -> int:
@@ -117,12 +119,14 @@ def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator
             continue
         theta, grad = view(work.item.theta, segment), view(work.item.grad, segment)
         size = workspace.rows(segment.rows, segment.col_stop - segment.col, work.m.At)
-        first, columns = segment.row - interval.first_row, slice(segment.col, segment.col_stop)
+        first, column = segment.row - interval.first_row, work.matrix.first_column
+        columns = slice(segment.col, segment.col_stop)
+        held = slice(segment.col - column, segment.col_stop - column)
         for low in range(0, segment.rows, size):
             high = min(segment.rows, low + size)
             lines = None if line is None else slice(line + low, line + high)
             at = segment.offset + low * (segment.col_stop - segment.col)
-            yield Block(theta[low:high], grad[low:high], slice(first + low, first + high), columns, lines, at)
+            yield Block(theta[low:high], grad[low:high], slice(first + low, first + high), columns, held, lines, at)
 
 
 def grams_of_A(works: list[Work]) -> None:
@@ -170,7 +174,7 @@ def begin(work: Work, hyper: Any, workspace: Workspace) -> None:
         if interval.rows >= interval.shape[1] and interval.columns is None:
             moment.W = workspace.take(f"W{k}", interval.shape[1], moment.rank, moment.At)
             torch.mm(moment.At, moment.inverse, out=moment.W)
-        shape = matrix.block_size * matrix.parts, moment.rank
+        shape = len(moment.At) if matrix.lends else matrix.block_size * matrix.parts, moment.rank
         # The first block of a matrix held whole writes Z; everywhere else blocks add to it.
         moment.Zt = moment.At.new_zeros(shape) if matrix.peers else moment.At.new_empty(shape)
     if not hyper.stable:
@@ -190,8 +194,8 @@ def regress(g: Tensor, moment: Moment, block: Block, label: str, workspace: Work
         return moment.Y[block.lines]
     Y = workspace.take(label, g.shape[0], moment.rank, moment.At)
     if moment.W is not None:
-        return torch.mm(g, moment.W[block.columns], out=Y)
-    product = torch.mm(g, moment.At[block.columns], out=workspace.take("left", g.shape[0], moment.rank, moment.At))
+        return torch.mm(g, moment.W[block.held], out=Y)
+    product = torch.mm(g, moment.At[block.held], out=workspace.take("left", g.shape[0], moment.rank, moment.At))
     return torch.mm(product, moment.inverse, out=Y)
 
 
@@ -200,7 +204,7 @@ def refresh_rows(work: Work, moment: Moment, block: Block, g: Tensor, Y: Tensor,
 
     Alternating refresh: A is regressed with the new B; the printed form uses the old one.
     """
-    B, Zt = moment.factors.B[block.rows], moment.Zt[block.columns]
+    B, Zt = moment.factors.B[block.rows], moment.Zt[block.held]
     first = work.matrix.peers is None and block.at == 0
     if not hyper.stable:
         _add_product(Zt, g, B, first)

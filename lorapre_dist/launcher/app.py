@@ -73,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prefer_own_programs() -> None:
     """The ``deepspeed`` and ``ninja`` beside this Python, also where its environment is not activated."""
-    folders = [os.path.dirname(sys.executable), *os.environ.get("PATH", os.defpath).split(os.pathsep)]
-    os.environ["PATH"] = os.pathsep.join(dict.fromkeys(filter(None, folders)))
+    own, path = os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)
+    if own not in path.split(os.pathsep):
+        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
 
 
 def _chosen(hosts: dict[str, int], names: str | None) -> dict[str, int]:

@@ -77,8 +77,8 @@ def check_programs(launcher: str) -> None:
         packages = " ".join(sorted(set(absent.values())))
         raise ConfigError(f"{', '.join(absent)} not found on PATH; on Debian and Ubuntu: apt-get install {packages}")
     if launcher in ("openmpi", "mpich"):
-        said = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
-        family = "openmpi" if "Open MPI" in said else "mpich" if "HYDRA" in said else "another MPI"
+        said = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout.lower()
+        family = "openmpi" if "open-mpi" in said else "mpich" if "hydra" in said else "another MPI"
         if family != launcher:
             raise ConfigError(
                 f"mpirun on PATH is {family}'s, not {launcher}'s: put the right one first, or change --launcher"

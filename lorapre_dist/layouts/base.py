@@ -25,7 +25,8 @@ class Piece:
         columns: of a matrix split by columns: those held here, of the whole rows from ``start`` to ``stop``.
         before: number of matrices, of their columns and of their elements ahead of this one in the layout; the same on
             every rank that shares it.
-        owned: whether this rank keeps the state and takes the step; if not, another one does and sends the result.
+        owned: whether this rank keeps state and takes the step; if not, others do, and under DDP send the result.
+        parameter: the parameter itself, if it is split by columns.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Piece:
     columns: Range | None = None
     owned: bool = True
     before: tuple[int, int, int] = (0, 0, 0)
+    parameter: Any = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -74,6 +76,7 @@ class Layout:
         units: in the order in which they are stepped; the same on every rank.
         world_size: ranks over which the optimizer state is spread (1: every rank has all of it).
         sends: what ranks of ``group`` send to all others after a step, in an order that is the same on every rank.
+        native: found out by the optimizer itself, not told by an engine.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Layout:
     world_size: int = 1
     sends: list[Send] = field(default_factory=list)
     group: Any = None
+    native: bool = False
 
 
 def local_gradient(tensor: torch.Tensor) -> torch.Tensor:

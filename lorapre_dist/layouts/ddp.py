@@ -20,18 +20,19 @@ Named = Iterable[tuple[str, torch.Tensor, int]]
 
 
 def layout(named: Named, group: Any, is_low_rank: LowRank) -> Layout:
-    """Matrices to ranks, balanced by elements (hence by time), largest first; other parameters in equal parts."""
+    """Matrices to ranks, balanced by elements (hence by time), largest first; others in equal parts of dim 0."""
     named, size, rank = list(named), dist.get_world_size(group), dist.get_rank(group)
     matrices = {n: _matrices(n, tuple(p.shape)) for n, p, i in named if is_low_rank(n, tuple(p.shape), i)}
     owner = owners({name: math.prod(sides) for found in matrices.values() for name, sides in found}, size)
     made = Layout("DDP, sharded state", world_size=size, group=group)
     for name, p, index in named:
         shape, unit = tuple(p.shape), Unit(p, index, [])
+        rows = [(a * p.shape[1:].numel(), b * p.shape[1:].numel()) for a, b in equal_ranges((*shape, 1)[0], size)]
         for k, (matrix, sides) in enumerate(matrices.get(name, ())):
             numel = math.prod(sides)
             unit.pieces.append(Piece(matrix, sides, 0, numel, k * numel, owned=owner[matrix] == rank))
             made.sends.append(Send(owner[matrix], p, k * numel, (k + 1) * numel))
-        for k, (start, stop) in enumerate(() if name in matrices else equal_ranges(p.numel(), size)):
+        for k, (start, stop) in enumerate(() if name in matrices else rows):
             if start < stop:
                 unit.pieces.append(Piece(name, shape, start, stop, start, owned=k == rank))
                 made.sends.append(Send(k, p, start, stop))

@@ -50,7 +50,8 @@ def layout(named: Iterable[tuple[str, torch.Tensor, int]]) -> Layout:
                 if any(some is not None for _, some in ranges[name]):
                     columns = tuple(some or (0, shape[1]) for _, some in ranges[name])
                 peers = Peers(held.group, rows, dist.get_rank(held.group), columns)
-            piece = Piece(name, shape, held.start, held.stop, 0, peers, held.columns)
+            parameter = p if held.columns is not None else None
+            piece = Piece(name, shape, held.start, held.stop, 0, peers, held.columns, parameter=parameter)
             if held.group is not None:
                 made.world_size = max(made.world_size, dist.get_world_size(held.group))
         made.units.append(Unit(p, group, [piece]))
@@ -63,9 +64,7 @@ def block(name: str, p: DTensor) -> Block:
     Raises:
         ConfigError: a placement that is not understood.
     """
-    # The placement of FSDP2 over tensor parallel is no Shard to is_shard().
-    sharded = [d for d, placement in enumerate(p.placements) if hasattr(placement, "dim")]
-    dims = {p.placements[d].dim % max(1, p.ndim) for d in sharded}  # type: ignore[attr-defined]
+    dims = {p.placements[d].dim % max(1, p.ndim) for d in _sharded(p)}  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in p.placements):
         raise ConfigError(f"{name}: a parameter with placements {p.placements} is not supported")
     if dims - {0} and not (dims <= {0, 1} and p.ndim == 2):
@@ -73,7 +72,7 @@ def block(name: str, p: DTensor) -> Block:
     sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     if tuple(sizes) != tuple(local(p).shape):
         raise ConfigError(f"{name}: holds {tuple(local(p).shape)}, its placements {p.placements} say {tuple(sizes)}")
-    group = _group(p.device_mesh, sharded)
+    group = shard_group(p)
     inner = p.shape[1:].numel()
     start = offsets[0] * inner if p.ndim else 0
     stop = start + (sizes[0] * inner if p.ndim else 1)
@@ -83,9 +82,10 @@ def block(name: str, p: DTensor) -> Block:
     return Block(min(start, p.numel()), min(stop, p.numel()), columns, group)
 
 
-def _group(mesh: Any, dims: list[int]) -> Any:
-    """The process group of the ranks that differ in ``dims`` of the mesh; None if that is one rank."""
-    dims = [d for d in dims if mesh.size(d) > 1]
+def shard_group(p: DTensor) -> Any:
+    """The process group of the ranks that a DTensor is spread over; None if that is one rank."""
+    mesh: Any = p.device_mesh
+    dims = [d for d in _sharded(p) if mesh.size(d) > 1]
     if not dims:
         return None
     if len(dims) == 1:
@@ -93,6 +93,12 @@ def _group(mesh: Any, dims: list[int]) -> Any:
     if mesh.size() == dist.get_world_size() and all(d in dims or mesh.size(d) == 1 for d in range(mesh.ndim)):
         return dist.group.WORLD
     return mesh[tuple(mesh.mesh_dim_names[d] for d in dims)]._flatten().get_group()
+
+
+def _sharded(p: DTensor) -> list[int]:
+    """Dimensions of the mesh over which a DTensor is spread."""
+    # The placement of FSDP2 over tensor parallel is no Shard to is_shard().
+    return [d for d, placement in enumerate(p.placements) if hasattr(placement, "dim")]
 
 
 def _all_ranges(blocks: dict[str, Block]) -> dict[str, list[tuple[Range, Range | None]]]:

@@ -39,7 +39,7 @@ def layout(named: Named, handles: list[Any]) -> Layout:
         peers = subgroups[id(group)].peers([theirs[name] for theirs in everyone[id(group)]])
         start, stop = mine[name]
         made.world_size = max(made.world_size, dist.get_world_size(group))
-        made.units.append(Unit(p, index, [Piece(name, shape, start, stop, 0, peers)]))
+        made.units.append(Unit(p, index, [Piece(name, shape, start, stop, 0, peers, owned=start < stop)]))
     return made
 
 

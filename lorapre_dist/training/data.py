@@ -116,6 +116,9 @@ def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
 def _tokenized_data(settings: Settings, plan: BatchPlan, cache: Path) -> Data:
     """From a folder that ``lorapre tokenize`` wrote, which brings its tokenizer and its held-out part."""
     folder = TokenFolder.open(Path(settings.dataset))
+    for name in ("vocab_size", "dataset_config", "streaming"):
+        if getattr(settings, name):
+            raise ConfigError(f"--{name}: {folder.path} is tokenised already; leave the option out")
     encoder = Encoder(load_tokenizer(str(folder.path / TOKENIZER)))
     if settings.tokenizer is not None:
         given = Encoder(load_tokenizer(settings.tokenizer)).fingerprint

@@ -217,7 +217,10 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     parser = build_parser()
     args = vars(parser.parse_args(argv))
     if args["recipe"] is not None:
-        parser.set_defaults(**recipe(args["recipe"]))
+        defaults = recipe(args["recipe"])
+        if (Path(args["dataset"]) / "manifest.json").is_file():
+            defaults["tokenizer"] = None  # a tokenised folder brings its own
+        parser.set_defaults(**defaults)
         args = vars(parser.parse_args(argv))
         if args["model_config"]:
             args["model"] = None

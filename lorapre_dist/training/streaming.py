@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from lorapre_dist.training.reading import Reader, ReadError
 
 # Shards that are open at once over all ranks: few would keep ranks waiting for one, many would cost connections.
 MOST_LANES = 64
+# Seconds after which a rank that is still reading tells the others so.
+PATIENCE = 10.0
 
 Encode = Callable[[list[str]], list[list[int]]]
 Keep = Callable[[str], bool]
@@ -180,9 +182,9 @@ class ShardStream:
         return torch.from_numpy(own.astype(np.int64))
 
     def _round(self) -> None:
-        chunks, error = self._drawn_ahead().result()
-        # A message in place of chunks: all ranks raise together instead of waiting for one that is gone.
-        given = self.exchange(chunks if error is None else (type(error) is ReadError, str(error)))
+        given = self._given()
+        while any(value is None for value in given):  # nobody waits in a collective for as long as a read may take
+            given = self._given()
         failed = [value for value in given if isinstance(value, tuple)]
         if failed:
             again, message = failed[0]
@@ -198,6 +200,15 @@ class ShardStream:
             if not self.found:
                 raise ConfigError(f"--dataset {self._settings.source.name}: holds no text to train on")
             self._start_epoch(self.epoch + 1)
+
+    def _given(self) -> list[Any]:
+        """Of each rank the next chunks, why there are none, or ``None``: not yet."""
+        own = self._drawn_ahead()
+        if not wait([own], timeout=PATIENCE).done:
+            return self.exchange(None)
+        chunks, error = own.result()
+        # A message in place of chunks: all ranks raise together instead of waiting for one that is gone.
+        return self.exchange(chunks if error is None else (type(error) is ReadError, str(error)))
 
     def _append_rest(self, rest: np.ndarray) -> None:
         seq_len = self._settings.seq_len

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,11 @@ def test_fine_tuning_settings_are_the_papers(name):
     assert precision(config) == "bf16"
     adamw = with_optimizer(config, "adamw")["optimizer"]
     assert adamw == {"type": "AdamW", "params": {"lr": 2e-5, "betas": [0.9, 0.999], "torch_adam": True}}
+
+
+@pytest.mark.parametrize("given", [["--optimizer", "Muon"], ["--optimizer=AdamW"], ["--optimizer"]])
+def test_the_quick_start_refuses_an_optimizer_that_it_does_not_know(given):
+    script = FOLDER.parent / "launch" / "quickstart.sh"
+    result = subprocess.run(["bash", str(script), *given], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and all(name in result.stderr for name in OPTIMIZERS)

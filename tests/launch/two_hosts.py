@@ -18,13 +18,18 @@ SHOWN = re.compile(r"host-[ab]: (layout|batch|error|warning|resuming|eval loss)|
 COMMAND = "python launch/run.py cluster.ini --launcher pdsh"
 
 
-def finish(cluster: Cluster, process: subprocess.Popen[str]) -> None:
-    """Wait for the end; print the lines that tell the story, of many that DeepSpeed and torch print."""
+def tell(cluster: Cluster, process: subprocess.Popen[str], told: int = 0) -> int:
+    """Print the lines that tell the story, of many that DeepSpeed and torch print, but the first ``told``; how many."""
+    lines = [line for line in cluster.said(process).splitlines() if SHOWN.search(line) and "state over" not in line]
+    for line in lines[told:]:
+        print(line.replace(f"{cluster.folder}/", ""), flush=True)
+    return len(lines)
+
+
+def finish(cluster: Cluster, process: subprocess.Popen[str], told: int = 0) -> None:
     begun = time.monotonic()
-    code, said = cluster.output(process, 600)
-    for line in said.splitlines():
-        if SHOWN.search(line) and "state over" not in line:
-            print(line)
+    code, _ = cluster.output(process, 600)
+    tell(cluster, process, told)
     print(f"[exit code {code} after {time.monotonic() - begun:.0f} s]\n", flush=True)
 
 
@@ -48,8 +53,9 @@ def main() -> int:
         process = cluster.start("pdsh", "disturbed")
         cluster.wait_for_step("disturbed", 22, process)
         hosts.cut_off("host-b")
+        told = tell(cluster, process)
         print(f"[host-b's cable is pulled after step {cluster.rows('disturbed')[-1]['step']}]", flush=True)
-        finish(cluster, process)
+        finish(cluster, process, told)
         cluster.nobody_left(120)
         print("[no rank is left on either host]\n", flush=True)
 

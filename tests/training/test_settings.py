@@ -45,6 +45,13 @@ def test_options_go_before_the_recipe(make_settings):
     assert settings.ds_config["optimizer"] == {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}}
 
 
+def test_a_tokenised_folder_brings_the_tokenizer_of_a_recipe(make_settings, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert make_settings("--recipe", "llama-60m", "--dataset", str(tmp_path)).tokenizer is None
+    given = make_settings("--recipe", "llama-60m", "--dataset", str(tmp_path), "--tokenizer", "x/y")
+    assert given.tokenizer == "x/y"
+
+
 def test_lr_overrides_the_json_only_where_given(make_settings):
     assert make_settings().ds_config["optimizer"]["params"]["lr"] == 0.01
     assert make_settings("--lr", "0.003").ds_config["optimizer"]["params"]["lr"] == 0.003

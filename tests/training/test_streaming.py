@@ -199,7 +199,9 @@ def test_a_reader_goes_on_behind_the_last_row(three_shards):
 def outage(monkeypatch):
     """Reads of ``flaky://`` fail as the test says; pauses are short."""
     flaky.register()
-    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(reading, "FIRST_PAUSE", 0.01)
+    # Shorter than the pauses: the others are told to wait.
+    monkeypatch.setattr("lorapre_dist.training.streaming.PATIENCE", 0.002)
     yield flaky.Outage
     flaky.Outage.good = flaky.Outage.failures = 0
 

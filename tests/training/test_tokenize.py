@@ -265,6 +265,8 @@ def test_another_tokenizer_and_too_little_held_out_text_are_named(make_settings,
         prepare_data(make_settings(*options), BatchPlan(6, 1, 1, 0), 32000)
     with pytest.raises(ConfigError, match=r"held-out text is too small.*of 'lorapre tokenize'"):
         prepare_data(make_settings("--dataset", str(tokenised), "--seq_len", "40000"), BatchPlan(1, 1, 1, 0), 32000)
+    with pytest.raises(ConfigError, match=r"--vocab_size: .* is tokenised already"):
+        prepare_data(make_settings("--dataset", str(tokenised), "--vocab_size", "400"), BatchPlan(6, 1, 1, 0), 32000)
     folder = copied(tokenised, tmp_path)
     load_tokenizer(str(tmp_path / "other")).save_pretrained(str(folder / "tokenizer"))
     with pytest.raises(ConfigError, match="tokenizer/"):

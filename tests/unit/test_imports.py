@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lorapre_dist"
 LAYERS = [
     {"checks", "config", "core", "param_groups", "arguments"},
     {"layouts"},
-    {"optimizer", "optimizers", "awaiting", "tensors", "state", "report", "shards", "gather"},
+    {"optimizer", "optimizers", "awaiting", "tensors", "state", "torch_state", "report", "shards", "gather"},
     {"deepspeed", "upstream", "checkpoint"},
     {"training", "launcher", "bench", "cli", "planner"},
 ]
@@ -166,8 +166,8 @@ COLLECTIVES = (
 )
 
 
-# ``gather`` collects the whole state on request, outside of steps.
-ISSUES_COLLECTIVES = ("lorapre_dist.core.comm", "lorapre_dist.gather")
+# ``gather`` and ``torch_state`` collect the whole state on request, outside of steps.
+ISSUES_COLLECTIVES = ("lorapre_dist.core.comm", "lorapre_dist.gather", "lorapre_dist.torch_state")
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERED if layer(n) <= 2 and n not in ISSUES_COLLECTIVES])

@@ -7,6 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from lorapre_dist import ConfigError, LoRAPre, LoRAPreConfig
 
@@ -41,7 +46,7 @@ def test_a_copy_of_model_and_optimizer_goes_on_alone(steps, how, tmp_path):
 def plain(value):
     """Whether ``value`` consists of tensors, numbers, strings, lists and dicts only."""
     if isinstance(value, dict):
-        return all(isinstance(k, str) and plain(v) for k, v in value.items())
+        return all(isinstance(k, (str, int)) and plain(v) for k, v in value.items())
     if isinstance(value, list):
         return all(map(plain, value))
     return value is None or type(value) in (int, float, str, bool, torch.Tensor)
@@ -79,9 +84,9 @@ def test_a_loaded_state_is_a_copy_and_settings_keep_their_types():
     for p, q in zip(other.param_groups[0]["params"], model.parameters(), strict=True):
         p.grad = q.grad.clone()
     other.step()
-    for name, entry in frozen["state"].items():
-        for key, tensor in entry["tensors"].items():
-            assert torch.equal(saved["state"][name]["tensors"][key], tensor)
+    for index, entry in frozen["state"].items():
+        for key, tensor in entry.items():
+            assert torch.equal(saved["state"][index][key], tensor)
     for group, fresh in zip(other.param_groups, optimizer.param_groups, strict=True):
         for key in LoRAPreConfig.__dataclass_fields__:
             assert group[key] == fresh[key]
@@ -147,7 +152,7 @@ def two_groups():
         (lambda: {"named": renamed()}, "k2_proj.weight: not in the saved state"),
         (lambda: {"named": renamed()}, "q_proj.weight: saved, but not a parameter here"),
         (lambda: {"named": list(Toy().named_parameters())[1:]}, "embed.weight: saved, but not a parameter here"),
-        (lambda: {"model": reshaped()}, r"q_proj.weight: shape was \[12, 8\], is \[13, 8\]"),
+        (lambda: {"model": reshaped()}, r"q_proj.weight: m_B was of shape \(12, 4\), is of shape \(13, 4\)"),
         (lambda: {"named": two_groups()}, "1 parameter groups were saved, there are 2"),
     ],
 )
@@ -170,17 +175,24 @@ def test_a_state_that_does_not_fit_is_refused_with_nothing_changed(changes, word
 def test_a_damaged_state_is_refused_by_name():
     optimizer = fit()
     saved = copy.deepcopy(optimizer.state_dict())
-    del saved["state"]["mlp.w"]["tensors"]["v_row"]
-    saved["state"]["q_proj.weight"]["tensors"]["m_B"] = torch.zeros(12, 3)
+    index = saved["param_groups"][0]["param_names"].index
+    del saved["state"][index("mlp.w")]["v_row"]
+    saved["state"][index("q_proj.weight")]["m_B"] = torch.zeros(12, 3)
     with pytest.raises(ConfigError, match=r"mlp.w: v_row was missing, is of shape \(8,\)") as caught:
         optimizer.load_state_dict(saved)
     assert "q_proj.weight: m_B was of shape (12, 3), is of shape (12, 4)" in str(caught.value)
 
 
-@pytest.mark.parametrize("made", [lambda m: torch.optim.AdamW(m.parameters()).state_dict(), lambda m: {}])
-def test_another_optimizers_state_is_refused(made):
-    with pytest.raises(ConfigError, match="format None: this version reads format 1"):
-        fit().load_state_dict(made(Toy()))
+def test_another_optimizers_state_is_refused():
+    model = Toy()
+    adamw = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adamw.step()
+    with pytest.raises(ConfigError, match=r"q_proj.weight: m_B was missing, is of shape \(12, 4\)"):
+        fit().load_state_dict(adamw.state_dict())
+    with pytest.raises(ConfigError, match="this is no state_dict of an optimizer: it must have 'state'"):
+        fit().load_state_dict({})
 
 
 def test_many_differences_are_counted():
@@ -193,9 +205,54 @@ def test_many_differences_are_counted():
 
 def test_state_exists_before_the_first_step():
     """Allocated up front: a checkpoint may be loaded into a fresh optimizer, and memory is known at once."""
-    optimizer = LoRAPre(Toy().named_parameters(), **STABLE)
+    model = Toy()
+    optimizer = LoRAPre(model.named_parameters(), **STABLE)
     saved = optimizer.state_dict()
-    assert set(saved["state"]) == {n for n, _ in Toy().named_parameters()}
-    assert {e["step"] for e in saved["state"].values()} == {0}
-    assert saved["state"]["mlp.w"]["kind"] == "lorapre"
-    assert saved["state"]["head.weight"]["kind"] == "adamw"
+    assert saved["param_groups"][0]["param_names"] == [n for n, _ in model.named_parameters()]
+    assert list(saved["state"]) == saved["param_groups"][0]["params"]
+    assert {int(entry["step"]) for entry in saved["state"].values()} == {0}
+    assert list(optimizer.state) == list(model.parameters())
+    assert set(optimizer.state[model.mlp["w"]]) == {"m_B", "m_A", "v_B", "v_A", "v_row", "step"}
+    assert set(optimizer.state[model.head.weight]) == {"exp_avg", "exp_avg_sq", "step"}
+    assert optimizer.state[model.head.weight]["exp_avg"].shape == model.head.weight.shape
+
+
+def test_parameters_are_matched_by_name_and_unnamed_ones_by_place():
+    model, named = Toy(), dict(Toy().named_parameters())
+    optimizer = LoRAPre(model.named_parameters(), **STABLE)
+    train(model, optimizer, range(2))
+    backwards = LoRAPre(list(named.items())[::-1], **STABLE)
+    backwards.load_state_dict(optimizer.state_dict())
+    tensors = state_tensors(optimizer)
+    assert all(torch.equal(t, tensors[key]) for key, t in state_tensors(backwards).items())
+    unnamed = LoRAPre(Toy().parameters(), **{**STABLE, "rank": 2})
+    other = LoRAPre(Toy().parameters(), **{**STABLE, "rank": 2})
+    other.load_state_dict(unnamed.state_dict())
+    with pytest.raises(ConfigError, match="13 parameters were saved, there are 12"):
+        LoRAPre(list(Toy().parameters())[1:], **{**STABLE, "rank": 2}).load_state_dict(unnamed.state_dict())
+
+
+def test_hooks_are_called():
+    optimizer = fit()
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "more": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, saved: seen.append(saved.pop("more")))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("after loading"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["before saving", 1, "after loading"]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_torchs_functions_save_and_load_on_one_device(flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    straight, model, resumed = Toy(), Toy(), Toy(seed=9)
+    train(straight, LoRAPre(straight.named_parameters(), **STABLE))
+    optimizer = LoRAPre(model.named_parameters(), **STABLE)
+    train(model, optimizer, range(7))
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    resumed.load_state_dict(model.state_dict())
+    optimizer = LoRAPre(resumed.named_parameters(), **STABLE)
+    set_optimizer_state_dict(resumed, optimizer, state, options=options)
+    train(resumed, optimizer, range(7, STEPS))
+    assert_same(straight, resumed)

@@ -1,0 +1,56 @@
+"""State goes on from layout to layout, and through torch's own functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .harness import run_ranks
+from .state_cases import STEPS, columns_case, dense_path, fresh_case, refusal_case, relay_case
+
+RELAYS = {
+    "ours": ("LoRAPreMuon", [("tp", 3), ("fsdp1", 3), ("tp+fsdp2", 4), ("ddp", 2), ("tp", 2)]),
+    "dcp": ("LoRAPre", [("ddp", 1), ("fsdp2", 2), ("ddp", 3), ("hsdp", 4), ("fsdp2", 3), ("tp+fsdp2", 4), ("tp", 3)]),
+    "dcp, FSDP1": ("LoRAPreAdafactor", [("fsdp1", 2), ("fsdp1", 3), ("fsdp1 hybrid", 4)]),
+    "full": ("LoRAPreAdafactor", [("tp+fsdp2", 4), ("ddp", 3), ("fsdp2", 3), ("ddp replicated", 2)]),
+    "flat": ("LoRAPreAdafactor", [("fsdp2", 3), ("ddp", 2), ("tp+fsdp2", 4)]),
+    "plain, FSDP2": ("LoRAPre", [("tp+fsdp2", 4)] * 2),
+    "plain, FSDP1": ("LoRAPre", [("fsdp1", 3)] * 2),
+    "plain, DDP": ("LoRAPre", [("ddp", 2)] * 2),
+}
+
+
+@pytest.mark.parametrize("relay", RELAYS)
+def test_training_goes_on_in_another_layout(relay, tmp_path):
+    """fp64, so that what is lost or misplaced on the way shows: rounding alone leaves 1e-15."""
+    optimizer, legs = RELAYS[relay]
+    torch.save(dense_path(optimizer, STEPS * len(legs)), tmp_path / "reference.pt")
+    for leg, (layout, world) in enumerate(legs):
+        arguments = {"layout": layout, "how": relay.split(",")[0], "folder": str(tmp_path), "leg": leg}
+        for error, name in run_ranks(world, relay_case, optimizer=optimizer, **arguments):
+            assert error <= 1e-10, (leg, layout, world, name, error)
+
+
+@pytest.mark.parametrize(
+    "layout, options, words",
+    [
+        ("fsdp1", {"full_state_dict": True}, "torch's full_state_dict: use optimizer.full_state_dict()"),
+        ("ddp", {"full_state_dict": True, "broadcast_from_rank0": True}, "with broadcast_from_rank0: give every rank"),
+    ],
+)
+def test_what_a_layout_cannot_do_is_refused(layout, options, words):
+    for said in run_ranks(2, refusal_case, layout=layout, options=options):
+        assert words in said
+
+
+def test_asking_for_a_fresh_state_takes_no_step(tmp_path):
+    """Torch would take one with zero gradients if it found no state."""
+    for same, steps, said in run_ranks(2, fresh_case, folder=str(tmp_path)):
+        assert same and steps == 0
+        assert "was of other ranks (torch.distributed.checkpoint would reshard it)" in said
+
+
+def test_tensor_parallel_columns_need_no_other_ranks_columns():
+    """All matrices split by columns: nothing is gathered."""
+    for calls in run_ranks(2, columns_case):
+        assert set(calls) == {"edge rows and Gram of A", "Gram of B"}
