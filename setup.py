@@ -34,8 +34,11 @@ setup(
     extras_require={
         # The Hugging Face Trainer and Accelerate; 1.6 brought FSDP2
         "hf": ["accelerate>=1.6"],
+        # LoRA as a baseline; loading a model under ZeRO-3
+        "finetune": ["peft>=0.15", "accelerate>=1.6"],
         "test": [
             "accelerate>=1.6",
+            "peft>=0.15",
             "mpi4py>=3.1",
             "pytest>=8",
             "pytest-timeout>=2.3",

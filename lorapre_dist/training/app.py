@@ -1,240 +1,41 @@
-"""The pre-training program from command line to clean exit."""
+"""The pre-training program."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
-import socket
-import sys
-import time
-import warnings
 from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorapre_dist.checkpoint.folder import write_atomically
-from lorapre_dist.config import ConfigError
-from lorapre_dist.training import discovery, interruption, ranks
-from lorapre_dist.training.settings import Settings, describe, load_settings
+from lorapre_dist.training import program, ranks
+from lorapre_dist.training.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from lorapre_dist.training.loop import Trainer
 
-# A build of DeepSpeed's CPU op takes 1 to 4 minutes.
-BUILD_SECONDS = 900.0
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Exit code 0; 2 after one line on stderr about bad input; 75 where a signal asked to stop and the state is saved;
-    1 where training diverged, could not read on, could not save its end, or lost a rank.
-    """
-    try:
-        discovery.find_ranks()
-        settings = load_settings(argv, ranks.world_size())
-        _quiet()
-        _check_optimizer(settings)
-        _check_resume(settings)
-        return _train(settings)
-    except ConfigError as error:
-        return ranks.report(error)
-    except KeyboardInterrupt:
-        return 130
-
-
-def _quiet() -> None:
-    """Leave the terminal to the table and the progress bar."""
-    # DeepSpeed calls torch.distributed by names that newer torch deprecates.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-def _check_optimizer(settings: Settings) -> None:
-    name = settings.ds_config["optimizer"]["type"]
-    from lorapre_dist.optimizers import OPTIMIZERS
-
-    if name in OPTIMIZERS:
-        from lorapre_dist.deepspeed import check_config
-
-        check_config(settings.ds_config)
-        return
-    import torch
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-    known = [*OPTIMIZERS, *(n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type))]
-    if name not in known and name.lower() not in DEEPSPEED_OPTIMIZERS:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(f"optimizer.type {name!r} is unknown: did you mean {near[0] if near else 'LoRAPre'}?")
-
-
-def _check_resume(settings: Settings) -> None:
-    from lorapre_dist.training.checkpoints import check_named
-
-    check_named(settings)
-
-
-def _train(settings: Settings) -> int:
-    import deepspeed
-    import torch.distributed as dist
-
-    _check_deepspeed_config(settings)
-    if settings.backend == "deepspeed":
-        _check_build_lock()
-    from lorapre_dist.checkpoint import CheckpointError
-    from lorapre_dist.training.loop import DivergedError
-    from lorapre_dist.training.reading import ReadError
-
-    trainer, lost = None, None
-    try:
-        limit = interruption.limit_waits(settings.collective_timeout)
-        _join(settings, limit)
-        trainer = _set_up(settings)
-        trainer.stop.listen()
-        trainer.run()
-        if trainer.stopped:
-            return _stopped(trainer)
-        _finish(trainer)
-        trainer.engine.destroy()
-    except (DivergedError, CheckpointError, ReadError) as error:
-        if ranks.rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        lost = interruption.lost_rank(error)
-        if lost is None:
-            raise
-        return _lost(settings, trainer, lost)
-    finally:
-        # With a rank gone nobody can be waited for.
-        if lost is None and deepspeed.comm.is_initialized():
-            deepspeed.comm.destroy_process_group()
-        elif lost is None and dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
-
-
-def _stopped(trainer: Trainer) -> int:
-    """Say why the run ends early and whether it can go on; the exit code."""
-    import torch.distributed as dist
-
-    settings, step = trainer.settings, trainer.step
-    if trainer.writer is not None:
-        trainer.writer.close()
-        by = trainer.stop.signal or "a signal to another rank"
-        from lorapre_dist.training.checkpoints import checkpoint_folder
-
-        where = f"saved in {checkpoint_folder(settings) / f'step{step:07d}'}; the same command goes on from there"
-        lost = "not saved, as --save_every is 0"
-        print(f"stopped by {by} after step {step}: {where if settings.save_every else lost}", flush=True)
-    # The first rank to leave may be the sign for the launcher to kill the others.
-    dist.barrier()
-    return interruption.EXIT_STOPPED if settings.save_every else 1
-
-
-def _lost(settings: Settings, trainer: Trainer | None, reason: str) -> int:
-    """One line, from every rank that noticed: the one that is gone, or its host, says nothing."""
-    when = "while starting" if trainer is None else f"in step {trainer.step + 1}"
-    print(
-        f"error on rank {ranks.rank()} ({socket.gethostname()}): lost another rank {when}: {reason}. Its own output or "
-        f"its host says why (--collective_timeout is {settings.collective_timeout:g} s); the same command resumes "
-        "from the newest checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    return 1
-
-
-def _join(settings: Settings, timeout: timedelta) -> None:
-    """Start ``torch.distributed``."""
-    import torch
-    import torch.distributed as dist
-
-    if settings.backend == "deepspeed":
-        import deepspeed
-
-        deepspeed.init_distributed(verbose=False, timeout=timeout)
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-
-
-def _check_deepspeed_config(settings: Settings) -> None:
-    """Let DeepSpeed's own config class read the JSON before anything is built."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    copy = json.loads(json.dumps(settings.ds_config))
-    # Before the process group exists DeepSpeed takes the world to be one rank.
-    copy["train_batch_size"] = settings.batch.micro_batch * settings.batch.accumulation
-    try:
-        DeepSpeedConfig(copy)
-    except Exception as error:  # assertions, pydantic errors and its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: {'; '.join(lines[:3])}") from error
-
-
-def _check_build_lock() -> None:
-    """A killed build of DeepSpeed's CPU op leaves a lock that every later process would wait on for ever."""
-    import torch
-    from torch.utils.cpp_extension import _get_build_directory
-
-    if torch.cuda.is_available():
-        return
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > BUILD_SECONDS:
-        raise ConfigError(f"{lock} was left by a killed build of DeepSpeed's CPU op; delete it and start again")
+    """Run the program; the exit code is that of :func:`lorapre_dist.training.program.run`."""
+    return program.run(argv, load_settings, _set_up, _finish)
 
 
 def _set_up(settings: Settings) -> Trainer:
-    from lorapre_dist.training import checkpoints, engines, models
+    from lorapre_dist.training import engines, models
     from lorapre_dist.training.batches import BatchPlan
     from lorapre_dist.training.data import prepare_data
     from lorapre_dist.training.loop import Trainer
-    from lorapre_dist.training.metrics import MetricsWriter
 
     plan = BatchPlan(settings.batch.global_batch, settings.batch.micro_batch, ranks.world_size(), ranks.rank())
     with ranks.together():
         config = models.model_config(settings)
         data = prepare_data(settings, plan, config.vocab_size)
         models.fit_vocabulary(config, settings, data.vocab_size)
-        _make_output_folder(settings)
     ranks.agree_on("the text or the tokenizer", data.fingerprint)
-    with ranks.together():
-        path, complaints = checkpoints.choose(settings)
-    engine = engines.build_engine(models.build_model(config, settings), settings)
-    checkpoints.seed_everything(settings.seed, ranks.rank())
-    step = tokens = 0
-    if path is not None:
-        step, tokens = checkpoints.load(engine, settings, data, path)
-    writer = None
-    if ranks.rank() == 0:
-        aside = checkpoints.set_aside(settings) if path is None else None
-        print(engines.start_table(engine, settings, plan, data), flush=True)
-        for line in complaints:
-            print(f"warning: {line}", file=sys.stderr, flush=True)
-        if path is not None:
-            print(f"resuming from {path.name} at step {step}", flush=True)
-        if aside is not None:
-            print(f"starting afresh; earlier checkpoints are now in {aside}", flush=True)
-        writer = MetricsWriter(settings, step)
-        write_atomically(Path(settings.output_dir) / "settings.json", json.dumps(describe(settings), indent=1))
+    engine, writer, step, tokens = program.start(
+        settings,
+        data,
+        lambda: engines.build_engine(models.build_model(config, settings), settings),
+        lambda engine: engines.start_table(engine, settings, plan, f"{len(data.held_out):,} held-out sequences", data),
+    )
     return Trainer(engine, settings, data, plan, writer, step, tokens)
-
-
-def _make_output_folder(settings: Settings) -> None:
-    folder = Path(settings.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{ranks.rank()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
 
 
 def _finish(trainer: Trainer) -> None:
@@ -244,8 +45,8 @@ def _finish(trainer: Trainer) -> None:
     if trainer.writer is None:
         return
     trainer.writer.close()
-    result: dict[str, Any] = summary(trainer)
-    write_atomically(Path(trainer.settings.output_dir) / "summary.json", json.dumps(result, indent=1))
+    result = summary(trainer)
+    program.write_summary(trainer.settings, result)
     print(
         f"eval loss {result['eval_loss_before']:.4f} before, {result['eval_loss_after']:.4f} after "
         f"{result['steps']} steps ({result['tokens']:,} tokens); plot: {result['plot']}",

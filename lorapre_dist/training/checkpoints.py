@@ -23,11 +23,11 @@ from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import ranks
-from lorapre_dist.training.data import Data, Stream
+from lorapre_dist.training.data import Stream, TrainingData
 from lorapre_dist.training.ds_json import precision
 from lorapre_dist.training.interruption import lost_rank
 from lorapre_dist.training.models import architecture
-from lorapre_dist.training.settings import Settings
+from lorapre_dist.training.settings import RunSettings
 from lorapre_dist.training.streaming import merge_states
 
 FOLDER = "checkpoints"
@@ -35,22 +35,14 @@ FOLDER = "checkpoints"
 HF_FOLDER = "hf"
 
 
-def checkpoint_folder(settings: Settings) -> Path:
+def checkpoint_folder(settings: RunSettings) -> Path:
     """Where the run's checkpoints are, one sub-folder per tag."""
     return Path(settings.output_dir) / FOLDER
 
 
-def identity(settings: Settings, data: Data) -> dict[str, Any]:
+def identity(settings: RunSettings, data: TrainingData) -> dict[str, Any]:
     """What must be the same in a resumed run for it to continue the interrupted one."""
-    same = {
-        "optimizer": settings.ds_config["optimizer"]["type"],
-        "model": settings.model or settings.model_config,
-        "dataset": data.fingerprint,
-        "vocab_size": data.vocab_size,
-        "seq_len": settings.seq_len,
-        "train_batch_size": settings.batch.global_batch,
-        "seed": settings.seed,
-    }
+    same = {**settings.identity(), "dataset": data.fingerprint, "vocab_size": data.vocab_size}
     if not _ours(settings):
         same["world_size"] = ranks.world_size()
         same["zero_stage"] = settings.zero_stage
@@ -58,11 +50,11 @@ def identity(settings: Settings, data: Data) -> dict[str, Any]:
     return same
 
 
-def _ours(settings: Settings) -> bool:
+def _ours(settings: RunSettings) -> bool:
     return settings.ds_config["optimizer"]["type"] in OPTIMIZERS
 
 
-def check_named(settings: Settings) -> None:
+def check_named(settings: RunSettings) -> None:
     """Raise a ConfigError if ``--resume`` names a checkpoint that is not there; needs no other rank."""
     if settings.resume in ("auto", "none"):
         return
@@ -74,7 +66,7 @@ def check_named(settings: Settings) -> None:
         )
 
 
-def choose(settings: Settings) -> tuple[Path | None, list[str]]:
+def choose(settings: RunSettings) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, read through, and what is wrong with newer ones; a collective.
 
     Raises:
@@ -96,7 +88,7 @@ def choose(settings: Settings) -> tuple[Path | None, list[str]]:
     return path, complaints
 
 
-def save(engine: Any, settings: Settings, data: Data, step: int, tokens: int) -> None:
+def save(engine: Any, settings: RunSettings, data: TrainingData, step: int, tokens: int) -> None:
     """Save everything at ``step``; a collective.
 
     Raises:
@@ -127,7 +119,7 @@ def save(engine: Any, settings: Settings, data: Data, step: int, tokens: int) ->
     seal(step, partial(folder, tag), tag, team, save_latest=True, keep_last=settings.keep_last)
 
 
-def load(engine: Any, settings: Settings, data: Data, path: Path) -> tuple[int, int]:
+def load(engine: Any, settings: RunSettings, data: TrainingData, path: Path) -> tuple[int, int]:
     """Load a checkpoint that :func:`choose` gave into the engine, the data stream and the RNGs; its step and tokens.
 
     Raises:
@@ -182,7 +174,7 @@ def wait(engine: Any) -> None:
     engine_checkpoints.wait(engine)
 
 
-def set_aside(settings: Settings) -> Path | None:
+def set_aside(settings: RunSettings) -> Path | None:
     """Before a fresh start in a used folder: move its checkpoints away, so that no later resume finds them."""
     folder = checkpoint_folder(settings)
     if not (checkpoints(folder) or (folder / LATEST).exists()):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorapre_dist.config import ConfigError
@@ -22,10 +21,10 @@ from lorapre_dist.training.tokens import Tokens, TokenStream, token_file
 
 
 class Stream(Protocol):
-    """Training sequences, batch after batch, with a position that can be saved."""
+    """Training data, batch after batch, with a position that can be saved."""
 
-    def next_batch(self) -> torch.Tensor:
-        """This rank's sequences of the next global batch, ``(per_rank, seq_len)``, int64."""
+    def next_batch(self) -> Any:
+        """This rank's part of the next global batch; in pre-training ``(per_rank, seq_len)``, int64."""
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch."""
@@ -35,22 +34,31 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class Data:
-    """What training reads.
+class TrainingData:
+    """What every training program reads.
 
     Attributes:
-        train: sequences to train on.
-        held_out: sequences to evaluate on, ``(n, seq_len)``, the same on every rank.
+        train: batches to train on.
         vocab_size: number of token ids.
         tokenizer: what made them.
         fingerprint: of the text, the split and the tokenizer; a resumed run must have the same.
     """
 
     train: Stream
-    held_out: np.ndarray
     vocab_size: int
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Data(TrainingData):
+    """What pre-training reads.
+
+    Attributes:
+        held_out: sequences to evaluate on, ``(n, seq_len)``, the same on every rank.
+    """
+
+    held_out: np.ndarray
 
 
 class Corpus(Protocol):
@@ -102,7 +110,7 @@ def prepare_data(settings: Settings, plan: BatchPlan, vocab_size: int) -> Data:
     if held_out is None:
         held_out = _held_out_tokens(settings, source, evaluation, split, encoder, key, cache)
     held = _sequences(settings, held_out)
-    return Data(train, held, len(encoder.tokenizer), encoder.tokenizer, f"{key}-{split.tail}")
+    return Data(train, len(encoder.tokenizer), encoder.tokenizer, f"{key}-{split.tail}", held)
 
 
 def _tokenized_data(settings: Settings, plan: BatchPlan, cache: Path) -> Data:
@@ -127,7 +135,7 @@ def _tokenized_data(settings: Settings, plan: BatchPlan, cache: Path) -> Data:
     if settings.eval_dataset is not None:
         source = open_corpus(settings, settings.eval_dataset, settings.eval_split)
         held_out = _held_out_tokens(settings, source, source, Split(), encoder, key, cache)
-    return Data(train, _sequences(settings, held_out), len(encoder.tokenizer), encoder.tokenizer, key)
+    return Data(train, len(encoder.tokenizer), encoder.tokenizer, key, _sequences(settings, held_out))
 
 
 def open_corpus(settings: Corpus, name: str, split: str) -> Source:

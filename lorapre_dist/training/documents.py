@@ -15,8 +15,14 @@ from lorapre_dist.training import builtin_text
 from lorapre_dist.training.reading import ATTEMPTS, Reader, first_line, private
 from lorapre_dist.training.settings import BUILTIN, COMPRESSIONS, LOCAL_SUFFIXES
 
-# Short names of hub datasets: (repository, configuration).
-HUB_ALIASES = {"c4": ("allenai/c4", "en")}
+# Short names of hub datasets, and what needs a configuration: (repository, configuration).
+HUB_ALIASES: dict[str, tuple[str, str | None]] = {
+    "c4": ("allenai/c4", "en"),
+    "metamath": ("meta-math/MetaMathQA", None),
+    "gsm8k": ("openai/gsm8k", "main"),
+    "openai/gsm8k": ("openai/gsm8k", "main"),
+    "math500": ("HuggingFaceH4/MATH-500", None),
+}
 
 # Rows read at a time.
 PULL_ROWS = 32
@@ -59,13 +65,29 @@ def open_source(
     """
     if name == BUILTIN:
         return Source(name, builtin_text.fingerprint(), builtin_text.documents)
+    stream, facts, where = open_rows(name, config, split)
+    finite, hub = where == "local" and not streaming, where == "hub"
+    return _stream_source(name, facts, stream, column, attempts, finite=finite, hub=hub)
+
+
+def open_rows(name: str, config: str | None, split: str, option: str = "--dataset") -> tuple[Any, str, str]:
+    """The rows of a local file, folder or glob, of the URL of files, or of a hub dataset.
+
+    Returns:
+        A ``datasets.IterableDataset``, facts that change when the rows do, and ``"local"``, ``"url"`` or ``"hub"``.
+
+    Raises:
+        ConfigError: nothing there, an unknown kind of file, no such configuration or split; names ``option``.
+    """
     if "://" in name:
-        return _url_source(name, column, attempts)
+        return _url_rows(name, option)
     if Path(name).exists() or any(c in name for c in "*?["):
-        files = local_files(name)
+        files = local_files(name, option)
         if files:
-            return _local_source(name, files, column, streaming, attempts)
-    return _hub_source(name, config, split, column, attempts)
+            return _local_rows(name, files, option)
+    repository, default = HUB_ALIASES.get(name, (name, None))
+    stream = _load(name, option, repository, config or default, split=split)
+    return stream, json.dumps([repository, config or default, split]), "hub"
 
 
 def stream_of(source: Source) -> Any:
@@ -81,7 +103,7 @@ def _builtin_rows() -> Iterator[dict[str, str]]:
     return ({"text": text} for text in builtin_text.documents())
 
 
-def local_files(name: str) -> list[Path]:
+def local_files(name: str, option: str = "--dataset") -> list[Path]:
     """The data files that ``name`` (file, folder or glob) means, sorted; all of one kind.
 
     A folder with a dataset card (``README.md`` and no other text) is read as the hub would; then the list is empty.
@@ -98,10 +120,10 @@ def local_files(name: str) -> list[Path]:
         found = sorted(Path(p) for p in (glob.glob(name, recursive=True) if not path.is_file() else [name]))
         found = [p for p in found if p.is_file() and kind_of(p)]
     if not found:
-        raise ConfigError(f"--dataset {name}: holds no {', '.join(LOCAL_SUFFIXES)} file")
+        raise ConfigError(f"{option} {name}: holds no {', '.join(LOCAL_SUFFIXES)} file")
     kinds = sorted({kind_of(p) or "" for p in found})
     if len(kinds) > 1:
-        raise ConfigError(f"--dataset {name}: mixes {' and '.join(kinds)} files; name one kind with a glob")
+        raise ConfigError(f"{option} {name}: mixes {' and '.join(kinds)} files; name one kind with a glob")
     return found
 
 
@@ -111,21 +133,20 @@ def kind_of(path: Path) -> str | None:
     return LOCAL_SUFFIXES.get(suffix)
 
 
-def _local_source(name: str, files: list[Path], column: str | None, streaming: bool, attempts: int) -> Source:
+def _local_rows(name: str, files: list[Path], option: str) -> tuple[Any, str, str]:
     if not any(f.stat().st_size for f in files):
-        raise ConfigError(f"--dataset {name}: is empty")
+        raise ConfigError(f"{option} {name}: is empty")
     kind = kind_of(files[0]) or ""
-    stream = _load(name, kind, data_files=[str(f) for f in files], split="train", **_options(kind))
-    facts = json.dumps([kind, [file_facts(f) for f in files]])
-    return _stream_source(name, facts, stream, column, attempts, finite=not streaming)
+    stream = _load(name, option, kind, data_files=[str(f) for f in files], split="train", **_options(kind))
+    return stream, json.dumps([kind, [file_facts(f) for f in files]]), "local"
 
 
-def _url_source(name: str, column: str | None, attempts: int) -> Source:
+def _url_rows(name: str, option: str) -> tuple[Any, str, str]:
     kind = kind_of(Path(name))
     if kind is None:
-        raise ConfigError(f"--dataset {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
-    stream = _load(name, kind, data_files=name, split="train", **_options(kind))
-    return _stream_source(name, json.dumps([kind, name]), stream, column, attempts, finite=False)
+        raise ConfigError(f"{option} {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
+    stream = _load(name, option, kind, data_files=name, split="train", **_options(kind))
+    return stream, json.dumps([kind, name]), "url"
 
 
 def _options(kind: str) -> dict[str, Any]:
@@ -144,14 +165,7 @@ def file_facts(path: Path) -> list[Any]:
     return [path.name, size, digest.hexdigest()]
 
 
-def _hub_source(name: str, config: str | None, split: str, column: str | None, attempts: int) -> Source:
-    repository, default = HUB_ALIASES.get(name, (name, None))
-    stream = _load(name, repository, config or default, split=split)
-    facts = json.dumps([repository, config or default, split])
-    return _stream_source(name, facts, stream, column, attempts, finite=False, hub=True)
-
-
-def _load(name: str, *args: Any, **options: Any) -> Any:
+def _load(name: str, option: str, *args: Any, **options: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
@@ -160,7 +174,7 @@ def _load(name: str, *args: Any, **options: Any) -> Any:
     try:
         return datasets.load_dataset(*args, streaming=True, **options)
     except Exception as error:  # datasets raises many kinds, from network errors to bare Exception
-        raise ConfigError(f"--dataset {name}: cannot be opened: {first_line(error)}") from error
+        raise ConfigError(f"{option} {name}: cannot be opened: {first_line(error)}") from error
 
 
 def _stream_source(

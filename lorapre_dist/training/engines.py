@@ -12,12 +12,12 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import models
 from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import Data
+from lorapre_dist.training.data import TrainingData
 from lorapre_dist.training.ds_json import ignored, precision
 from lorapre_dist.training.native import NativeEngine
 from lorapre_dist.training.plots import PLOT_FILE
 from lorapre_dist.training.schedule import scheduler_factory
-from lorapre_dist.training.settings import Settings
+from lorapre_dist.training.settings import RunSettings
 
 
 class Engine(Protocol):
@@ -67,11 +67,11 @@ class Engine(Protocol):
         """Wait for what is under way and give back what is held."""
 
 
-def build_engine(model: PreTrainedModel, settings: Settings) -> Engine:
+def build_engine(model: PreTrainedModel, settings: RunSettings) -> Engine:
     """Model, optimizer and schedule under the backend; a collective.
 
     Args:
-        model: of :func:`models.build_model`.
+        model: of :func:`models.build_model`, or one to fine-tune.
 
     Raises:
         ConfigError: the optimizer rejects its options or matches nothing, or DeepSpeed refuses the JSON.
@@ -96,17 +96,17 @@ def build_engine(model: PreTrainedModel, settings: Settings) -> Engine:
     return engine
 
 
-def start_table(engine: Any, settings: Settings, plan: BatchPlan, data: Data) -> str:
-    """Model, batch, data and optimizer state, one line each."""
-    name = settings.model or settings.model_config
+def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, data: TrainingData) -> str:
+    """Model, batch, data (``what`` is in it) and optimizer state, one line each."""
     accumulation = plan.per_rank // plan.micro_batch
     lines = [
-        f"model      {name}, {models.count_parameters(engine.module):,} parameters, vocabulary {data.vocab_size:,}",
+        f"model      {settings.model_name}, {models.count_parameters(engine.module):,} parameters, "
+        f"vocabulary {data.vocab_size:,}",
         f"layout     {layout_name(settings)}, {plan.world_size} ranks, {precision(settings.ds_config)}",
         f"batch      {plan.global_batch} x {settings.seq_len} tokens = {plan.world_size} ranks x "
         f"{plan.micro_batch} sequences x {accumulation} accumulation",
-        f"data       {settings.dataset}, {len(data.held_out):,} held-out sequences",
-        f"optimizer  {settings.ds_config['optimizer']['type']}",
+        f"data       {settings.dataset}, {what}",
+        f"optimizer  {settings.ds_config['optimizer']['type']}{_trained(engine)}",
     ]
     unused = ignored(settings.ds_config) if settings.backend != "deepspeed" else []
     if unused:
@@ -115,9 +115,15 @@ def start_table(engine: Any, settings: Settings, plan: BatchPlan, data: Data) ->
     return "\n".join(lines) + (f"\n{report}" if report is not None else "")
 
 
-def layout_name(settings: Settings) -> str:
+def layout_name(settings: RunSettings) -> str:
     """ZeRO-2, FSDP2, ..."""
     return settings.backend.upper() if settings.zero_stage is None else f"ZeRO-{settings.zero_stage}"
+
+
+def _trained(engine: Any) -> str:
+    """How many parameters are trained, if not all."""
+    trained = models.count_parameters(engine.module, trained=True)
+    return "" if trained == models.count_parameters(engine.module) else f", trains {trained:,} parameters"
 
 
 def memory_report(engine: Any) -> Any:
@@ -127,15 +133,15 @@ def memory_report(engine: Any) -> Any:
 
 
 def summary(trainer: Any) -> dict[str, Any]:
-    """What ``summary.json`` holds: losses before and after, optimizer state per rank, where the plot is."""
-    rows = [row for row in trainer.writer.rows if row.get("eval_loss") is not None]
+    """What ``summary.json`` holds: evaluation before and after, optimizer state per rank, where the plot is."""
+    columns = [{k: v for k, v in row.items() if k.startswith("eval_")} for row in trainer.writer.rows]
+    columns = [found for found in columns if found] or [{}]
     report = memory_report(trainer.engine)
     return {
         "steps": trainer.step,
         "tokens": trainer.tokens,
-        "eval_loss_before": rows[0]["eval_loss"],
-        "eval_loss_after": rows[-1]["eval_loss"],
-        "eval_ppl_after": rows[-1]["eval_ppl"],
+        **{f"{name}_before": value for name, value in columns[0].items()},
+        **{f"{name}_after": value for name, value in columns[-1].items()},
         "optimizer_state_bytes": getattr(report, "state_bytes", None),
         "adamw_state_bytes": getattr(report, "adamw_state_bytes", None),
         "plot": str(Path(trainer.settings.output_dir) / PLOT_FILE),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +18,14 @@ from tqdm import tqdm
 from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.training import checkpoints, ranks
 from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import Data
+from lorapre_dist.training.data import TrainingData
 from lorapre_dist.training.engines import Engine
-from lorapre_dist.training.evaluation import Evaluation, evaluate
+from lorapre_dist.training.evaluation import evaluate
 from lorapre_dist.training.interruption import StopRequest
 from lorapre_dist.training.metrics import MetricsWriter
 from lorapre_dist.training.plots import PLOT_FILE, plot_loss
 from lorapre_dist.training.reading import ReadError
-from lorapre_dist.training.settings import Settings
+from lorapre_dist.training.settings import RunSettings
 
 
 class DivergedError(RuntimeError):
@@ -36,6 +36,8 @@ class DivergedError(RuntimeError):
 class Trainer:
     """One run. ``step`` counts finished optimizer steps, ``tokens`` what all ranks have trained on.
 
+    What a batch is, its loss and the evaluation are those of pre-training; a subclass may have its own.
+
     Attributes:
         writer: on rank 0 only.
         stop: this rank's note of a signal.
@@ -43,8 +45,8 @@ class Trainer:
     """
 
     engine: Engine
-    settings: Settings
-    data: Data
+    settings: RunSettings
+    data: TrainingData
     plan: BatchPlan
     writer: MetricsWriter | None
     step: int = 0
@@ -60,8 +62,7 @@ class Trainer:
         settings = self.settings
         self.engine.train()
         if self.step == 0:
-            first = evaluate(self.engine, self.data.held_out, self.plan)
-            self._write({"step": 0, "loss": None, "tokens": 0} | _eval_columns(first))
+            self._write({"step": 0, "loss": None, "tokens": 0} | self.evaluate())
         bar = tqdm(
             total=settings.max_steps,
             initial=self.step,
@@ -80,10 +81,11 @@ class Trainer:
     def _one_step(self, bar: Any) -> None:
         settings = self.settings
         lr = self.engine.get_lr()[0]
-        own_loss, grad_norm = self._train_step(self._next_batch())
+        batch = self._next_batch()
+        own_loss, grad_norm = self._train_step(self.micro_batches(batch))
         loss, stop = self._agreed(own_loss)
         self.step += 1
-        self.tokens += self.plan.global_batch * settings.seq_len
+        self.tokens += self.tokens_in(batch)
         last = self.step == settings.max_steps
         self.stopped = stop and not last
         if self.stopped:  # first of all: whoever asked may not wait long
@@ -92,7 +94,7 @@ class Trainer:
         if evaluated or self.step % settings.log_every == 0:
             row = self._row(loss, lr, grad_norm)
             if evaluated:
-                row |= _eval_columns(evaluate(self.engine, self.data.held_out, self.plan))
+                row |= self.evaluate()
                 self._restart_clock()
             self._write(row)
             bar.set_postfix_str(_summary(row), refresh=False)
@@ -103,7 +105,7 @@ class Trainer:
                 self._plot()
             self._restart_clock()
 
-    def _next_batch(self) -> torch.Tensor:
+    def _next_batch(self) -> Any:
         """Where the corpus cannot be read any more, what was trained is saved before the run ends."""
         try:
             return self.data.train.next_batch()
@@ -127,14 +129,30 @@ class Trainer:
             if ranks.rank() == 0:
                 tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
 
-    def _train_step(self, batch: torch.Tensor) -> tuple[torch.Tensor, float | None]:
-        """One optimizer step on this rank's sequences; the mean loss over its micro-batches, and the gradient norm."""
+    def micro_batches(self, batch: Any) -> Sequence[Any]:
+        """What this rank's part of a batch is cut into, a forward pass each."""
+        return batch.split(self.plan.micro_batch)
+
+    def tokens_in(self, batch: Any) -> int:
+        """Tokens of the whole global batch."""
+        return self.plan.global_batch * self.settings.seq_len
+
+    def loss(self, micro_batch: Any) -> torch.Tensor:
+        """Loss of one forward pass; its mean over micro-batches and ranks is the batch's."""
+        tokens = micro_batch.to(self.engine.device, non_blocking=True)
+        return self.engine(input_ids=tokens, labels=tokens).loss
+
+    def evaluate(self) -> dict[str, Any]:
+        """Columns of metrics, their names beginning with ``eval_``; a collective."""
+        result = evaluate(self.engine, self.data.held_out, self.plan)
+        return {"eval_loss": result.loss, "eval_ppl": result.perplexity}
+
+    def _train_step(self, micro_batches: Sequence[Any]) -> tuple[torch.Tensor, float | None]:
+        """One optimizer step on this rank's micro-batches; the mean loss over them, and the gradient norm."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.engine.device)
         norm: float | None = None
-        micro_batches = batch.split(self.plan.micro_batch)
-        for tokens in micro_batches:
-            tokens = tokens.to(self.engine.device, non_blocking=True)
-            loss = self.engine(input_ids=tokens, labels=tokens).loss
+        for micro_batch in micro_batches:
+            loss = self.loss(micro_batch)
             loss_sum += loss.detach().float()
             self.engine.backward(loss)
             if self.engine.is_gradient_accumulation_boundary():
@@ -185,8 +203,8 @@ class Trainer:
 
     def _plot(self) -> None:
         if self.writer is not None:
-            name = self.settings.model or Path(self.settings.model_config or "").stem
-            title = f"{name}, {self.settings.ds_config['optimizer']['type']}, {self.settings.dataset}"
+            optimizer = self.settings.ds_config["optimizer"]["type"]
+            title = f"{Path(self.settings.model_name).stem}, {optimizer}, {self.settings.dataset}"
             with self._full_disk_is_no_end("the plot"):
                 plot_loss(self.writer.rows, Path(self.settings.output_dir) / PLOT_FILE, title)
 
@@ -200,10 +218,6 @@ class Trainer:
                 self._unwritten.add(what)
                 reason = error.strerror or error
                 tqdm.write(f"warning: {what} could not be written: {reason}; training goes on", file=sys.stderr)
-
-
-def _eval_columns(result: Evaluation) -> dict[str, Any]:
-    return {"eval_loss": result.loss, "eval_ppl": result.perplexity}
 
 
 def _summary(row: dict[str, Any]) -> str:

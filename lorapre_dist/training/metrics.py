@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.checkpoint.folder import write_atomically
-from lorapre_dist.training.settings import Settings, describe
+from lorapre_dist.training.settings import RunSettings, describe
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -38,7 +38,7 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends rows to every sink; ``resumed_step`` is the step that the run continues from."""
 
-    def __init__(self, settings: Settings, resumed_step: int) -> None:
+    def __init__(self, settings: RunSettings, resumed_step: int) -> None:
         folder = Path(settings.output_dir)
         self.rows = keep_until(folder / METRICS_FILE, resumed_step if resumed_step else -1)
         self.file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115  (held open over the run)
@@ -73,7 +73,7 @@ class MetricsWriter:
             self.wandb.finish()
 
 
-def _start_wandb(settings: Settings) -> Any:
+def _start_wandb(settings: RunSettings) -> Any:
     import wandb
 
     name = settings.run_name or Path(settings.output_dir).name

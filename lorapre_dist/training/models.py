@@ -237,6 +237,6 @@ def architecture(model: PreTrainedModel) -> str:
     return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameter elements, whole sizes under ZeRO-3 too."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+def count_parameters(model: nn.Module, trained: bool = False) -> int:
+    """Number of parameter elements (with ``trained`` of those that are not frozen), whole sizes under ZeRO-3 too."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad or not trained)

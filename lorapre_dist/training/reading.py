@@ -37,10 +37,11 @@ class Reader:
         name: of the corpus, for messages.
         stream: a ``datasets.IterableDataset`` of this reader's own, for it holds the position.
         attempts: how often a read is tried.
+        option: what named the corpus.
     """
 
-    def __init__(self, name: str, stream: Any, attempts: int = ATTEMPTS) -> None:
-        self.name, self.stream, self.attempts = name, stream, attempts
+    def __init__(self, name: str, stream: Any, attempts: int = ATTEMPTS, option: str = "--dataset") -> None:
+        self.name, self.stream, self.attempts, self.option = name, stream, attempts, option
         self.ended = False
         self._rows: Iterator[dict[str, Any]] | None = None
         self._position: dict[str, Any] | None = None
@@ -61,10 +62,10 @@ class Reader:
                 # A generator that has raised is at its end, which must not be taken for the end of the stream.
                 self.load_state_dict(self.state_dict())
                 if not transient(error):
-                    raise ConfigError(f"--dataset {self.name}: cannot be read: {first_line(error)}") from error
+                    raise ConfigError(f"{self.option} {self.name}: cannot be read: {first_line(error)}") from error
                 if attempt == self.attempts:
                     raise ReadError(
-                        f"--dataset {self.name}: cannot be read, tried {attempt} times: {first_line(error)}"
+                        f"{self.option} {self.name}: cannot be read, tried {attempt} times: {first_line(error)}"
                     ) from error
                 pause = FIRST_PAUSE * 2 ** (attempt - 1)
                 logger.warning("%s: %s; trying again in %.0f s", self.name, first_line(error), pause)

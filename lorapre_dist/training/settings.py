@@ -1,4 +1,4 @@
-"""Command line of the pre-training program, checked before anything heavy is imported."""
+"""What every training program is asked for, and the command line of pre-training; checked before any heavy import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +37,21 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the command line asks for; batch sizes, optimizer, clipping and precision live in the DeepSpeed JSON."""
+class RunSettings:
+    """What every training program asks for; batch sizes, optimizer, clipping, precision are the DeepSpeed JSON's."""
 
-    recipe: str | None
     model: str | None
-    model_config: str | None
     backend: str
     deepspeed_config: str
     dataset: str
     dataset_config: str | None
     dataset_split: str
-    eval_dataset: str | None
-    eval_split: str
-    text_column: str | None
-    streaming: bool
-    shuffle_buffer: int
-    read_attempts: int
-    eval_fraction: float
     tokenizer: str | None
-    vocab_size: int | None
     seq_len: int
     max_steps: int
     warmup_steps: int
     lr: float | None
     eval_every: int
-    eval_batches: int
     save_every: int
     keep_last: int | None
     background_save: bool
@@ -88,8 +77,44 @@ class Settings:
         """ZeRO stage under DeepSpeed, None under the other backends."""
         return zero_stage(self.ds_config) if self.backend == "deepspeed" else None
 
+    def model_name(self) -> str:
+        """What to call the model."""
+        return self.model or ""
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def identity(self) -> dict[str, Any]:
+        """What must be the same in a resumed run for it to continue the interrupted one, beside the data."""
+        return {
+            "optimizer": self.ds_config["optimizer"]["type"],
+            "model": self.model_name,
+            "seq_len": self.seq_len,
+            "train_batch_size": self.batch.global_batch,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """What the command line of pre-training asks for."""
+
+    recipe: str | None
+    model_config: str | None
+    eval_dataset: str | None
+    eval_split: str
+    text_column: str | None
+    streaming: bool
+    shuffle_buffer: int
+    read_attempts: int
+    eval_fraction: float
+    vocab_size: int | None
+    eval_batches: int
+
+    @property
+    def model_name(self) -> str:
+        """The preset, or the path of the config file."""
+        return self.model or str(self.model_config)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
     """States defaults, but not that there is none: the help text then says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -101,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pretrain.py",
         description="Pre-train a causal LM with the optimizer of the DeepSpeed JSON.",
-        formatter_class=_Help,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -112,8 +137,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_model_options(parser.add_argument_group("model"))
     _add_data_options(parser.add_argument_group("data"))
-    _add_run_options(parser.add_argument_group("run"))
-    _add_output_options(parser.add_argument_group("output"))
+    run = parser.add_argument_group("run")
+    run.add_argument("--max_steps", type=int, help="optimizer steps in all (default: the preset's)")
+    run.add_argument("--warmup_steps", type=int, help="steps of linear warm-up (default: a tenth of max_steps)")
+    run.add_argument("--eval_every", type=int, default=500, help="steps between evaluations; 0: first and last only")
+    run.add_argument("--eval_batches", type=int, default=16, help="global batches per evaluation; 0: all held-out text")
+    run.add_argument(
+        "--backend", default="deepspeed", choices=BACKENDS, help="what distributes; the last two are PyTorch's own"
+    )
+    add_run_options(run, save_every=1000)
+    add_output_options(parser.add_argument_group("output"), "runs/pretrain")
     return parser
 
 
@@ -153,26 +186,18 @@ def _add_data_options(group: Any) -> None:
     group.add_argument("--seq_len", type=int, default=256, help="tokens per sequence")
 
 
-def _add_run_options(group: Any) -> None:
+def add_run_options(group: Any, save_every: int) -> None:
+    """Options of every training program."""
     group.add_argument("--deepspeed_config", help="DeepSpeed JSON: batch sizes, optimizer, precision; needed")
-    group.add_argument(
-        "--backend", default="deepspeed", choices=BACKENDS, help="what distributes; the last two are PyTorch's own"
-    )
-    group.add_argument("--max_steps", type=int, help="optimizer steps in all (default: the preset's)")
-    group.add_argument("--warmup_steps", type=int, help="steps of linear warm-up (default: a tenth of max_steps)")
     group.add_argument("--lr", type=float, help="overrides the JSON's optimizer.params.lr")
-    group.add_argument("--eval_every", type=int, default=500, help="steps between evaluations; 0: first and last only")
-    group.add_argument(
-        "--eval_batches", type=int, default=16, help="global batches per evaluation; 0: all held-out text"
-    )
-    group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints; 0: none at all")
+    group.add_argument("--save_every", type=int, default=save_every, help="steps between checkpoints; 0: none at all")
     group.add_argument("--keep_last", type=int, help="keep this many of the newest checkpoints (default: all)")
     group.add_argument("--background_save", action="store_true", help="write checkpoints while training goes on")
     group.add_argument(
         "--resume", default="auto", help="'auto' (the newest whole checkpoint if any), 'none', or a checkpoint tag"
     )
     group.add_argument("--resize_rank", action="store_true", help="resume although the JSON's rank or rank_v changed")
-    group.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order")
+    group.add_argument("--seed", type=int, default=0, help="of what is drawn at the start, and of the data order")
     group.add_argument(
         "--collective_timeout",
         type=float,
@@ -182,8 +207,9 @@ def _add_run_options(group: Any) -> None:
     group.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
 
 
-def _add_output_options(group: Any) -> None:
-    group.add_argument("--output_dir", default="runs/pretrain", help="metrics, plot, TensorBoard files and checkpoints")
+def add_output_options(group: Any, output_dir: str) -> None:
+    """Where a training program writes to."""
+    group.add_argument("--output_dir", default=output_dir, help="metrics, plot, TensorBoard files and checkpoints")
     group.add_argument("--log_every", type=int, default=1, help="steps between rows of metrics.jsonl")
     group.add_argument("--no_tensorboard", dest="tensorboard", action="store_false", help="write no TensorBoard files")
     group.add_argument("--no_progress", dest="progress", action="store_false", help="no progress bar")
@@ -218,7 +244,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
         raise ConfigError("--deepspeed_config is needed: a file of ds_configs/, or --recipe")
     _check_model(args)
     check_corpus(args)
-    _check_run(args)
+    check_run(args, eval_batches=0, shuffle_buffer=0, seq_len=2)
     ds_config = read_deepspeed_config(args["deepspeed_config"])
     if args["lr"] is not None:
         ds_config = override_lr(ds_config, args["lr"])
@@ -228,12 +254,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     return Settings(**args, ds_config=ds_config, batch=batch)
 
 
-def with_config(settings: Settings, ds_config: dict[str, Any]) -> Settings:
-    """A copy of ``settings`` with another DeepSpeed configuration."""
-    return replace(settings, ds_config=ds_config)
-
-
-def describe(settings: Settings) -> dict[str, Any]:
+def describe(settings: RunSettings) -> dict[str, Any]:
     """The settings as plain values, for ``settings.json`` and trackers."""
     return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "batch"}
 
@@ -270,7 +291,11 @@ def check_corpus(args: dict[str, Any]) -> None:
     # 256 bytes and the end-of-text token are the smallest byte-level vocabulary.
     if args["vocab_size"] is not None and args["vocab_size"] < 257:
         raise ConfigError(f"--vocab_size {args['vocab_size']}: must be at least 257")
-    tokenizer = args["tokenizer"]
+    check_tokenizer(args["tokenizer"])
+
+
+def check_tokenizer(tokenizer: str | None) -> None:
+    """Raise a ConfigError if ``--tokenizer`` means a folder that is not there."""
     if tokenizer is not None and looks_like_path(tokenizer) and not Path(tokenizer).is_dir():
         raise ConfigError(f"--tokenizer {tokenizer}: no such folder")
 
@@ -299,25 +324,21 @@ def check_source(option: str, name: str) -> None:
         raise ConfigError(f"{option} {name}: no such file or folder")
 
 
-def _check_run(args: dict[str, Any]) -> None:
-    for name, least in (
-        ("max_steps", 1),
-        ("warmup_steps", 0),
-        ("eval_every", 0),
-        ("eval_batches", 0),
-        ("save_every", 0),
-        ("log_every", 1),
-        ("seed", 0),
-        ("shuffle_buffer", 0),
-        ("seq_len", 2),
-    ):
-        if args[name] < least:
-            raise ConfigError(f"--{name} {args[name]}: must be at least {least}")
+def check_run(args: dict[str, Any], **least: int) -> None:
+    """Check the options of every training program, and further integers against the least that each may be.
+
+    Raises:
+        ConfigError: the first bad one.
+    """
+    shared = {"max_steps": 1, "warmup_steps": 0, "eval_every": 0, "save_every": 0, "log_every": 1, "seed": 0}
+    for name, smallest in (shared | least).items():
+        if args[name] is not None and args[name] < smallest:
+            raise ConfigError(f"--{name} {args[name]}: must be at least {smallest}")
     if args["keep_last"] is not None and args["keep_last"] < 1:
         raise ConfigError(f"--keep_last {args['keep_last']}: must be at least 1")
     if not 1.0 <= args["collective_timeout"] <= 86400.0:
         raise ConfigError(f"--collective_timeout {args['collective_timeout']:g}: must be from 1 to 86400 seconds")
-    if args["warmup_steps"] > args["max_steps"]:
+    if args["max_steps"] is not None and (args["warmup_steps"] or 0) > args["max_steps"]:
         raise ConfigError(f"--warmup_steps {args['warmup_steps']}: more than --max_steps {args['max_steps']}")
     if args["lr"] is not None and not 0.0 < args["lr"] < float("inf"):
         raise ConfigError(f"--lr {args['lr']}: must be a positive number")

@@ -20,20 +20,23 @@ END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 50_000_000
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, option: str = "--tokenizer", why: str = "which separates documents"
+) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder ``name`` or of the hub model ``name``.
 
     Raises:
-        ConfigError: none there, or it has no end-of-sequence token to put between documents.
+        ConfigError: none there, or it has no end-of-sequence token (``why`` says what it is for); names ``option``.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds
-        raise ConfigError(f"--tokenizer {name}: cannot be loaded: {first_line(error)}") from error
+        what = "cannot be loaded" if option == "--tokenizer" else "its tokenizer cannot be loaded"
+        raise ConfigError(f"{option} {name}: {what}: {first_line(error)}") from error
     if not tokenizer or not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ConfigError(f"--tokenizer {name}: holds no tokenizer")
+        raise ConfigError(f"{option} {name}: holds no tokenizer")
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"--tokenizer {name}: has no end-of-sequence token, which separates documents")
+        raise ConfigError(f"{option} {name}: has no end-of-sequence token, {why}")
     return tokenizer
 
 

@@ -17,6 +17,7 @@ from tests.training.conftest import documents
 
 REPO = Path(__file__).resolve().parents[2]
 PRETRAIN = REPO / "launch" / "pretrain.py"
+FINETUNE = REPO / "launch" / "finetune.py"
 
 
 def environment() -> dict[str, str]:
@@ -45,11 +46,11 @@ def _leave_no_buffers():
             buffer.unlink(missing_ok=True)
 
 
-def launch(ranks: int, *options: str) -> subprocess.Popen[str]:
-    """The program on ``ranks`` ranks under the deepspeed launcher, in a session (and process group) of its own."""
+def launch(ranks: int, *options: str, program: Path = PRETRAIN) -> subprocess.Popen[str]:
+    """A program on ``ranks`` ranks under the deepspeed launcher, in a session (and process group) of its own."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--num_gpus", str(ranks)]
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command = [*launcher, *address, str(PRETRAIN), *options]
+    command = [*launcher, *address, str(program), *options]
     return subprocess.Popen(
         command,
         env=environment(),

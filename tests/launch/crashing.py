@@ -1,8 +1,9 @@
 """Kill a training run with SIGKILL again and again, at random moments and inside saves, until it has had enough kills.
 
 Forks the ranks of every attempt from one process that has the heavy imports behind it. Reads a JSON job from the file
-named first (``world_size``, ``argv``, ``options``: more of them per attempt, in turn, ``output_dir``, ``kills``,
-``seed``) and writes what happened to the file named second.
+named first (``program``: its module, ``world_size``, ``argv``, ``options``: more of them per attempt, in turn,
+``output_dir``, ``kills``: how many "killed in a save", how many "killed" anywhere, ``seed``) and writes what happened
+to the file named second.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 
-def start(world_size: int, argv: list[str], log: Path) -> list[int]:
+def start(program: str, world_size: int, argv: list[str], log: Path) -> list[int]:
     """Fork the ranks of one attempt; their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -36,9 +37,7 @@ def start(world_size: int, argv: list[str], log: Path) -> list[int]:
                 address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
                 os.environ.update(address | ranks)
-                from lorapre_dist.training.app import main
-
-                code = main(argv)
+                code = importlib.import_module(program).main(argv)
             except BaseException:
                 import traceback
 
@@ -52,13 +51,13 @@ def start(world_size: int, argv: list[str], log: Path) -> list[int]:
     return children
 
 
-def ended(children: list[int]) -> list[int]:
-    """Exit codes of those that have ended."""
-    codes = []
+def ended(children: list[int]) -> dict[int, int]:
+    """Exit codes of those that have ended, by process."""
+    codes = {}
     for child in children:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
-            codes.append(os.waitstatus_to_exitcode(status))
+            codes[pid] = os.waitstatus_to_exitcode(status)
     return codes
 
 
@@ -68,7 +67,7 @@ class Attempt:
     def __init__(self, job: dict[str, Any], number: int, log: Path) -> None:
         options = job["options"][number % len(job["options"])]
         self.checkpoints = Path(job["output_dir"]) / "checkpoints"
-        self.children = start(job["world_size"], [*job["argv"], *options], log)
+        self.children = start(job["program"], job["world_size"], [*job["argv"], *options], log)
         self.before = self._tags()
 
     def _tags(self) -> set[str]:
@@ -104,14 +103,15 @@ class Attempt:
             os.waitpid(child, 0)
         return "killed in a save" if inside and self._saving() else "killed"
 
-    def _finish(self, codes: list[int]) -> str:
-        left = len(self.children) - len(codes)
-        while left:
-            _, status = os.wait()
-            codes.append(os.waitstatus_to_exitcode(status))
-            left -= 1
-        if any(codes):
-            raise RuntimeError(f"exit codes {codes}")
+    def _finish(self, codes: dict[int, int]) -> str:
+        while len(codes) < len(self.children) and not any(codes.values()):
+            pid, status = os.wait()
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            # The others may wait for the one that failed.
+            self.children = [child for child in self.children if child not in codes]
+            self._kill()
+            raise RuntimeError(f"exit codes {list(codes.values())}")
         return "done"
 
 
@@ -121,10 +121,10 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     chance, counts = random.Random(job["seed"]), {"killed": 0, "killed in a save": 0, "done": 0}
     log, number, error = Path(sys.argv[2]).with_suffix(".log"), 0, None
-    half = job["kills"] // 2
     try:
         while counts["done"] == 0:
-            wanted = [k for k, label in (("save", "killed in a save"), ("anywhere", "killed")) if counts[label] < half]
+            kinds = (("save", "killed in a save"), ("anywhere", "killed"))
+            wanted = [kind for kind, label in kinds if counts[label] < job["kills"][label]]
             counts[Attempt(job, number, log).wait(chance.choice(wanted) if wanted else None, chance)] += 1
             number += 1
     except (RuntimeError, TimeoutError) as caught:

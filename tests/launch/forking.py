@@ -1,7 +1,8 @@
-"""Run the training program many times from one process that has the heavy imports behind it.
+"""Run a training program many times from one process that has the heavy imports behind it.
 
 Reads one JSON list of command lines from the file named first, forks a child for each (so each has its own exit
-code, stderr and process group), and writes ``[{"code", "stderr", "seconds"}]`` to the file named second.
+code, stderr and process group), and writes ``[{"code", "stderr", "seconds"}]`` to the file named second. The third
+argument is the program's module.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 
-def run(argv: list[str], environment: dict[str, str]) -> dict[str, object]:
+def run(argv: list[str], environment: dict[str, str], program: str) -> dict[str, object]:
     started = time.time()
     with tempfile.TemporaryFile() as stderr:
         child = os.fork()
@@ -24,9 +25,7 @@ def run(argv: list[str], environment: dict[str, str]) -> dict[str, object]:
             os.environ.update(environment)
             code = 70
             try:
-                from lorapre_dist.training.app import main
-
-                code = main(argv)
+                code = importlib.import_module(program).main(argv)
             except SystemExit as error:
                 code = error.code if isinstance(error.code, int) else 1
             except BaseException:
@@ -47,7 +46,7 @@ def main() -> None:
         importlib.import_module(f"lorapre_dist.training.{module}")
 
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps([run(job["argv"], job.get("env", {})) for job in jobs]))
+    Path(sys.argv[2]).write_text(json.dumps([run(job["argv"], job.get("env", {}), sys.argv[3]) for job in jobs]))
 
 
 if __name__ == "__main__":

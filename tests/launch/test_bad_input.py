@@ -153,7 +153,8 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -
         extra = case.prepare(own) if case.prepare else []
         jobs.append({"argv": [*base_options, *given, *case.options, *extra], "env": {"HF_HUB_OFFLINE": "1"}})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(FORKING), str(folder / "jobs.json"), str(folder / "results.json")]
+    files = [str(folder / "jobs.json"), str(folder / "results.json")]
+    command = [sys.executable, str(FORKING), *files, "lorapre_dist.training.app"]
     done = subprocess.run(
         command, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=400
     )

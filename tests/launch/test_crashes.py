@@ -37,11 +37,12 @@ def test_fifty_kills_change_nothing(base_options, tmp_path):
     assert code == 0, err
 
     job = {
+        "program": "lorapre_dist.training.app",
         "world_size": 2,
         "argv": [*options, str(tmp_path / "killed")],
         "options": [[], ["--background_save"]],
         "output_dir": str(tmp_path / "killed"),
-        "kills": KILLS,
+        "kills": {"killed in a save": KILLS // 2, "killed": KILLS // 2},
         "seed": 1,
     }
     (tmp_path / "job.json").write_text(json.dumps(job))

@@ -12,6 +12,7 @@ from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.deepspeed import check_config
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.ds_json import batch_sizes, precision, read_deepspeed_config, zero_stage
+from lorapre_dist.training.finetune.settings import with_optimizer
 from lorapre_dist.training.models import preset_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -22,6 +23,7 @@ OTHERS = {
     **{f"llama_{n}_zero2_muon": "LoRAPreMuon" for n in RANKS},
     **{f"tiny_zero2_{name.removeprefix('LoRAPre').lower()}": name for name in OPTIMIZERS if name != "LoRAPre"},
 }
+FINETUNE = ["finetune_zero2", "finetune_zero3", "finetune_tiny_zero2", "finetune_tiny_zero3"]
 
 
 class World:
@@ -37,11 +39,11 @@ class World:
 
 
 def test_nothing_else_is_shipped():
-    # Those of the Hugging Face Trainer and of fine-tuning have tests of their own.
-    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith(("finetune", "hf_"))} == {*NAMES, *OTHERS}
+    # Those of the Hugging Face Trainer have tests of their own.
+    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("hf_")} == {*NAMES, *OTHERS, *FINETUNE}
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS, *FINETUNE])
 def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
     from deepspeed.runtime.config import DeepSpeedConfig, dist
 
@@ -50,7 +52,7 @@ def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
 
     config = read_deepspeed_config(str(FOLDER / f"{name}.json"))
     check_config(config)
-    for size in (1, 2, 4) if name.startswith("tiny") else (1, 2, 4, 8, 16):
+    for size in (1, 2, 4) if "tiny" in name else (1, 2, 4, 8, 16):
         theirs = DeepSpeedConfig(json.loads(json.dumps(config)), mpu=World(size))
         ours = batch_sizes(config, size)
         assert theirs.train_batch_size == ours.global_batch
@@ -87,6 +89,16 @@ def test_optimizer_settings_are_the_papers(name):
     assert (params.scale, params.lr in LRS) == (0.25, True)
     assert config["train_batch_size"] == 512
     assert precision(config) == "bf16"
+
+
+@pytest.mark.parametrize("name", FINETUNE[:2])
+def test_fine_tuning_settings_are_the_papers(name):
+    config = read_deepspeed_config(str(FOLDER / f"{name}.json"))
+    params = LoRAPreConfig(**config["optimizer"]["params"])
+    assert (params.rank, params.lr, params.scale) == (8, 2e-5, 1.0)
+    assert precision(config) == "bf16"
+    adamw = with_optimizer(config, "adamw")["optimizer"]
+    assert adamw == {"type": "AdamW", "params": {"lr": 2e-5, "betas": [0.9, 0.999], "torch_adam": True}}
 
 
 @pytest.mark.parametrize("given", [["--optimizer", "Muon"], ["--optimizer=AdamW"], ["--optimizer"]])

@@ -25,11 +25,13 @@ ORACLE = "reference"
 # Modules that name the library deepspeed: the door, the layouts that read its optimizers, and in the training program
 # what builds a model under zero.Init, what starts the ranks, asks MPI for them and reads the JSON (there only inside
 # functions).
-DEEPSPEED_LAZILY = {"lorapre_dist.training.app", "lorapre_dist.training.discovery"}
-DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.training.models", *DEEPSPEED_LAZILY}
+DEEPSPEED_LAZILY = {"lorapre_dist.training.program", "lorapre_dist.training.discovery"}
+MODELS = {"lorapre_dist.training.models", "lorapre_dist.training.finetune.models"}
+DEEPSPEED = {"lorapre_dist.deepspeed", *MODELS, *DEEPSPEED_LAZILY}
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
 # The library's own heavy or optional companions.
 TRAINING_ONLY = {"accelerate", "transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm"}
+TRAINING_ONLY |= {"peft"}
 
 
 def module_name(path: Path) -> str:

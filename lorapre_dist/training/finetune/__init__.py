@@ -1,0 +1,1 @@
+"""Fine-tuning of a causal LM on questions and answers, scored by generation (``launch/finetune.py``)."""
