@@ -38,6 +38,7 @@ setup(
         "finetune": ["peft>=0.15", "accelerate>=1.6"],
         "test": [
             "accelerate>=1.6",
+            "galore-torch>=1.0",
             "peft>=0.15",
             "mpi4py>=3.1",
             "pytest>=8",
