@@ -33,7 +33,7 @@ class LoRAPreAccelerator(Accelerator):
     """``Accelerator`` for programs that step with :class:`lorapre_dist.LoRAPre` or another optimizer of this package.
 
     Under the DeepSpeed plugin the engine saves and loads (:mod:`lorapre_dist.checkpoint.engine`). Otherwise (FSDP2,
-    FSDP1, DDP, one process) ``save_state`` puts a checkpoint of :mod:`lorapre_dist.checkpoint.native` into its folder,
+    DDP, one process) ``save_state`` puts a checkpoint of :mod:`lorapre_dist.checkpoint.native` into its folder,
     which resumes at any world size and under any of these, where Accelerate's own would hold one rank's state or ask
     for the same layout.
     """
