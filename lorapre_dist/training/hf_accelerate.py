@@ -18,11 +18,11 @@ FOLDER = "lorapre"
 
 
 def ranks_without_gpu(fsdp: bool) -> None:
-    """Where there is no GPU, start several ranks over gloo, and let FSDP run on them.
+    """Where a launcher found no GPU, start the ranks over gloo, and let FSDP run on them.
 
     PyTorch's FSDP works on CPU ranks; Accelerate knows it on accelerators alone.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.accelerator.is_available():
+    if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
         return
     kind = PartialState(cpu=True).distributed_type
     if fsdp and kind == DistributedType.MULTI_CPU:
@@ -33,7 +33,7 @@ class LoRAPreAccelerator(Accelerator):
     """``Accelerator`` for programs that step with :class:`lorapre_dist.LoRAPre` or another optimizer of this package.
 
     Under the DeepSpeed plugin the engine saves and loads (:mod:`lorapre_dist.checkpoint.engine`). Otherwise (FSDP2,
-    FSDP1, DDP, one process) ``save_state`` puts a checkpoint of :mod:`lorapre_dist.checkpoint.native` into its folder,
+    DDP, one process) ``save_state`` puts a checkpoint of :mod:`lorapre_dist.checkpoint.native` into its folder,
     which resumes at any world size and under any of these, where Accelerate's own would hold one rank's state or ask
     for the same layout.
     """

@@ -19,8 +19,8 @@ STATE, TAG, SCHEDULER = "lorapre", "state", "scheduler.pt"
 class LoRAPreTrainer(Trainer):
     """``Trainer`` whose optimizer is :class:`lorapre_dist.LoRAPre`.
 
-    With ``--deepspeed ds.json`` the optimizer is the JSON's. Otherwise (one process, DDP, FSDP2, FSDP1) it is built
-    here: lr, betas, eps and weight decay from the training arguments, the rest from ``lorapre``.
+    With ``--deepspeed ds.json`` the optimizer is the JSON's. Otherwise (one process, DDP, FSDP2) it is built here: lr,
+    betas, eps and weight decay from the training arguments, the rest from ``lorapre``.
 
     Args:
         lorapre: options of :class:`lorapre_dist.config.LoRAPreConfig` (``rank``, ``scale``, ...), and ``shard_state``.

@@ -16,13 +16,10 @@ from tests.launch.conftest import REPO, environment, free_port
 TRAINER = ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--learning_rate", "0.01"]
 TRAINER += ["--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true"]
 ACCELERATE = ["--max_steps", "6", "--save_steps", "3", "--batch_size", "2"]
-# Without a GPU Accelerate cannot sync the ranks' initial weights, which are the same here.
-FSDP1 = {"version": 1, "sync_module_states": False}
 OPTIONS = {
     "trainer ddp": [],
     "trainer deepspeed": ["--deepspeed", "ds_configs/hf_zero2.json"],
-    "trainer fsdp2": ["--fsdp", "--fsdp_config", "FSDP2"],
-    "trainer fsdp1": ["--fsdp", "--fsdp_config", "FSDP1"],
+    "trainer fsdp2": ["--fsdp"],
     "accelerate ddp": [],
     "accelerate deepspeed": [],
     "accelerate fsdp2": [],
@@ -49,13 +46,10 @@ def plugin(name: str) -> dict[str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs: one named as in OPTIONS, and one that resumed from its third step."""
     folder = tmp_path_factory.mktemp("hf")
-    for version, config in (("FSDP1", FSDP1), ("FSDP2", {"version": 2})):
-        (folder / version).write_text(json.dumps(config))
     jobs = []
     for name, options in OPTIONS.items():
         library, layout = name.split()
         trainer = library == "trainer"
-        options = [str(folder / o) if o.startswith("FSDP") else o for o in options]
         env = {} if trainer or layout == "ddp" else plugin(layout)
         argv = [*(TRAINER if trainer else ACCELERATE), *options, "--output_dir"]
         script = "hf_trainer.py" if trainer else "accelerate_train.py"
