@@ -30,8 +30,13 @@ def test_parameters_match_reference(stage, world, precision):
     check(run_ranks(world, equality_case, stage=stage, precision=precision, combos=COMBOS, steps=STEPS))
 
 
-@pytest.mark.parametrize("stage, world, precision", [(1, 2, "bf16"), (2, 3, "fp32"), (3, 2, "fp16"), (3, 3, "fp32")])
-@pytest.mark.parametrize("optimizer", OTHER_PARAMS)
+@pytest.mark.parametrize(
+    "optimizer, stage, world, precision",
+    [
+        *[("LoRAPreMuon", *case) for case in [(1, 2, "bf16"), (2, 3, "fp32"), (3, 2, "fp16")]],
+        *[(name, 3, 3, "fp32") for name in OTHER_PARAMS],
+    ],
+)
 def test_other_optimizers_match_reference(stage, world, precision, optimizer):
     """With a schedule, which the learning rate of the parameters under AdamW follows."""
     arguments = {"stage": stage, "precision": precision, "optimizer": optimizer, "combos": [(1, 0.5)], "steps": STEPS}

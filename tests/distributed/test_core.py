@@ -121,10 +121,9 @@ MUON = {
 }
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("bucket", [None, 1], ids=["cheapest-form", "rows-or-columns"])
+@pytest.mark.parametrize("world, bucket", [(1, None), (3, None), (2, 1), (3, 1), (4, 1)])
 def test_muon_matches_reference_fp64(world, bucket):
-    """With blocks of 256 bytes no matrix may be assembled, so the Grams are summed over the ranks."""
+    """In the cheapest form; with blocks of 256 bytes none is assembled, so the Grams are summed over the ranks."""
     for options in MUON.values():
         results = run_ranks(
             world,
@@ -151,7 +150,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("optimizer", OTHERS)
 def test_other_optimizers_match_reference_fp64(world, optimizer):
     for options in OTHERS[optimizer]:

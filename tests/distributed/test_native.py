@@ -32,9 +32,13 @@ def test_parameters_match_reference_in_fp64(layout, world):
 
 
 @pytest.mark.parametrize(
-    "layout, world", [("fsdp2", 3), ("hsdp", 4), ("fsdp1", 3), ("ddp", 2), ("tp", 3), ("tp+fsdp2", 4)]
+    "optimizer, layout, world",
+    [
+        *[("LoRAPreMuon", *where) for where in [("fsdp2", 3), ("hsdp", 4), ("fsdp1", 3), ("ddp", 2), ("tp", 3)]],
+        *[(name, "tp+fsdp2", 4) for name in OPTIONS if name != "LoRAPre"],
+        *[(name, "fsdp1", 2) for name in OPTIONS if name not in ("LoRAPre", "LoRAPreMuon")],
+    ],
 )
-@pytest.mark.parametrize("optimizer", [name for name in OPTIONS if name != "LoRAPre"])
 def test_other_optimizers_match_reference_in_fp64(layout, world, optimizer):
     """Blocks of 256 bytes: no matrix is assembled, to be made orthogonal by one rank."""
     arguments = {"layout": layout, "optimizer": optimizer, "dtype": torch.float64, "steps": 20, "block": 256}
