@@ -178,7 +178,11 @@ def mpirun_first(folder: Path, family: str) -> str:
     """A PATH on which ``mpirun`` is that of ``family``, where Debian has several."""
     programs = folder / f"bin-{family}"
     programs.mkdir(exist_ok=True)
-    # No link: MPICH's looks for its other programs where it was called.
-    (programs / "mpirun").write_text(f'#!/bin/sh\nexec {find(f"mpirun.{family}")} "$@"\n')
-    (programs / "mpirun").chmod(0o755)
+    program, real = programs / "mpirun", str(find(f"mpirun.{family}"))
+    program.unlink(missing_ok=True)
+    if family == "mpich":  # looks for its other programs where it was called, so no link
+        program.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+        program.chmod(0o755)
+    else:  # called by a full path it would put /usr/bin, and another ninja, first on the PATH of the ranks
+        program.symlink_to(real)
     return f"{programs}{os.pathsep}{os.environ['PATH']}"
