@@ -38,7 +38,7 @@ EXPERTS: dict[str, Any] = {
     "num_hidden_layers": 2,
     "tie_word_embeddings": False,
 }
-BUCKET = 5_000
+BUCKET = 20_000
 PARAMS: dict[str, Any] = {"lr": 1e-3, "rank": 8, "rank_v": 3}
 
 
@@ -77,8 +77,11 @@ def config_of(model: str) -> PretrainedConfig:
 
 
 def build(model: str) -> PreTrainedModel:
-    # The grouped product of experts leaves some gradients undefined on a CPU.
-    return AutoModelForCausalLM.from_config(config_of(model), experts_implementation="eager")
+    """The model with small random weights; transformers leaves those of experts as the memory was."""
+    module = AutoModelForCausalLM.from_config(config_of(model), experts_implementation="eager")
+    for p in module.parameters():
+        getattr(p, "ds_tensor", p).data.normal_(std=0.02)
+    return module
 
 
 def ds_config(layout: str, precision: str, zero: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
