@@ -7,6 +7,7 @@ cut between ranks) the DTensor's local tensor is a :class:`Part`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +32,25 @@ _SAME = {_aten.detach.default, _aten.alias.default}
 _COPY = {_aten.clone.default, _aten._to_copy.default}
 
 
+@dataclass(frozen=True)
+class _Ranks:
+    """A process group; copies share it."""
+
+    group: Any
+
+    def __deepcopy__(self, _: Any) -> _Ranks:
+        return self
+
+
 class Part(Tensor):
     """The local tensor of a DTensor, whose ranks hold other elements than its placement says.
 
     Storage sees what really is here, by DCP's protocol. Before any other operation, the elements are moved to where the
-    placement says: a collective over ``group``, refused if that is None because not all ranks of the mesh take part.
+    placement says: a collective over ``ranks``, refused if that is no group because not all of the mesh take part.
     """
 
     shard: Shard
-    group: Any
+    ranks: _Ranks
 
     @staticmethod
     def __new__(cls, shard: Shard, size: tuple[int, ...], group: Any = None) -> Part:
@@ -47,7 +58,7 @@ class Part(Tensor):
         part: Part = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, size, dtype=shard.local.dtype, device=shard.local.device
         )
-        part.shard, part.group = shard, group
+        part.shard, part.ranks = shard, _Ranks(group)
         return part
 
     def __create_write_items__(self, fqn: str, tensor: Any) -> list[WriteItem]:
@@ -61,19 +72,21 @@ class Part(Tensor):
 
     def _of(self, elements: Tensor) -> Part:
         s = self.shard
-        return Part(Shard(s.shape, s.start, elements, s.dim, s.skip), tuple(self.shape), self.group)
+        return Part(Shard(s.shape, s.start, elements, s.dim, s.skip), tuple(self.shape), self.ranks.group)
 
     def chunk(self) -> Tensor:
         """The elements that the placement says are here; a collective."""
-        if self.group is None:
+        group = self.ranks.group
+        if group is None:
             raise ConfigError(
-                "this layout's state cannot be gathered by torch's full_state_dict: use optimizer.full_state_dict()"
+                "this layout's state cannot be gathered by torch's full_state_dict or async_save: use "
+                "optimizer.full_state_dict() or lorapre_dist.checkpoint"
             )
         s, owned = self.shard, self.shard.owned
         whole = s.local.new_zeros(s.shape)
         whole.narrow(s.dim, s.start + s.skip, owned.shape[s.dim]).copy_(owned)
-        dist.all_reduce(whole, group=self.group)
-        first, last = column_block(s.shape[s.dim], dist.get_world_size(self.group), dist.get_rank(self.group))
+        dist.all_reduce(whole, group=group)
+        first, last = column_block(s.shape[s.dim], dist.get_world_size(group), dist.get_rank(group))
         return whole.narrow(s.dim, first, last - first)
 
     @classmethod
@@ -81,20 +94,25 @@ class Part(Tensor):
         kwargs = kwargs or {}
         if func in _SAME or (func is _aten.view.default and tuple(args[1]) == tuple(args[0].shape)):
             return args[0]._of(args[0].shard.local)
+        if func is _aten.new_empty.default and tuple(args[1]) == tuple(args[0].shape):  # to be filled, by async_save
+            return args[0]._of(args[0].shard.local.new_empty(args[0].shard.local.shape, **kwargs))
         if func in _COPY:
             return args[0]._of(func(args[0].shard.local, *args[1:], **kwargs))
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and isinstance(args[0], Part):
             raise ConfigError(
                 "this layout's state cannot be loaded with broadcast_from_rank0: give every rank the full state"
             )
         args, kwargs = tree_map_only(Part, Part.chunk, (args, kwargs))
         return func(*args, **kwargs)
 
+    def __deepcopy__(self, memo: Any) -> Part:
+        return self._of(copy.deepcopy(self.shard.local, memo))
+
     def __reduce_ex__(self, _: Any) -> Any:
         s = self.shard
         return _part, (s.shape, s.start, s.local, s.dim, s.skip, tuple(self.shape))
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Part({self.shard})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -140,7 +141,7 @@ def _load_flat(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None
 
 def _save_plain(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:
     weights = [local(p).detach() for p in model.parameters()]
-    torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, f"{path}.{dist.get_rank()}")
+    torch.save({"weights": weights, "optimizer": copy.deepcopy(optimizer.state_dict())}, f"{path}.{dist.get_rank()}")
 
 
 def _load_plain(model: nn.Module, optimizer: LowRankOptimizer, path: str) -> None:

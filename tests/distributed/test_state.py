@@ -34,7 +34,7 @@ def test_training_goes_on_in_another_layout(relay, tmp_path):
 @pytest.mark.parametrize(
     "layout, options, words",
     [
-        ("fsdp1", {"full_state_dict": True}, "torch's full_state_dict: use optimizer.full_state_dict()"),
+        ("fsdp1", {"full_state_dict": True}, "torch's full_state_dict or async_save: use optimizer.full_state_dict()"),
         ("ddp", {"full_state_dict": True, "broadcast_from_rank0": True}, "with broadcast_from_rank0: give every rank"),
     ],
 )
