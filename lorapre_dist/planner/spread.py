@@ -186,15 +186,14 @@ def _fsdp2(request: Request) -> Spread:
     size, shares = request.world_size, _Shares(request)
     elements = np.zeros(size, np.int64)
     for p in request.parameters:
-        rows = p.shape[0] if p.shape else 1
-        held = _equal(rows, size, p.columns, p.numel // max(1, rows))
+        held = _slices(p, size)
         shares.add(p, np.arange(size), held)
         elements += held.numel
     return shares.spread(size, uniform=True, partition=elements)
 
 
 def _ddp(request: Request) -> Spread:
-    """A matrix is stepped by one rank, a vector by each in part."""
+    """A matrix is stepped by one rank, any other parameter by each in part."""
     size, shares = request.world_size, _Shares(request)
     if size == 1:
         return replicated(request)
@@ -204,9 +203,15 @@ def _ddp(request: Request) -> Spread:
         for matrix in matrices.get(p.name, ()):
             shares.add(matrix, np.array([owner[matrix.name]]), Intervals([(0, matrix.numel)], matrix.columns))
         if p.name not in matrices:
-            held = _equal(p.numel, size, p.columns)
+            held = _slices(p, size)
             shares.add(p, np.arange(size), held, pieces=int((held.numel > 0).sum()))
     return shares.spread(size)
+
+
+def _slices(p: Parameter, size: int) -> Intervals:
+    """Whole slices of dim 0, in equal parts."""
+    rows = p.shape[0] if p.shape else 1
+    return _equal(rows, size, p.columns, p.numel // max(1, rows))
 
 
 def _matrices(p: Parameter) -> list[Parameter]:
