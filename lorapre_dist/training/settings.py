@@ -77,6 +77,7 @@ class RunSettings:
         """ZeRO stage under DeepSpeed, None under the other backends."""
         return zero_stage(self.ds_config) if self.backend == "deepspeed" else None
 
+    @property
     def model_name(self) -> str:
         """What to call the model."""
         return self.model or ""

@@ -16,6 +16,8 @@ from pathlib import Path
 from tests.launch.crashing import start
 from tests.training import flaky
 
+PROGRAM = "lorapre_dist.training.app"
+
 
 def codes(children: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -28,16 +30,16 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     whole, run = Path(job["whole"]), Path(job["run"])
     outage = Path(os.environ["FLAKY_OUTAGE"])
-    result = {"whole": codes(start(2, [*job["argv"], "--output_dir", str(whole)], whole.with_suffix(".log")))}
+    result = {"whole": codes(start(PROGRAM, 2, [*job["argv"], "--output_dir", str(whole)], whole.with_suffix(".log")))}
 
-    children = start(2, [*job["argv"], "--output_dir", str(run)], run.with_suffix(".log"))
+    children = start(PROGRAM, 2, [*job["argv"], "--output_dir", str(run)], run.with_suffix(".log"))
     metrics, end = run / "metrics.jsonl", time.monotonic() + 200
     while time.monotonic() < end and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.01)
     outage.touch()
     result["run"] = codes(children)
     outage.unlink()
-    result["again"] = codes(start(2, [*job["argv"], "--output_dir", str(run)], run.with_name("again.log")))
+    result["again"] = codes(start(PROGRAM, 2, [*job["argv"], "--output_dir", str(run)], run.with_name("again.log")))
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 
