@@ -225,9 +225,9 @@ class LoRAPreAdafactorConfig(LowRankConfig):
         return _max_update(self)
 
     @property
-    def resolved_gamma(self) -> float:
-        """Refresh rate with the coupling of the paper filled in."""
-        return self.gamma if self.gamma is not None else 1.0 - math.sqrt(self.betas[0])
+    def resolved_gammas(self) -> tuple[float, float]:
+        """Refresh rate with the coupling of the paper filled in, and 0.0: the second moment has no factors."""
+        return self.gamma if self.gamma is not None else 1.0 - math.sqrt(self.betas[0]), 0.0
 
 
 @dataclass(frozen=True)

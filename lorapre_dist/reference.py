@@ -109,7 +109,7 @@ def lorapre_adafactor_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], c
         state[name].mul_(beta2).add_(g.square().mean(dim), alpha=1 - beta2)
     level = state["v_col"].mean().clamp_min(torch.finfo(g.dtype).tiny)
     v = torch.outer(state["v_row"], state["v_col"]) / level / (1 - beta2**t)
-    state["m_B"], state["m_A"] = refresh(B, A, g, config.resolved_gamma, config)
+    state["m_B"], state["m_A"] = refresh(B, A, g, config.resolved_gammas[0], config)
     bound = config.resolved_max_update
     theta.mul_(1 - config.lr * config.weight_decay)
     theta.sub_(config.lr * config.scale * (m / (v.sqrt() + config.eps)).clamp(-bound, bound))

@@ -66,36 +66,38 @@ class Comm:
 
         All ranks give the same parts in the same order; they are packed by at most ``limit`` bytes.
         """
-        waits = []
-        for owner, tensors in _packed(parts, limit):
-            packed = torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
-            sent, back = _staged(packed, group)
-            self._count(purpose, sent, 1.0 if dist.get_rank(group) == owner else 0.0)
-            source = dist.get_process_group_ranks(group)[owner]
-            waits.append((dist.broadcast(sent, source, group=group, async_op=True), sent, back, tensors, owner))
-        for work, sent, back, tensors, owner in waits:
-            work.wait()
-            if dist.get_rank(group) != owner:
-                for tensor, received in zip(tensors, back(sent).split([t.numel() for t in tensors]), strict=True):
-                    tensor.copy_(received)
+        self._by_owner(parts, group, purpose, limit, dist.broadcast, owner_sends=True)
 
     def reduce(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
         """Sum each part (1-D) over all ranks into that of the rank of ``group`` named with it.
 
         All ranks give parts for the same ranks in the same order; they are packed by at most ``limit`` bytes.
         """
-        waits = []
+        self._by_owner(parts, group, purpose, limit, dist.reduce, owner_sends=False)
+
+    def _by_owner(
+        self,
+        parts: list[tuple[int, Tensor]],
+        group: Any,
+        purpose: str,
+        limit: int,
+        collective: Callable[..., Any],
+        owner_sends: bool,
+    ) -> None:
+        """A collective with a root for each packed part; who does not send has the result copied into its parts."""
+        rank, waits = dist.get_rank(group), []
         for owner, tensors in _packed(parts, limit):
             packed = torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
             sent, back = _staged(packed, group)
-            self._count(purpose, sent, 0.0 if dist.get_rank(group) == owner else 1.0)
-            target = dist.get_process_group_ranks(group)[owner]
-            waits.append((dist.reduce(sent, target, group=group, async_op=True), sent, back, tensors, owner))
-        for work, sent, back, tensors, owner in waits:
+            sends = (rank == owner) == owner_sends
+            self._count(purpose, sent, 1.0 if sends else 0.0)
+            root = dist.get_process_group_ranks(group)[owner]
+            waits.append((collective(sent, root, group=group, async_op=True), sent, back, tensors, sends))
+        for work, sent, back, tensors, sends in waits:
             work.wait()
-            if dist.get_rank(group) == owner:
-                for tensor, summed in zip(tensors, back(sent).split([t.numel() for t in tensors]), strict=True):
-                    tensor.copy_(summed)
+            if not sends:
+                for tensor, result in zip(tensors, back(sent).split([t.numel() for t in tensors]), strict=True):
+                    tensor.copy_(result)
 
     def all_to_all(
         self, leaving: list[list[Tensor]], arriving: list[list[Tensor]], group: Any, purpose: str

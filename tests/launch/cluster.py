@@ -12,19 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.launch.conftest import REPO, ds_json, environment
+from tests.launch.conftest import REPO, TINY_LLAMA, ds_json, environment
 from tests.launch.hosts import INTERFACE, Hosts
 from tests.training.conftest import documents
 
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 88,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 400,
-    "max_position_embeddings": 64,
-}
 SETTINGS = """
 [hosts]
 hostfile = {hostfile}
@@ -68,7 +59,7 @@ class Cluster:
     def __init__(self, hosts: Hosts, folder: Path, steps: int, timeout: float) -> None:
         self.hosts, self.folder, self.steps, self.timeout = hosts, folder, steps, timeout
         self._logs: dict[int, Path] = {}
-        (folder / "model.json").write_text(json.dumps(MODEL))
+        (folder / "model.json").write_text(json.dumps(TINY_LLAMA))
         lines = [json.dumps({"text": text}) + "\n" for text in documents(400, 80)]
         (folder / "corpus.jsonl").write_text("".join(lines))
         ds_json(folder / "ds.json", params={"rank": 8})

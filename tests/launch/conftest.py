@@ -18,6 +18,16 @@ from tests.training.conftest import documents
 REPO = Path(__file__).resolve().parents[2]
 PRETRAIN = REPO / "launch" / "pretrain.py"
 FINETUNE = REPO / "launch" / "finetune.py"
+#: A config.json whose steps take no time.
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 88,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 400,
+    "max_position_embeddings": 64,
+}
 
 
 def environment() -> dict[str, str]:

@@ -28,6 +28,28 @@ class Case:
     prepare: Callable[[Path], list[str]] | None = None
     code: int = 2
 
+    def check(self, result: dict[str, Any]) -> None:
+        """One line on stderr with all the words, and the exit code."""
+        lines = [line for line in result["stderr"].splitlines() if line.strip()]
+        assert result["code"] == self.code, result["stderr"]
+        assert len(lines) == 1, result["stderr"]
+        assert lines[0].startswith("error: ")
+        for word in self.words:
+            assert word in lines[0]
+
+
+def run_forked(folder: Path, jobs: list[dict[str, Any]], program: str) -> list[dict[str, Any]]:
+    """Exit code and stderr of each command line of a program, all forked from one process."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    files = [str(folder / "jobs.json"), str(folder / "results.json")]
+    env = environment() | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(FORKING), *files, program], env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return found
+
 
 def file_option(option: str, name: str, content: str | bytes) -> Callable[[Path], list[str]]:
     def prepare(folder: Path) -> list[str]:
@@ -152,27 +174,13 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -
         given = ["--deepspeed_config", config, "--output_dir", str(own / "out"), "--max_steps", "2"]
         extra = case.prepare(own) if case.prepare else []
         jobs.append({"argv": [*base_options, *given, *case.options, *extra], "env": {"HF_HUB_OFFLINE": "1"}})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    files = [str(folder / "jobs.json"), str(folder / "results.json")]
-    command = [sys.executable, str(FORKING), *files, "lorapre_dist.training.app"]
-    done = subprocess.run(
-        command, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((folder / "results.json").read_text())
-    return dict(zip(CASES, found, strict=True))
+    return dict(zip(CASES, run_forked(folder, jobs, "lorapre_dist.training.app"), strict=True))
 
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("name", CASES)
 def test_one_line_and_its_exit_code(name, results):
-    result = results[name]
-    lines = [line for line in result["stderr"].splitlines() if line.strip()]
-    assert result["code"] == CASES[name].code, result["stderr"]
-    assert len(lines) == 1, result["stderr"]
-    assert lines[0].startswith("error: ")
-    for word in CASES[name].words:
-        assert word in lines[0]
+    CASES[name].check(results[name])
 
 
 def test_the_program_itself_exits_with_2(tmp_path):

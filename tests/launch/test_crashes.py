@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorapre_dist.checkpoint import dcp
-from tests.launch.conftest import REPO, ds_json, environment, finish, launch
+from tests.launch.conftest import REPO, TINY_LLAMA, ds_json, environment, finish, launch
 
 KILLS = 50
 STEPS = 160
@@ -19,16 +19,7 @@ STEPS = 160
 @pytest.mark.timeout(900)
 def test_fifty_kills_change_nothing(base_options, tmp_path):
     """SIGKILL on both ranks, half of them inside a save (in the foreground and in the background, in turn)."""
-    shape = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 88,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "vocab_size": 400,
-        "max_position_embeddings": 64,
-    }
-    (tmp_path / "model.json").write_text(json.dumps(shape))
+    (tmp_path / "model.json").write_text(json.dumps(TINY_LLAMA))
     config = ds_json(tmp_path / "ds.json", params={"rank": 8})
     steps = ["--max_steps", str(STEPS), "--warmup_steps", "5", "--save_every", "2", "--keep_last", "3"]
     options = [*base_options, *steps, "--model_config", str(tmp_path / "model.json"), "--deepspeed_config", config]

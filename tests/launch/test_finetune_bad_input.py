@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorapre_dist.training.tokenizer import train_bpe
-from tests.launch.conftest import ds_json, environment
-from tests.launch.test_bad_input import FORKING, Case, file_option
+from tests.launch.conftest import ds_json
+from tests.launch.test_bad_input import Case, file_option, run_forked
 
 PAIR = {"query": "What is 1 plus 1?", "response": "The answer is: 2"}
 
@@ -120,22 +118,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         given += ["--deepspeed_config", config, "--output_dir", str(own / "out"), "--data_cache", str(folder / "cache")]
         extra = case.prepare(own) if case.prepare else []
         jobs.append({"argv": [*given, "--seq_len", "64", "--prompt_template", "{query}", *case.options, *extra]})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    files = [str(folder / "jobs.json"), str(folder / "results.json")]
-    command = [sys.executable, str(FORKING), *files, "lorapre_dist.training.finetune.app"]
-    env = environment() | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(CASES, json.loads((folder / "results.json").read_text()), strict=True))
+    return dict(zip(CASES, run_forked(folder, jobs, "lorapre_dist.training.finetune.app"), strict=True))
 
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("name", CASES)
 def test_one_line_and_its_exit_code(name, results):
-    result = results[name]
-    lines = [line for line in result["stderr"].splitlines() if line.strip()]
-    assert result["code"] == CASES[name].code, result["stderr"]
-    assert len(lines) == 1, result["stderr"]
-    assert lines[0].startswith("error: ")
-    for word in CASES[name].words:
-        assert word in lines[0]
+    CASES[name].check(results[name])
