@@ -6,10 +6,12 @@
     torchrun --nproc_per_node 2 launch/hf_trainer.py --output_dir runs/hf      # DDP, the state dealt out over the ranks
 
 Every option of ``TrainingArguments`` works; ``--resume_from_checkpoint runs/hf/checkpoint-20`` goes on from there.
+``--optimizer_type LoRAPreMuon`` takes another optimizer, where no DeepSpeed JSON names one.
 """
 
 import os
 import sys
+from dataclasses import dataclass
 
 import datasets
 import torch
@@ -22,6 +24,13 @@ from lorapre_dist.training.settings import default_cache
 from lorapre_dist.training.tokenizer import trained_tokenizer
 
 SEQ_LEN, VOCABULARY, DOCUMENTS = 128, 2048, 400
+
+
+@dataclass
+class Choice:
+    """Options beside Trainer's own."""
+
+    optimizer_type: str = "LoRAPre"
 
 
 def data(cache: str) -> tuple[datasets.Dataset, object]:
@@ -41,7 +50,8 @@ def main() -> None:
     """Train, and save at the end."""
     cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     cpu += ["--ddp_backend", "gloo"] if cpu and "LOCAL_RANK" in os.environ else []
-    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*sys.argv[1:], *cpu])
+    parser = HfArgumentParser((TrainingArguments, Choice))
+    arguments, choice = parser.parse_args_into_dataclasses([*sys.argv[1:], *cpu])
     rows, tokenizer = data(default_cache())
     torch.manual_seed(arguments.seed)
     trainer = LoRAPreTrainer(
@@ -49,7 +59,8 @@ def main() -> None:
         args=arguments,
         train_dataset=rows,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        lorapre={"rank": 16, "rank_v": 2, "scale": 0.1},
+        lorapre={"rank": 16, **({"rank_v": 2, "scale": 0.1} if choice.optimizer_type == "LoRAPre" else {})},
+        optimizer_type=choice.optimizer_type,
     )
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if trainer.is_world_process_zero():

@@ -10,24 +10,34 @@ from accelerate.utils import save_fsdp_model
 from transformers import Trainer
 
 from lorapre_dist import checkpoint
-from lorapre_dist.optimizers import LoRAPre, LowRankOptimizer
+from lorapre_dist.config import ConfigError, MomentumConfig
+from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
 from lorapre_dist.training.hf_accelerate import ranks_without_gpu
 
 STATE, TAG, SCHEDULER = "lorapre", "state", "scheduler.pt"
 
 
 class LoRAPreTrainer(Trainer):
-    """``Trainer`` whose optimizer is :class:`lorapre_dist.LoRAPre`.
+    """``Trainer`` whose optimizer is :class:`lorapre_dist.LoRAPre`, or another of this package.
 
     With ``--deepspeed ds.json`` the optimizer is the JSON's. Otherwise (one process, DDP, FSDP2) it is built here: lr,
-    betas, eps and weight decay from the training arguments, the rest from ``lorapre``.
+    betas, eps and weight decay from the training arguments, the rest from ``lorapre``. Where AdamW has settings of its
+    own (``adamw_betas``, ...: :class:`lorapre_dist.LoRAPreMuon`, SGD, Lion), betas and eps are AdamW's.
 
     Args:
-        lorapre: options of :class:`lorapre_dist.config.LoRAPreConfig` (``rank``, ``scale``, ...), and ``shard_state``.
+        lorapre: options of the optimizer's config (``rank``, ``scale``, ...), and ``shard_state``.
+        optimizer_type: its name, as in a DeepSpeed JSON.
+
+    Raises:
+        ConfigError: there is no such optimizer or option.
     """
 
-    def __init__(self, *args: Any, lorapre: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.lorapre = lorapre or {}
+    def __init__(
+        self, *args: Any, lorapre: dict[str, Any] | None = None, optimizer_type: str = "LoRAPre", **kwargs: Any
+    ) -> None:
+        if optimizer_type not in OPTIMIZERS:
+            raise ConfigError(f"optimizer_type={optimizer_type!r}: must be one of {', '.join(OPTIMIZERS)}")
+        self.lorapre, self.optimizer_type = lorapre or {}, OPTIMIZERS[optimizer_type]
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -43,15 +53,16 @@ class LoRAPreTrainer(Trainer):
         if self.optimizer is not None or self.is_deepspeed_enabled:
             return super().create_optimizer() if model is None else super().create_optimizer(model)
         model = model if model is not None else self.model
+        own = "adamw_" if issubclass(self.optimizer_type.config_class, MomentumConfig) else ""
         decayed = set(self.get_decay_parameter_names(model))
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [(n, p) for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
-            {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
-        ]
-        options = {"lr": self.args.learning_rate, "eps": self.args.adam_epsilon}
-        options["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
-        self.optimizer = LoRAPre([group for group in groups if group["params"]], **{**options, **self.lorapre})
+        groups = []
+        for decays, decay in ((True, self.args.weight_decay), (False, 0.0)):
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (n in decayed) == decays]
+            if named:
+                groups.append({"params": named, "weight_decay": decay, f"{own}weight_decay": decay})
+        betas = (self.args.adam_beta1, self.args.adam_beta2)
+        options = {"lr": self.args.learning_rate, f"{own}betas": betas, f"{own}eps": self.args.adam_epsilon}
+        self.optimizer = self.optimizer_type(groups, **{**options, **self.lorapre})
         return self.optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

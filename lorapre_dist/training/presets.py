@@ -54,16 +54,3 @@ def recipe(name: str) -> dict[str, Any]:
         "eval_batches": 76,
         "output_dir": f"runs/{name}",
     }
-
-
-def parameter_shapes(preset: Preset) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the parameters of ``LlamaForCausalLM`` in its order, as ``preset_config`` sets it up."""
-    h, inner = preset.hidden_size, preset.intermediate_size
-    layer: dict[str, tuple[int, ...]] = {f"self_attn.{x}_proj": (h, h) for x in "qkvo"}
-    layer |= {"mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner)}
-    layer |= {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
-    whole: dict[str, tuple[int, ...]] = {"model.embed_tokens": (preset.vocab_size, h)}
-    for k in range(preset.num_hidden_layers):
-        whole |= {f"model.layers.{k}.{name}": shape for name, shape in layer.items()}
-    whole |= {"model.norm": (h,), "lm_head": (preset.vocab_size, h)}
-    return [(f"{name}.weight", shape) for name, shape in whole.items()]

@@ -13,10 +13,10 @@ from galore_torch import GaLoreAdamW
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lorapre_dist.cli import main
-from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.config import ConfigError, LoRAPreConfig
 from lorapre_dist.planner import LAYOUTS, OPTIMIZERS, PARTS, Parameter, Request, Zero, plan, smallest_world
 from lorapre_dist.planner.command import size_of
-from lorapre_dist.planner.models import load, parameters
+from lorapre_dist.planner.models import llama, load, parameters
 from lorapre_dist.training.models import preset_config
 from lorapre_dist.training.presets import PRESETS
 
@@ -159,8 +159,33 @@ def test_models_come_from_presets_folders_and_files(folder):
         assert load(name) == parameters(preset_config(name))
     real = LlamaForCausalLM(preset_config("llama-tiny"))
     assert load("llama-tiny") == tuple(Parameter(n, tuple(p.shape)) for n, p in real.named_parameters())
-    tied = {p.name for p in parameters(LlamaConfig(**{**LLAMA_70B, "tie_word_embeddings": True}))}
-    assert "lm_head.weight" not in tied and "model.embed_tokens.weight" in tied
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 8, "head_dim": 64, "attention_bias": True},
+        {"num_key_value_heads": None, "head_dim": None, "mlp_bias": True},
+        {},
+    ],
+)
+def test_the_shapes_of_a_llama_are_those_of_transformers(changes, tmp_path):
+    config = LlamaConfig(**{**LLAMA_70B, "num_hidden_layers": 2, **changes})
+    config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert load(str(tmp_path)) == llama(values) == llama(values | changes) == parameters(config)
+    tied = "lm_head.weight" not in {p.name for p in llama(values)}
+    assert tied == changes.get("tie_word_embeddings", False)
+
+
+def test_a_llama_with_impossible_sizes_is_refused(tmp_path):
+    """In the words of transformers."""
+    path = tmp_path / "config.json"
+    for changes in ({"hidden_size": -8}, {"num_hidden_layers": "two"}, {"mlp_bias": "no"}):
+        path.write_text(json.dumps({"model_type": "llama", **LLAMA_70B, **changes}))
+        with pytest.raises(ConfigError, match="not a usable model config|cannot build a causal LM"):
+            load(str(path))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "mistral", "gemma"])

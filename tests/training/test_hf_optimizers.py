@@ -1,0 +1,47 @@
+"""``LoRAPreTrainer`` builds each optimizer from the training arguments."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import LlamaForCausalLM, TrainingArguments
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.optimizers import OPTIMIZERS
+from lorapre_dist.training.hf_trainer import LoRAPreTrainer
+from lorapre_dist.training.models import preset_config
+
+
+@pytest.fixture
+def model():
+    config = preset_config("llama-tiny", vocab_size=64)
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 1, 32, 48
+    config.num_attention_heads = config.num_key_value_heads = 2
+    config.head_dim = 16
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    adam = {"learning_rate": 0.02, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7}
+    return TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **adam)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_settings_come_from_the_training_arguments(name, model, arguments):
+    trainer = LoRAPreTrainer(model, arguments, lorapre={"rank": 4}, optimizer_type=name)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is OPTIMIZERS[name]
+    matrices, norms = (optimizer.group_config(group) for group in optimizer.param_groups)
+    assert (matrices.lr, matrices.rank, matrices.weight_decay, norms.weight_decay) == (0.02, 4, 0.3, 0.0)
+    own = name in ("LoRAPreMuon", "LoRAPreSGD", "LoRAPreLion")
+    adamw = matrices.adamw(0.02) if own else matrices
+    assert (adamw.betas, adamw.eps, adamw.weight_decay) == ((0.8, 0.95), 1e-7, 0.3)
+    assert (norms.adamw(0.02) if own else norms).weight_decay == 0.0
+    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == model.num_parameters()
+
+
+def test_a_name_that_is_none(model, arguments):
+    with pytest.raises(ConfigError, match="optimizer_type='Muon': must be one of LoRAPre, LoRAPreMuon"):
+        LoRAPreTrainer(model, arguments, optimizer_type="Muon")
+    with pytest.raises(ConfigError, match="scale"):
+        LoRAPreTrainer(model, arguments, lorapre={"scale": 0.1}, optimizer_type="LoRAPreMuon").create_optimizer()
