@@ -34,9 +34,7 @@ def load(model: str) -> tuple[Parameter, ...]:
     if not file.is_file():
         raise ConfigError(f"--model {model}: the folder holds no config.json")
     values = _json(file)
-    if values.get("model_type") == "llama" and _has_sizes(
-        values
-    ):  # at once, where transformers takes seconds to import
+    if values.get("model_type") == "llama" and _has_sizes(values):  # transformers takes seconds to import
         return llama(values)
     from lorapre_dist.training.models import file_config
 

@@ -184,7 +184,7 @@ def test_a_llama_with_impossible_sizes_is_refused(tmp_path):
     path = tmp_path / "config.json"
     for changes in ({"hidden_size": -8}, {"num_hidden_layers": "two"}, {"mlp_bias": "no"}):
         path.write_text(json.dumps({"model_type": "llama", **LLAMA_70B, **changes}))
-        with pytest.raises(ConfigError, match="not a usable model config|cannot build a causal LM"):
+        with pytest.raises(ConfigError, match=r"not a usable model config|cannot build a causal LM"):
             load(str(path))
 
 
