@@ -31,9 +31,13 @@ def every_pair(count: int) -> list[int]:
     return walk
 
 
-def visits(folder: str, precision: str = "fp32") -> Iterator[tuple[tuple[int, int], float]]:
-    """(stage, world) and the largest relative distance of a parameter to the reference, at each visit."""
-    walk = every_pair(len(LAYOUTS))
+def some_pairs(count: int, strides: tuple[int, ...] = (5, 7)) -> list[int]:
+    """A walk that comes to each of ``count`` nodes once with each stride, which must have no divisor of ``count``."""
+    return [k * stride % count for stride in strides for k in range(count)]
+
+
+def visits(folder: str, walk: list[int], precision: str = "fp32") -> Iterator[tuple[tuple[int, int], float]]:
+    """(stage, world) and the largest relative distance of a parameter to the reference, at each visit of ``walk``."""
     write_reference(folder, len(walk))
     for step, node in enumerate(walk):
         stage, world = LAYOUTS[node]
@@ -45,7 +49,7 @@ def main() -> None:
     """Print the largest distance seen after arriving at each layout."""
     worst: dict[tuple[int, int], float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for step, (layout, error) in enumerate(visits(folder)):
+        for step, (layout, error) in enumerate(visits(folder, every_pair(len(LAYOUTS)))):
             worst[layout] = max(error, worst.get(layout, 0.0))
             print(f"\r{step:3} of 256", end="", file=sys.stderr)
     close_pools()

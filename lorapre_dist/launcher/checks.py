@@ -193,4 +193,8 @@ def environment_of_ranks(settings: ClusterSettings, launcher: str, address: str 
         chosen["MASTER_PORT"] = str(settings.master_port)
         if address:
             chosen["MASTER_ADDR"] = address
+    if launcher == "torchrun":
+        # Else all rounds of a rendezvous share a store, and a restarted rank may find the address in it that another
+        # had before (pytorch/pytorch#135712).
+        chosen["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return chosen | settings.environment

@@ -73,6 +73,7 @@ def test_commands(ini):
     remote = words_of(ini, "torchrun")[-1]
     assert "--nnodes 1:2 --nproc_per_node 2 --rdzv_endpoint 10.0.0.1:29500 --max_restarts 3" in remote
     assert "NCCL_DEBUG=WARN" in remote and "GLOO_SOCKET_IFNAME=lan0" in remote and "OMP_NUM_THREADS=4" in remote
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in remote
     assert words_of(ini, "slurm")[:5] == [
         "sbatch",
         f"--chdir={REPO}",

@@ -24,7 +24,7 @@ TIMEOUT = 12.0
 ALL_ENDED = TIMEOUT + 45 + 60
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.timeout(900),
     pytest.mark.skipif(missing("pdsh") is not None, reason=str(missing("pdsh"))),
 ]
