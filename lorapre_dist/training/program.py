@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -16,16 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import discovery, interruption, ranks
+from lorapre_dist.training import cpu_op, discovery, interruption, ranks
 from lorapre_dist.training.settings import RunSettings, describe
 
 if TYPE_CHECKING:
     from lorapre_dist.training.data import TrainingData
     from lorapre_dist.training.loop import Trainer
     from lorapre_dist.training.metrics import MetricsWriter
-
-# A build of DeepSpeed's CPU op takes 1 to 4 minutes.
-BUILD_SECONDS = 900.0
 
 AnySettings = TypeVar("AnySettings", bound=RunSettings)
 
@@ -93,7 +89,7 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
 
     _check_deepspeed_config(settings)
     if settings.backend == "deepspeed":
-        _check_build_lock()
+        cpu_op.load()
     from lorapre_dist.checkpoint import CheckpointError
     from lorapre_dist.training.loop import DivergedError
     from lorapre_dist.training.reading import ReadError
@@ -185,18 +181,6 @@ def _check_deepspeed_config(settings: RunSettings) -> None:
     except Exception as error:  # assertions, pydantic errors and its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: {'; '.join(lines[:3])}") from error
-
-
-def _check_build_lock() -> None:
-    """A killed build of DeepSpeed's CPU op leaves a lock that every later process would wait on for ever."""
-    import torch
-    from torch.utils.cpp_extension import _get_build_directory
-
-    if torch.cuda.is_available():
-        return
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > BUILD_SECONDS:
-        raise ConfigError(f"{lock} was left by a killed build of DeepSpeed's CPU op; delete it and start again")
 
 
 def start(

@@ -8,6 +8,7 @@ to the file named second.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -67,6 +68,7 @@ class Attempt:
     def __init__(self, job: dict[str, Any], number: int, log: Path) -> None:
         options = job["options"][number % len(job["options"])]
         self.checkpoints = Path(job["output_dir"]) / "checkpoints"
+        self.begun = time.time()
         self.children = start(job["program"], job["world_size"], [*job["argv"], *options], log)
         self.before = self._tags()
 
@@ -74,19 +76,22 @@ class Attempt:
         return {p.name for p in self.checkpoints.glob("step*")} if self.checkpoints.is_dir() else set()
 
     def _saving(self) -> bool:
-        return any(self.checkpoints.glob(".*.partial"))
+        """Whether a save of this attempt is on its way; what an earlier one left does not count."""
+        for path in self.checkpoints.glob(".*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime > self.begun:
+                    return True
+        return False
 
     def wait(self, kill: str | None, chance: random.Random, limit: float = 120.0) -> str:
         """``kill``: None, "save" or "anywhere"; returns "killed in a save", "killed" or "done"."""
-        leftovers = {p.name for p in self.checkpoints.glob(".*.partial")}
         after, until = chance.randint(0, 1), chance.uniform(0.0, 4.0)
         pause, begun = chance.uniform(0.0, 0.06), time.monotonic()
         while time.monotonic() - begun < limit:
             codes = ended(self.children)
             if codes:
                 return self._finish(codes)
-            fresh = {p.name for p in self.checkpoints.glob(".*.partial")} - leftovers
-            if kill == "save" and fresh and len(self._tags() - self.before) >= after:
+            if kill == "save" and self._saving() and len(self._tags() - self.before) >= after:
                 time.sleep(pause)
                 return self._kill()
             if kill == "anywhere" and time.monotonic() - begun > until:
@@ -123,6 +128,8 @@ def main() -> None:
     log, number, error = Path(sys.argv[2]).with_suffix(".log"), 0, None
     try:
         while counts["done"] == 0:
+            if number > 5 * sum(job["kills"].values()):
+                raise TimeoutError("too many attempts")
             kinds = (("save", "killed in a save"), ("anywhere", "killed"))
             wanted = [kind for kind, label in kinds if counts[label] < job["kills"][label]]
             counts[Attempt(job, number, log).wait(chance.choice(wanted) if wanted else None, chance)] += 1
