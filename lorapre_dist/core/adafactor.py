@@ -14,7 +14,7 @@ from . import exchange, regression
 from .adam import Hyper, apply, workspace_bytes
 from .comm import Comm
 from .exchange import Item, Work
-from .regression import Block
+from .regression import Block, addmm
 from .workspace import Workspace
 
 __all__ = ["step", "workspace_bytes"]
@@ -22,11 +22,11 @@ __all__ = ["step", "workspace_bytes"]
 
 def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     """One step of every matrix in ``items``, in place. Collective over each matrix's peers, in the order of items."""
-    for bucket in regression.buckets([item.matrix for item in items], workspace.bucket):
-        _step_bucket(items[bucket], hyper, comm, workspace)
+    for some in regression.together(items, workspace):
+        _step(some, hyper, comm, workspace)
 
 
-def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
+def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     for item in items:
         item.matrix.step += 1
     works = exchange.gather(items, comm, sums=1)
@@ -48,11 +48,11 @@ def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspa
 
 def _sums(work: Work, workspace: Workspace) -> None:
     """This rank's part of the columns' sums of ``g^2``, and for cut rows of the row's, and of Y."""
-    work.column_sums = work.m.At.new_zeros(work.matrix.interval.shape[1])
+    work.column_sums = torch.zeros_like(work.matrix.vectors["v_col"])
     for block in regression.blocks(work, workspace):
         g = block.grad.to(work.m.At.dtype)
-        squares = torch.mul(g, g, out=workspace.take("w", g.shape[0], g.shape[1], g))
-        work.column_sums[block.columns] += squares.sum(0)
+        squares = torch.mul(g, g, out=workspace.take("w", g.shape, g))
+        work.column_sums[block.columns] += squares.sum(-2)
         if block.lines is not None:
             work.edge[block.lines, 0] += squares.sum(1)
             work.m.Y[block.lines] += g @ work.m.At[block.held]
@@ -72,16 +72,17 @@ def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) 
     bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step
     g = block.grad.to(At.dtype)
     Y = regression.regress(g, work.m, block, "Y", workspace)
-    m, w = (workspace.take(label, g.shape[0], g.shape[1], At) for label in "mw")
+    m, w = (workspace.take(label, g.shape, At) for label in "mw")
     # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
-    left = torch.mul(B, beta1 / bias1, out=workspace.take("left", B.shape[0], B.shape[1], At))
+    left = torch.mul(B, beta1 / bias1, out=workspace.take("left", B.shape, At))
     left.sub_(Y, alpha=hyper.residual)
-    torch.addmm(g, left, At.T, beta=(1 - beta1) / bias1 + hyper.residual, out=m)
+    addmm(m, left, At.mT, beta=(1 - beta1) / bias1 + hyper.residual, start=g)
 
-    energy = torch.linalg.vector_norm(g, dim=1).square_() if block.lines is None else work.edge[block.lines, 0]
+    energy = torch.linalg.vector_norm(g, dim=-1).square_() if block.lines is None else work.edge[block.lines, 0]
     rows, columns = matrix.vectors["v_row"][block.rows], matrix.vectors["v_col"]
     rows.mul_(beta2).add_(energy, alpha=(1 - beta2) / matrix.interval.shape[1])
-    level = columns.mean().clamp_min(torch.finfo(columns.dtype).tiny)
-    torch.mul((rows / (bias2 * level)).sqrt_()[:, None], columns[block.columns].sqrt()[None], out=w).add_(hyper.eps)
+    level = columns.mean(-1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
+    down, across = (rows / (bias2 * level)).sqrt_(), columns[block.columns].sqrt()
+    torch.mul(down[..., None], across[..., None, :], out=w).add_(hyper.eps)
     apply(block.theta, m, w, hyper)
     regression.refresh_rows(work, work.m, block, g, Y, hyper.gammas[0], hyper)

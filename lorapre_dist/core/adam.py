@@ -24,7 +24,7 @@ from . import exchange, regression
 from .comm import Comm
 from .exchange import Item, Work
 from .factors import Matrix
-from .regression import Block
+from .regression import Block, addmm
 from .workspace import Workspace
 
 
@@ -47,9 +47,8 @@ class Hyper:
 
 def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     """One step of every matrix in ``items``, in place. Collective over each matrix's peers, in the order of items."""
-    matrices = [item.matrix for item in items]
-    for bucket in regression.buckets(matrices, workspace.bucket):
-        _step_bucket(items[bucket], hyper, comm, workspace)
+    for some in regression.together(items, workspace):
+        _step(some, hyper, comm, workspace)
 
 
 def workspace_bytes(matrices: list[Matrix], workspace: Workspace) -> int:
@@ -57,7 +56,7 @@ def workspace_bytes(matrices: list[Matrix], workspace: Workspace) -> int:
     return regression.workspace_bytes(matrices, workspace)
 
 
-def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
+def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     for item in items:
         item.matrix.step += 1
     works = exchange.gather(items, comm, sums=2)
@@ -95,7 +94,7 @@ def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) 
     B, vB = work.m.factors.B[block.rows], work.v.factors.B[block.rows]
     beta1, beta2 = hyper.betas
     bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step
-    m, w, a = (workspace.take(label, block.grad.shape[0], block.grad.shape[1], At) for label in "mwa")
+    m, w, a = (workspace.take(label, block.grad.shape, At) for label in "mwa")
     g = block.grad.to(At.dtype)
     torch.abs(g, out=a)
 
@@ -104,10 +103,10 @@ def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) 
     Yv = regression.regress(a, work.v, block, "Yv", workspace)
 
     # w = beta2 (vB vA)^2 + (1 - beta2) g^2
-    torch.addmm(w, vB, vAt.T, beta=0, alpha=math.sqrt(beta2), out=w)
+    addmm(w, vB, vAt.mT, beta=0, alpha=math.sqrt(beta2))
     w.mul_(w).addcmul_(g, g, value=1 - beta2)
     # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
-    left = torch.mul(B, beta1 / bias1, out=workspace.take("left", B.shape[0], B.shape[1], At))
+    left = torch.mul(B, beta1 / bias1, out=workspace.take("left", B.shape, At))
     left.add_(Y, alpha=-hyper.residual)
     fresh = (1 - beta1) / bias1 + hyper.residual
     if "v_row" in matrix.vectors:
@@ -116,10 +115,10 @@ def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) 
         edge = None if block.lines is None else work.edge[block.lines]
         energy = matrix.vectors["v_row"][block.rows]
         shrink, floor = _calibrate(w, g, edge, energy, hyper, bias2, matrix.interval.shape[1])
-        torch.mul(g, shrink * fresh, out=m).addmm_(left.mul_(shrink), At.T)
+        addmm(torch.mul(g, shrink * fresh, out=m), left.mul_(shrink), At.mT, beta=1)
         _sqrt_(w).add_(floor)
     else:
-        torch.addmm(g, left, At.T, beta=fresh, out=m)
+        addmm(m, left, At.mT, beta=fresh, start=g)
         _sqrt_(w.div_(bias2)).add_(hyper.eps)
     apply(block.theta, m, w, hyper)
 
@@ -135,15 +134,15 @@ def _calibrate(
     ``v_hat = f w`` with ``f = s / bias2 / mean(w)``, so that the denominator is ``sqrt(f w) + eps``; in a row where all
     of ``w`` is 0 it is ``sqrt(s / bias2) + eps``.
     """
-    sum_g2 = edge[:, 0] if edge is not None else torch.linalg.vector_norm(g, dim=1).square_()
-    sum_w = edge[:, 1] if edge is not None else w.sum(1)
+    sum_g2 = edge[:, 0] if edge is not None else torch.linalg.vector_norm(g, dim=-1).square_()
+    sum_w = edge[:, 1] if edge is not None else w.sum(-1)
     energy.mul_(hyper.betas[1]).add_(sum_g2, alpha=(1 - hyper.betas[1]) / q)
     level = energy / bias2
     some = sum_w > 0
     shrink = (sum_w / level.clamp_min(torch.finfo(level.dtype).tiny)).div_(q).sqrt_()
     shrink = torch.where(some, shrink, torch.ones_like(level))
     floor = torch.where(some, torch.zeros_like(level), level.sqrt()).add_(hyper.eps).mul_(shrink)
-    return shrink[:, None], floor[:, None]
+    return shrink[..., None], floor[..., None]
 
 
 def _sqrt_(w: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from .factors import Factors, Matrix
 class Item:
     """One matrix in a step: its state, and the local pieces of the parameter and gradient (1-D, same length).
 
-    ``target`` is set if ``theta`` is a copy that the caller has to write back there.
+    ``target`` is set if ``theta`` is a copy that the caller has to write back there. Of a stack of k matrices
+    (``stacks.py``) both are k x n, and all state has a dimension more, too.
     """
 
     matrix: Matrix
@@ -53,7 +54,7 @@ class Moment:
     @property
     def rank(self) -> int:
         """Rank of the factors."""
-        return self.At.shape[1]
+        return self.At.shape[-1]
 
 
 @dataclass
@@ -165,11 +166,11 @@ def _work(item: Item, gathered: list[Tensor] | None, sums: int) -> Work:
     matrix = item.matrix
     wholes = gathered or [factors.At for factors in matrix.factors.values()]
     rows = matrix.peers.cut_rows(matrix.interval.shape) if matrix.peers else ()
-    edge = wholes[0].new_zeros(len(rows), sums + sum(At.shape[1] for At in wholes))
+    edge = wholes[0].new_zeros(len(rows), sums + sum(At.shape[-1] for At in wholes))
     moments, at = [], sums
     for factors, At in zip(matrix.factors.values(), wholes, strict=True):
-        moments.append(Moment(factors, At, edge[:, at : at + At.shape[1]]))
-        at += At.shape[1]
+        moments.append(Moment(factors, At, edge[:, at : at + At.shape[-1]]))
+        at += At.shape[-1]
     return Work(item, moments, {row: line for line, row in enumerate(rows)}, edge)
 
 

@@ -85,7 +85,7 @@ class Matrix:
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of the factors by moment."""
-        return {moment: f.B.shape[1] for moment, f in self.factors.items()}
+        return {moment: f.B.shape[-1] for moment, f in self.factors.items()}
 
     @property
     def dtype(self) -> torch.dtype:

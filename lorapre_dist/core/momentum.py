@@ -19,7 +19,7 @@ from .comm import Comm
 from .exchange import Item, Work
 from .factors import Matrix
 from .newton_schulz import NewtonSchulz
-from .regression import Block
+from .regression import Block, addmm
 from .workspace import Workspace
 
 
@@ -53,8 +53,8 @@ class Hyper:
 def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     """One step of every matrix in ``items``, in place. Collective over each matrix's peers, in the order of items."""
     per_element = orthogonal.PER_ELEMENT if hyper.orthogonal else 0
-    for bucket in regression.buckets([item.matrix for item in items], workspace.bucket, per_element):
-        _step_bucket(items[bucket], hyper, comm, workspace)
+    for some in regression.together(items, workspace, per_element):
+        _step(some, hyper, comm, workspace)
 
 
 def workspace_bytes(matrices: list[Matrix], workspace: Workspace, settings: NewtonSchulz | None = None) -> int:
@@ -64,12 +64,13 @@ def workspace_bytes(matrices: list[Matrix], workspace: Workspace, settings: Newt
     segments = settings.segments()
 
     def size_of(matrix: Matrix) -> int:
-        return regression.transient_bytes(matrix) + orthogonal.transient_bytes(matrix, segments, workspace.block)
+        limit = workspace.block_on(matrix.factors["m"].B.device)
+        return regression.transient_bytes(matrix) + orthogonal.transient_bytes(matrix, segments, limit)
 
     return regression.workspace_bytes(matrices, workspace, size_of, orthogonal.PER_ELEMENT)
 
 
-def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
+def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     for item in items:
         item.matrix.step += 1
     works = exchange.gather(items, comm, sums=0)
@@ -92,7 +93,8 @@ def _step_bucket(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspa
     exchange.reduce(works, comm)
     regression.refresh_columns(works, (hyper.gamma,), hyper)
     if hyper.orthogonal:
-        orthogonal.orthogonalise(pieces, hyper.orthogonal, comm, workspace.block, workspace.bucket)
+        limit = workspace.block_on(items[0].theta.device)
+        orthogonal.orthogonalise(pieces, hyper.orthogonal, comm, limit, workspace.bucket)
         for item, (matrix, u) in zip(items, pieces, strict=True):
             _apply(item.theta, u, hyper.lr(matrix.interval.shape), hyper)
 
@@ -103,12 +105,9 @@ def _block(work: Work, block: Block, u: Tensor | None, hyper: Hyper, workspace: 
     g = block.grad.to(At.dtype)
     Y = regression.regress(g, work.m, block, "Y", workspace)
     # keep B A + fresh g + residual (g - Y A), as one product
-    left = torch.mul(B, hyper.keep, out=workspace.take("left", B.shape[0], B.shape[1], At)).sub_(
-        Y, alpha=hyper.residual
-    )
-    out = workspace.take("m", g.shape[0], g.shape[1], At) if u is None else u[block.at : block.at + g.numel()]
-    direction = out.view(g.shape)
-    torch.addmm(g, left, At.T, beta=hyper.fresh + hyper.residual, out=direction)
+    left = torch.mul(B, hyper.keep, out=workspace.take("left", B.shape, At)).sub_(Y, alpha=hyper.residual)
+    out = workspace.take("m", g.shape, At) if u is None else u[block.at : block.at + g.numel()].view(g.shape)
+    direction = addmm(out, left, At.mT, beta=hyper.fresh + hyper.residual, start=g)
     if u is None:
         direction = direction.sign_() if hyper.sign else direction
         _apply(block.theta, direction, hyper.lr(work.matrix.interval.shape), hyper)

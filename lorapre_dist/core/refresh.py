@@ -13,7 +13,7 @@ def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list
     """``(G + damping I)^-1`` of each Gram (``relative``: damping times the mean eigenvalue of G), in G's dtype.
 
     Args:
-        grams: equally sized r x r matrices, positive semi-definite up to rounding.
+        grams: equally sized r x r matrices, positive semi-definite up to rounding, or stacks of them (k x r x r).
 
     A zero Gram with relative damping becomes the identity: what it multiplies is zero as well.
 
@@ -22,9 +22,11 @@ def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list
     matrix has: one GEMM, in a sixth of the time of triangular solves.
     """
     # A few at a time where the cache counts, all at once where launches count.
-    size = max(1, CHUNK // grams[0].numel()) if grams and grams[0].device.type == "cpu" else len(grams)
-    chunks = [grams[k : k + size] for k in range(0, len(grams), size)] if grams else []
-    return [inverse for chunk in chunks for inverse in _damped_inverses(chunk, damping, relative)]
+    single = [g for gram in grams for g in (gram.unbind() if gram.ndim == 3 else (gram,))]
+    size = max(1, CHUNK // single[0].numel()) if single and single[0].device.type == "cpu" else len(single)
+    chunks = [single[k : k + size] for k in range(0, len(single), size)] if single else []
+    inverses = (inverse for chunk in chunks for inverse in _damped_inverses(chunk, damping, relative))
+    return [torch.stack([next(inverses) for _ in gram]) if gram.ndim == 3 else next(inverses) for gram in grams]
 
 
 def _damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list[Tensor]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from types import EllipsisType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .exchange import Moment, Work
+from . import stacks
+from .exchange import Item, Moment, Work
 from .factors import Matrix
 from .interval import Segment
 from .refresh import CHUNK, damped_inverses
@@ -23,22 +26,47 @@ from .workspace import Workspace
 # Mean eigenvalue of ``A A^T`` below which ``A`` is brought back to size: far below what training comes to.
 TINY = 1e-12
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Block:
     """Some rows of a piece: ``theta`` and ``grad`` n x c (views), ``rows`` of B, ``at`` in the piece.
 
     ``columns`` are those of the matrix, ``held`` the same in ``Moment.At``. ``lines`` are those of ``Work.edge`` if the
-    rows are cut between ranks, else None.
+    rows are cut between ranks, else None. A stack is one block, of all there is.
     """
 
     theta: Tensor
     grad: Tensor
-    rows: slice
-    columns: slice
-    held: slice
+    rows: slice | EllipsisType
+    columns: slice | EllipsisType
+    held: slice | EllipsisType
     lines: slice | None
     at: int
+
+
+def together(items: list[Item], workspace: Workspace, per_element: int = 0) -> Iterator[list[Item]]:
+    """The items that go through a step at the same time: each stack, then each bucket of the others.
+
+    Args:
+        per_element: as in :func:`buckets`; where it is not 0, there are no stacks.
+    """
+    runs: list[list[int]] = []
+    if items and not per_element:
+        limit, kinds = workspace.block_on(items[0].theta.device), [stacks.kind(item) for item in items]
+        runs = stacks.runs([item.matrix for item in items], limit, kinds)
+    for run in runs:
+        with stacks.stacked([items[k] for k in run]) as item:
+            yield [item]
+    alone = _without(items, runs)
+    for bucket in buckets([item.matrix for item in alone], workspace.bucket, per_element):
+        yield alone[bucket]
+
+
+def _without(every: list[_T], runs: list[list[int]]) -> list[_T]:
+    places = {k for run in runs for k in run}
+    return [one for k, one in enumerate(every) if k not in places]
 
 
 def buckets(matrices: list[Matrix], limit: int, per_element: int = 0) -> Iterator[slice]:
@@ -88,26 +116,38 @@ def workspace_bytes(
     """
     if not matrices:
         return 0
-    size = matrices[0].dtype.itemsize
-    squares = [sum(r * r for r in m.ranks.values()) for m in matrices]
-    runs = list(buckets(matrices, workspace.bucket, per_element))
-    bucket = max(sum(map(size_of, matrices[b])) for b in runs)
+    size, device = matrices[0].dtype.itemsize, matrices[0].factors["m"].B.device
+    limit = workspace.block_on(device)
+    places = [] if per_element else stacks.runs(matrices, limit)
+    alone = _without(matrices, places)
+    # Each with what it copies, and how the rows of its matrices add up: a stack is one block.
+    runs: list[tuple[list[Matrix], int, Any]]
+    runs = [(alone[bucket], 0, max) for bucket in buckets(alone, workspace.bucket, per_element)]
+    for run in places:
+        stack = [matrices[k] for k in run]
+        runs.append((stack, stacks.copied_bytes(stack), sum))
+    held = max(sum(map(size_of, run)) + copied for run, copied, _ in runs)
     # In fp64: the stacked Grams, their Cholesky factors, the inverses, and a copy that the solver makes.
-    batch = max(sum(squares[b]) for b in runs)
-    if matrices[0].factors["m"].B.device.type == "cpu":
-        batch = min(batch, max(CHUNK, max(squares)))
+    squares = [[sum(r * r for r in m.ranks.values()) for m in run] for run, _, _ in runs]
+    batch = max(map(sum, squares))
+    if device.type == "cpu":
+        batch = min(batch, max(CHUNK, *map(max, squares)))
     # Three temporaries of a row block, two more where the parameter is of another dtype.
-    block = max(max(workspace.block, m.interval.shape[1] * size) for m in matrices)
-    rows = max(min(m.interval.rows, max(1, workspace.block // (m.interval.shape[1] * size))) for m in matrices)
-    ranks = max(sum(m.ranks.values()) for m in matrices)
+    block = max(max(limit, m.interval.shape[1] * size) for m in matrices)
+    rows = max(
+        most(min(m.interval.rows, max(1, limit // (m.interval.shape[1] * size))) for m in run) for run, _, most in runs
+    )
     # Old A times its inverse Gram, where the matrix has at least as many rows as columns.
-    solved = max(m.interval.shape[1] if m.interval.rows >= m.interval.shape[1] else 0 for m in matrices)
-    return bucket + 4 * batch * 8 + 5 * block + (3 * rows + solved) * ranks * size
+    solved = max(
+        most(m.interval.shape[1] if m.interval.rows >= m.interval.shape[1] else 0 for m in run) for run, _, most in runs
+    )
+    ranks = max(sum(m.ranks.values()) for m in matrices)
+    return held + 4 * batch * 8 + 5 * block + (3 * rows + solved) * ranks * size
 
 
 def view(flat: Tensor, segment: Segment) -> Tensor:
-    """A segment of a piece as its rows x columns."""
-    return flat[segment.offset : segment.offset + segment.numel].view(segment.rows, -1)
+    """A segment of a piece, or of a stack's pieces, as its rows x columns."""
+    return flat[..., segment.offset : segment.offset + segment.numel].view(*flat.shape[:-1], segment.rows, -1)
 
 
 def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator[Block]:
@@ -118,6 +158,9 @@ def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator
         if line is None and cut_only:
             continue
         theta, grad = view(work.item.theta, segment), view(work.item.grad, segment)
+        if theta.ndim == 3:
+            yield Block(theta, grad, ..., ..., ..., None, 0)
+            continue
         size = workspace.rows(segment.rows, segment.col_stop - segment.col, work.m.At)
         first, column = segment.row - interval.first_row, work.matrix.first_column
         columns = slice(segment.col, segment.col_stop)
@@ -133,7 +176,7 @@ def grams_of_A(works: list[Work]) -> None:
     """This rank's part of ``A A^T``."""
     for work in works:
         for moment in work.moments:
-            moment.gram = moment.factors.At.T @ moment.factors.At
+            moment.gram = moment.factors.At.mT @ moment.factors.At
 
 
 def invert(works: list[Work], hyper: Any) -> None:
@@ -155,10 +198,12 @@ def _rescale(works: list[Work]) -> None:
     the next gradient would make ``B`` so large that ``B^T B`` overflows. Powers of two, so nothing is rounded.
     """
     moments = [moment for work in works for moment in work.moments]
-    levels = torch.stack([moment.gram.diagonal().mean() for moment in moments]).tolist()
-    for moment, level in zip(moments, levels, strict=True):
-        if 0 < level < TINY:
-            factor = 2.0 ** round(-0.5 * math.log2(level))
+    means = [moment.gram.diagonal(dim1=-2, dim2=-1).mean(-1).reshape(-1) for moment in moments]
+    levels = iter(torch.cat(means).tolist() if means else [])
+    for moment, mean in zip(moments, means, strict=True):
+        factors = [2.0 ** round(-0.5 * math.log2(x)) if 0 < x < TINY else 1.0 for x in islice(levels, len(mean))]
+        if max(factors) > 1:
+            factor = moment.gram.new_tensor(factors).view(*moment.gram.shape[:-2], 1, 1)
             moment.gram.mul_(factor).mul_(factor)
             moment.factors.At.mul_(factor)
             moment.factors.B.div_(factor)
@@ -172,9 +217,10 @@ def begin(work: Work, hyper: Any, workspace: Workspace) -> None:
     matrix, interval = work.matrix, work.matrix.interval
     for k, moment in enumerate(work.moments):
         if interval.rows >= interval.shape[1] and interval.columns is None:
-            moment.W = workspace.take(f"W{k}", interval.shape[1], moment.rank, moment.At)
-            torch.mm(moment.At, moment.inverse, out=moment.W)
-        shape = len(moment.At) if matrix.lends else matrix.block_size * matrix.parts, moment.rank
+            moment.W = workspace.take(f"W{k}", moment.At.shape, moment.At)
+            torch.matmul(moment.At, moment.inverse, out=moment.W)
+        *stack, columns, rank = moment.At.shape
+        shape = *stack, columns if matrix.lends else matrix.block_size * matrix.parts, rank
         # The first block of a matrix held whole writes Z; everywhere else blocks add to it.
         moment.Zt = moment.At.new_zeros(shape) if matrix.peers else moment.At.new_empty(shape)
     if not hyper.stable:
@@ -184,19 +230,20 @@ def begin(work: Work, hyper: Any, workspace: Workspace) -> None:
 def row_grams(work: Work) -> None:
     """``S = B^T B`` over the rows that are counted here."""
     for moment in work.moments:
-        owned = moment.factors.B[work.matrix.interval.first_owned :]
-        moment.S = owned.T @ owned
+        owned = moment.factors.B[..., work.matrix.interval.first_owned :, :]
+        moment.S = owned.mT @ owned
 
 
 def regress(g: Tensor, moment: Moment, block: Block, label: str, workspace: Workspace) -> Tensor:
     """``Y = g At (A A^T + d)^-1``: n x r."""
     if block.lines is not None:
         return moment.Y[block.lines]
-    Y = workspace.take(label, g.shape[0], moment.rank, moment.At)
+    shape = (*g.shape[:-1], moment.rank)
+    Y = workspace.take(label, shape, moment.At)
     if moment.W is not None:
-        return torch.mm(g, moment.W[block.held], out=Y)
-    product = torch.mm(g, moment.At[block.held], out=workspace.take("left", g.shape[0], moment.rank, moment.At))
-    return torch.mm(product, moment.inverse, out=Y)
+        return torch.matmul(g, moment.W[block.held], out=Y)
+    product = torch.matmul(g, moment.At[block.held], out=workspace.take("left", shape, moment.At))
+    return torch.matmul(product, moment.inverse, out=Y)
 
 
 def refresh_rows(work: Work, moment: Moment, block: Block, g: Tensor, Y: Tensor, gamma: float, hyper: Any) -> None:
@@ -216,7 +263,7 @@ def refresh_rows(work: Work, moment: Moment, block: Block, g: Tensor, Y: Tensor,
 def _add_product(Zt: Tensor, g: Tensor, B: Tensor, first: bool) -> None:
     """``Zt += g^T B``, or ``Zt = g^T B`` if it is the first."""
     if first:
-        torch.mm(g.T, B, out=Zt)
+        torch.matmul(g.mT, B, out=Zt)
     else:
         Zt.addmm_(g.T, B)
 
@@ -226,7 +273,13 @@ def refresh_columns(works: list[Work], gammas: tuple[float, ...], hyper: Any) ->
     for moments, gamma in zip(_by_moment(works), gammas, strict=True):
         inverses = damped_inverses([moment.S for moment in moments], hyper.damping, hyper.stable)
         for moment, inverse in zip(moments, inverses, strict=True):
-            moment.factors.At.addmm_(moment.Zt, inverse, beta=1 - gamma, alpha=gamma * hyper.target)
+            addmm(moment.factors.At, moment.Zt, inverse, beta=1 - gamma, alpha=gamma * hyper.target)
+
+
+def addmm(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0, start: Tensor | None = None) -> Tensor:
+    """``out <- beta start + alpha a b`` (``start``: ``out`` itself), of matrices or of stacks."""
+    add = torch.addmm if out.ndim == 2 else torch.baddbmm
+    return add(out if start is None else start, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def _by_moment(works: list[Work]) -> list[list[Moment]]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
+
+#: An accelerator takes blocks so many times as large: there it is not a cache that counts but the number of launches.
+ACCELERATOR = 16
 
 
 @dataclass(frozen=True)
@@ -13,7 +18,7 @@ class Workspace:
     """Limits and flat buffers. The buffers grow to what the largest block needs and stay.
 
     Attributes:
-        block: bytes of one row block's p x q temporary; three of them exist at a time.
+        block: bytes of one row block's p x q temporary on a CPU; three of them exist at a time.
         bucket: bytes of gathered factors, their gradients and Grams that are in flight at a time.
     """
 
@@ -23,16 +28,20 @@ class Workspace:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def block_on(self, device: torch.device) -> int:
+        """Bytes of a block's temporary on this device."""
+        return self.block if device.type == "cpu" else self.block * ACCELERATOR
+
     def rows(self, rows: int, columns: int, like: Tensor) -> int:
         """Rows in a block when a ``rows x columns`` piece is cut into equal ones."""
-        limit = max(1, self.block // (columns * like.element_size()))
+        limit = max(1, self.block_on(like.device) // (columns * like.element_size()))
         return -(-rows // -(-rows // limit))
 
-    def take(self, label: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised ``rows x columns`` tensor of ``like``'s dtype and device; one at a time per label."""
-        key, numel = (label, like.dtype, like.device), rows * columns
+    def take(self, label: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialised tensor of ``like``'s dtype and device; one at a time per label."""
+        key, numel = (label, like.dtype, like.device), prod(shape)
         have = self.buffers.get(key)
         if have is None or have.numel() < numel:
             self.buffers.pop(key, None)
             have = self.buffers[key] = like.new_empty(numel)
-        return have[:numel].view(rows, columns)
+        return have[:numel].view(*shape)

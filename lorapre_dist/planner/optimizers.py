@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lorapre_dist.core.refresh import CHUNK
-from lorapre_dist.core.workspace import Workspace
+from lorapre_dist.core.workspace import ACCELERATOR, Workspace
 
 from .request import Request
 from .spread import Array, Spread
@@ -114,7 +114,7 @@ def lorapre(request: Request, spread: Spread) -> Costs:
     sent: dict[str, Array] = defaultdict(lambda: _zeros(spread))
     for rank, matrices in _held(spread, int(np.argmax(state)), ranks).items():
         same = slice(None) if spread.uniform else slice(rank, rank + 1)
-        workspace[same] = _workspace(matrices, ranks, request.cpu or request.offload)
+        workspace[same] = _workspace(matrices, ranks, energies, request.cpu or request.offload)
         for purpose, count in _sent(matrices, ranks).items():
             sent[purpose][same] += count
     if request.layout == "ddp" and request.world_size > 1:
@@ -224,16 +224,37 @@ def _sent(matrices: list[Held], ranks: tuple[int, ...]) -> dict[str, int]:
     return dict(found)
 
 
-def _workspace(matrices: list[Held], ranks: tuple[int, ...], cpu: bool) -> int:
+def _stacks(matrices: list[Held], limit: int) -> list[list[int]]:
+    """Places of matrices that are stepped as one, as in ``core/stacks.py``."""
+    equal: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for k, m in enumerate(matrices):
+        if m.parts == 1 and 2 * FP32 * m.rows * m.q <= limit:
+            equal[m.rows, m.q].append(k)
+    found = []
+    for (rows, q), places in equal.items():
+        size = limit // (FP32 * rows * q)
+        found += [places[k : k + size] for k in range(0, len(places), size)]
+    return [run for run in found if len(run) > 1]
+
+
+def _workspace(matrices: list[Held], ranks: tuple[int, ...], energies: int, cpu: bool) -> int:
     """The bound that ``memory_report`` states, from numbers alone (``workspace_bytes`` of ``core/regression.py``)."""
     if not matrices:
         return 0
-    runs, square = _runs(matrices), sum(r * r for r in ranks)
-    batch = square * max(map(len, runs))
+    limit = Workspace.block * (1 if cpu else ACCELERATOR)
+    places = _stacks(matrices, limit)
+    stacked = {k for run in places for k in run}
+    runs: list[tuple[list[Held], int, Any]]
+    runs = [(run, 0, max) for run in _runs([m for k, m in enumerate(matrices) if k not in stacked])]
+    for run in ([matrices[k] for k in run] for run in places):
+        numbers = sum(2 * m.rows * m.q + (m.rows + m.q) * sum(ranks) + energies * m.rows for m in run)
+        runs.append((run, FP32 * numbers, sum))
+    square = sum(r * r for r in ranks)
+    batch = square * max(len(run) for run, _, _ in runs)
     if cpu:
         batch = min(batch, max(CHUNK, square))
-    block = max(max(Workspace.block, m.q * FP32) for m in matrices)
-    rows = max(min(m.rows, max(1, Workspace.block // (m.q * FP32))) for m in matrices)
-    solved = max(m.q if m.rows >= m.q else 0 for m in matrices)
-    bucket = max(sum(_transient(m, ranks) for m in run) for run in runs)
-    return bucket + 4 * batch * 8 + 5 * block + (3 * rows + solved) * sum(ranks) * FP32
+    block = max(max(limit, m.q * FP32) for m in matrices)
+    rows = max(most(min(m.rows, max(1, limit // (m.q * FP32))) for m in run) for run, _, most in runs)
+    solved = max(most(m.q if m.rows >= m.q else 0 for m in run) for run, _, most in runs)
+    held = max(sum(_transient(m, ranks) for m in run) + copied for run, copied, _ in runs)
+    return held + 4 * batch * 8 + 5 * block + (3 * rows + solved) * sum(ranks) * FP32

@@ -25,7 +25,7 @@ ORACLE = "reference"
 # Modules that name the library deepspeed: the door, the layouts that read its optimizers, and in the training program
 # what builds a model under zero.Init, what starts the ranks, asks MPI for them and reads the JSON (there only inside
 # functions).
-DEEPSPEED_LAZILY = {"lorapre_dist.training.program", "lorapre_dist.training.discovery"}
+DEEPSPEED_LAZILY = {f"lorapre_dist.training.{name}" for name in ("program", "discovery", "cpu_op")}
 MODELS = {"lorapre_dist.training.models", "lorapre_dist.training.finetune.models"}
 DEEPSPEED = {"lorapre_dist.deepspeed", *MODELS, *DEEPSPEED_LAZILY}
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
@@ -207,4 +207,4 @@ def test_a_layout_only_translates(path):
 
 
 def test_the_core_and_the_reference_fit_in_a_head():
-    assert sum(map(lines, [*(PACKAGE / "core").glob("*.py"), PACKAGE / "reference.py"])) < 2100
+    assert sum(map(lines, [*(PACKAGE / "core").glob("*.py"), PACKAGE / "reference.py"])) < 2200
