@@ -287,7 +287,7 @@ class LowRankOptimizer(StatefulOptimizer):
             if isinstance(bound.state, Matrix):
                 items.append(Item(bound.state, part, part_grad, None if held.is_contiguous() else held))
             else:
-                adamw.step(bound.state, part, part_grad, hyper, self.workspace.block_on(part.device))
+                adamw.step(bound.state, part, part_grad, hyper, self.workspace.block)
                 if not held.is_contiguous():
                     held.copy_(theta.view(held.shape))
         return items

@@ -11,6 +11,7 @@ from lorapre_dist.config import ConfigError
 BENCHES = {
     "quality": "validation loss after equal training, against AdamW and GaLore",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
+    "experts": "time of a step on many small matrices, stacked and one by one",
     "muon": "bytes sent and time of a distributed LoRAPreMuon step, against one process",
     "memory": "bytes of optimizer state and workspace per rank",
     "checkpoint": "memory and time of saving, loading and consolidating",

@@ -76,10 +76,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     times: dict[str, list[float]] = {label: [] for label in contenders}
     for repeat in range(args.repeats + 1):
         for label, run in contenders.items():
-            _synchronize(device)
+            synchronize(device)
             begin = time.perf_counter()
             run()
-            _synchronize(device)
+            synchronize(device)
             if repeat:
                 times[label].append(time.perf_counter() - begin)
     figures: dict[str, Any] = {label: (statistics.median(values), min(values)) for label, values in times.items()}
@@ -120,6 +120,7 @@ def _memory_pass(params: list[torch.nn.Parameter]) -> Callable[[], None]:
     return run
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what an accelerator still has to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

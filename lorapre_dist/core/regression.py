@@ -132,8 +132,12 @@ def workspace_bytes(
     batch = max(map(sum, squares))
     if device.type == "cpu":
         batch = min(batch, max(CHUNK, *map(max, squares)))
-    # Three temporaries of a row block, two more where the parameter is of another dtype.
-    block = max(max(limit, m.interval.shape[1] * size) for m in matrices)
+    block = max(
+        most(min(max(limit, m.interval.shape[1] * size), m.interval.rows * m.interval.shape[1] * size) for m in run)
+        for run, _, most in runs
+    )
+    # Three temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
+    blocks = 3 * block + max(2 * block, 5 * workspace.block)
     rows = max(
         most(min(m.interval.rows, max(1, limit // (m.interval.shape[1] * size))) for m in run) for run, _, most in runs
     )
@@ -142,7 +146,7 @@ def workspace_bytes(
         most(m.interval.shape[1] if m.interval.rows >= m.interval.shape[1] else 0 for m in run) for run, _, most in runs
     )
     ranks = max(sum(m.ranks.values()) for m in matrices)
-    return held + 4 * batch * 8 + 5 * block + (3 * rows + solved) * ranks * size
+    return held + 4 * batch * 8 + blocks + (3 * rows + solved) * ranks * size
 
 
 def view(flat: Tensor, segment: Segment) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 #: An accelerator takes blocks so many times as large: there it is not a cache that counts but the number of launches.
-ACCELERATOR = 16
+ACCELERATOR = 8
 
 
 @dataclass(frozen=True)

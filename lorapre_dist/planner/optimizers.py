@@ -253,8 +253,9 @@ def _workspace(matrices: list[Held], ranks: tuple[int, ...], energies: int, cpu:
     batch = square * max(len(run) for run, _, _ in runs)
     if cpu:
         batch = min(batch, max(CHUNK, square))
-    block = max(max(limit, m.q * FP32) for m in matrices)
+    block = max(most(min(max(limit, m.q * FP32), m.rows * m.q * FP32) for m in run) for run, _, most in runs)
+    blocks = 3 * block + max(2 * block, 5 * Workspace.block)
     rows = max(most(min(m.rows, max(1, limit // (m.q * FP32))) for m in run) for run, _, most in runs)
     solved = max(most(m.q if m.rows >= m.q else 0 for m in run) for run, _, most in runs)
     held = max(sum(_transient(m, ranks) for m in run) + copied for run, copied, _ in runs)
-    return held + 4 * batch * 8 + 5 * block + (3 * rows + solved) * sum(ranks) * FP32
+    return held + 4 * batch * 8 + blocks + (3 * rows + solved) * sum(ranks) * FP32

@@ -90,8 +90,10 @@ def test_workspace_bounds_what_a_step_allocates(shapes, options, dtype):
     assert peak <= bound, f"{peak / 2**20:.2f} MiB, bound {bound / 2**20:.2f} MiB"
 
 
-def test_workspace_bounds_what_a_step_of_a_large_embedding_allocates():
-    named = [("embed", nn.Parameter(torch.zeros(8192, 512))), ("q_proj", nn.Parameter(torch.zeros(64, 64)))]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_workspace_bounds_what_a_step_of_a_large_embedding_allocates(dtype):
+    shapes = {"embed": (8192, 512), "q_proj": (64, 64)}
+    named = [(name, nn.Parameter(torch.zeros(shape, dtype=dtype))) for name, shape in shapes.items()]
     optimizer = LoRAPre(named, rank=4)
     for _, p in named:
         p.grad = torch.ones_like(p)
