@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import pytest
 
 
@@ -22,6 +25,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def exhaustive(request: pytest.FixtureRequest) -> bool:
     """Whether tests that repeat something do so as often as the README says."""
     return bool(request.config.getoption("--exhaustive"))
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_it_was():
+    """Programs that tests call in their own process tell libraries by variables who they are."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
