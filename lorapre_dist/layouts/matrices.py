@@ -29,7 +29,7 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
         for piece in unit.pieces
         if len(piece.shape) == 3 and is_low_rank(piece.name, piece.shape, unit.group)
     }
-    peers = _peers(stacks) if layout.world_size > 1 else {}
+    peers = _peers(stacks) if layout.world_size > 1 and dist.is_initialized() else {}  # a plan of ranks has no group
     count = columns = elements = 0
     for unit in layout.units:
         pieces = []

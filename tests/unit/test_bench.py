@@ -1,0 +1,41 @@
+"""The benches of the README run, on small cases, and their figures are of what they say."""
+
+from __future__ import annotations
+
+import json
+
+from lorapre_dist.bench.__main__ import main
+
+
+def rows(text, first):
+    """Words of the lines that begin with a number, from the line after the one that contains ``first``."""
+    _, *lines = text[text.index(first) :].splitlines()
+    return [line.split() for line in lines if line.split()[0].isdigit()]
+
+
+def test_memory(capsys):
+    assert (
+        main(["memory", "--model", "llama-tiny", "--rank", "16", "--world_sizes", "1", "3", "--shape", "300", "200"])
+        == 0
+    )
+    one, three = rows(capsys.readouterr().out, "ranks")
+    assert [one[0], three[0]] == ["1", "3"]
+    for row in (one, three):
+        assert abs(float(row[3]) - 1) < 0.05
+    assert abs(float(one[4]) / float(three[4]) - 3) < 0.1
+
+
+def test_step(capsys, tmp_path):
+    path = tmp_path / "step.json"
+    assert main(["step", "--model", "llama-tiny", "--rank", "16", "--repeats", "2", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["rank_v"] == 2
+    assert 0 < figures["bare GEMMs"][1] < figures["LoRAPre step"][0]
+    assert "LoRAPre step / (bare GEMMs + memory pass)" in capsys.readouterr().out
+
+
+def test_experts(capsys):
+    assert main(["experts", "--experts", "5", "--shape", "24", "32", "--rank", "4", "--repeats", "2"]) == 0
+    (row,) = rows(capsys.readouterr().out, "stack of")
+    assert row[:4] == ["5", "24x32", "4", "5"]
+    assert all(float(cell) > 0 for cell in row[4:])
