@@ -28,11 +28,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lorapre_dist import reference
-from lorapre_dist.config import LoRAPreMuonConfig
+from lorapre_dist.config import ConfigError, LoRAPreMuonConfig
 from lorapre_dist.core.factors import Peers
 from lorapre_dist.core.interval import column_block
 from lorapre_dist.core.newton_schulz import NewtonSchulz, gram, packed_numel, polynomial
 from lorapre_dist.core.orthogonal import cost
+from lorapre_dist.core.workspace import Workspace
 from lorapre_dist.layouts import ddp, whole
 from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.optimizers import LoRAPreMuon
@@ -114,7 +115,17 @@ def through_grams(x: torch.Tensor, config: LoRAPreMuonConfig) -> torch.Tensor:
 
 
 def print_bytes(shape: tuple[int, int], rank: int, size: int) -> None:
-    """Sent bytes of all ranks by purpose, beside the closed form."""
+    """Sent bytes of all ranks by purpose, beside the closed form.
+
+    Raises:
+        ConfigError: a matrix for which the closed form does not hold.
+    """
+    p, q = shape
+    if p >= q or p % size or 4 * p * q <= Workspace.block:
+        raise ConfigError(
+            f"--shape {p} {q}: the closed form is of matrices with fewer rows than columns, even row shards on "
+            f"{size} ranks and more than {Workspace.block >> 20} MiB"
+        )
     measured = sum((Counter(sent) for sent in spawn(size, bytes_rank, shape=shape, rank=rank)), Counter())
     expected, gather = closed_form(shape, rank, size), (size - 1) * shape[0] * shape[1] * 4
     print(f"one step of {shape[0]} x {shape[1]}, rank {rank}, rows on {size} ranks: bytes sent by all ranks together")

@@ -39,3 +39,9 @@ def test_experts(capsys):
     (row,) = rows(capsys.readouterr().out, "stack of")
     assert row[:4] == ["5", "24x32", "4", "5"]
     assert all(float(cell) > 0 for cell in row[4:])
+
+
+def test_bytes_of_muon_where_the_closed_form_does_not_hold(capsys):
+    for shape in (["512", "256"], ["1023", "4096"], ["256", "512"]):
+        assert main(["muon", "--parts", "bytes", "--shape", *shape]) == 2
+        assert f"--shape {' '.join(shape)}: the closed form is of matrices" in capsys.readouterr().err
