@@ -211,7 +211,8 @@ def _rescale(works: list[Work]) -> None:
             moment.gram.mul_(factor).mul_(factor)
             moment.factors.At.mul_(factor)
             moment.factors.B.div_(factor)
-            moment.Y.mul_(factor)
+            if len(moment.Y):  # of a stack there is none
+                moment.Y.mul_(factor)
             if moment.At is not moment.factors.At:
                 moment.At.mul_(factor)
 

@@ -82,6 +82,29 @@ def test_bf16_weights(name):
         torch.testing.assert_close(whole[key], tensor, rtol=2e-2, atol=1e-3)  # a bf16 rounding apart
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_factors_of_next_to_nothing(name):
+    """As hundreds of steps without gradient leave them, in one matrix of a stack."""
+    found = []
+    for block in (BLOCKS[0], BLOCKS[2]):
+        model = Model()
+        optimizer = optimizer_of(name, model)
+        optimizer.workspace = replace(optimizer.workspace, block=block)
+        model.gradients(0, torch.float64)
+        optimizer.step()
+        for moment in optimizer.factors()["experts.up_proj[2]"]:
+            if moment.endswith("_A"):
+                optimizer.factors()["experts.up_proj[2]"][moment].mul_(1e-20)
+        for step in (1, 3):
+            model.gradients(step, torch.float64)
+            optimizer.step()
+        found.append(values(model, optimizer))
+    alone, whole = found
+    for key, tensor in alone.items():
+        assert tensor.isfinite().all(), key
+        torch.testing.assert_close(whole[key], tensor, rtol=1e-8, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+
+
 def test_only_what_is_alike_is_stacked():
     _, optimizer = trained("LoRAPre", BLOCKS[2], steps=3)
     matrices = [bound.state for bound in optimizer.bound() if hasattr(bound.state, "interval")]
