@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from lorapre_dist.core.stacks import runs
+from lorapre_dist.core import stacks
 from lorapre_dist.optimizer import LoRAPre
 
 from .step import synchronize
@@ -60,7 +60,7 @@ def measure(
             optimizer.workspace = replace(optimizer.workspace, block=block)
         optimizers.append(optimizer)
     matrices = [bound.state for bound in optimizers[0].bound()]
-    found = runs(matrices, optimizers[0].workspace.block_on(device))
+    found = stacks.of(matrices, optimizers[0].workspace.block_on(device))
     times: list[list[float]] = [[], []]
     for repeat in range(repeats + 2):
         for optimizer, seconds in zip(optimizers, times, strict=True):

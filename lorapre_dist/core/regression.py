@@ -54,8 +54,8 @@ def together(items: list[Item], workspace: Workspace, per_element: int = 0) -> I
     """
     runs: list[list[int]] = []
     if items and not per_element:
-        limit, kinds = workspace.block_on(items[0].theta.device), [stacks.kind(item) for item in items]
-        runs = stacks.runs([item.matrix for item in items], limit, kinds)
+        limit = workspace.block_on(items[0].theta.device)
+        runs = stacks.of([x.matrix for x in items], limit, [stacks.kind(x) for x in items])
     for run in runs:
         with stacks.stacked([items[k] for k in run]) as item:
             yield [item]
@@ -118,33 +118,25 @@ def workspace_bytes(
         return 0
     size, device = matrices[0].dtype.itemsize, matrices[0].factors["m"].B.device
     limit = workspace.block_on(device)
-    places = [] if per_element else stacks.runs(matrices, limit)
+    places = [] if per_element else stacks.of(matrices, limit)
     alone = _without(matrices, places)
     # Each with what it copies, and how the rows of its matrices add up: a stack is one block.
     runs: list[tuple[list[Matrix], int, Any]]
     runs = [(alone[bucket], 0, max) for bucket in buckets(alone, workspace.bucket, per_element)]
-    for run in places:
-        stack = [matrices[k] for k in run]
-        runs.append((stack, stacks.copied_bytes(stack), sum))
+    runs += [(stack, stacks.copied_bytes(stack), sum) for stack in ([matrices[k] for k in run] for run in places)]
     held = max(sum(map(size_of, run)) + copied for run, copied, _ in runs)
     # In fp64: the stacked Grams, their Cholesky factors, the inverses, and a copy that the solver makes.
     squares = [[sum(r * r for r in m.ranks.values()) for m in run] for run, _, _ in runs]
     batch = max(map(sum, squares))
     if device.type == "cpu":
         batch = min(batch, max(CHUNK, *map(max, squares)))
-    block = max(
-        most(min(max(limit, m.interval.shape[1] * size), m.interval.rows * m.interval.shape[1] * size) for m in run)
-        for run, _, most in runs
-    )
+    shapes = [([(m.interval.rows, m.interval.shape[1]) for m in run], most) for run, _, most in runs]
+    block = max(most(min(max(limit, q * size), p * q * size) for p, q in run) for run, most in shapes)
     # Three temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
     blocks = 3 * block + max(2 * block, 5 * workspace.block)
-    rows = max(
-        most(min(m.interval.rows, max(1, limit // (m.interval.shape[1] * size))) for m in run) for run, _, most in runs
-    )
+    rows = max(most(min(p, max(1, limit // (q * size))) for p, q in run) for run, most in shapes)
     # Old A times its inverse Gram, where the matrix has at least as many rows as columns.
-    solved = max(
-        most(m.interval.shape[1] if m.interval.rows >= m.interval.shape[1] else 0 for m in run) for run, _, most in runs
-    )
+    solved = max(most(q if p >= q else 0 for p, q in run) for run, most in shapes)
     ranks = max(sum(m.ranks.values()) for m in matrices)
     return held + 4 * batch * 8 + blocks + (3 * rows + solved) * ranks * size
 

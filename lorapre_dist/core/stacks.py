@@ -7,7 +7,8 @@ and its pieces are k x n. A matrix of which no two fit in a block has products t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,28 +20,35 @@ from .exchange import Item
 from .factors import Factors, Matrix
 
 
-def runs(matrices: Sequence[Matrix], limit: int, kinds: Sequence[Any] | None = None) -> list[list[int]]:
-    """For each stack the places of its matrices, at most ``limit`` bytes of weights.
+def runs(kinds: Sequence[Hashable], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """For each stack the places of its matrices: of one kind, at most ``limit`` bytes of weights together.
 
     Args:
-        kinds: only matrices of the same kind are stacked.
+        kinds: of each matrix; None for one that stays alone.
+        sizes: bytes of each matrix's weights, the same within a kind.
     """
-    equal: dict[Any, list[int]] = {}
-    for k, matrix in enumerate(matrices):
-        if matrix.peers is None and 2 * _bytes(matrix) <= limit:
-            kind = kinds[k] if kinds else None
-            equal.setdefault((matrix.interval.shape, *matrix.ranks.items(), matrix.dtype, kind), []).append(k)
+    equal: dict[Hashable, list[int]] = defaultdict(list)
+    for k, kind in enumerate(kinds):
+        if kind is not None:
+            equal[kind].append(k)
     found = []
     for places in equal.values():
-        size = limit // _bytes(matrices[places[0]])
+        size = max(1, limit // sizes[places[0]])
         found += [places[k : k + size] for k in range(0, len(places), size)]
     return [run for run in found if len(run) > 1]
 
 
-def kind(item: Item) -> Any:
-    """What has to be the same of all items of a stack beside what :func:`runs` looks at."""
-    matrix = item.matrix
-    return matrix.step, matrix.variant, *matrix.vectors, item.theta.dtype, item.grad.dtype, item.theta.device
+def of(matrices: Sequence[Matrix], limit: int, others: Sequence[Hashable] = ()) -> list[list[int]]:
+    """The stacks of matrices that are alike, also in what ``others`` says of each; those that are shared stay alone."""
+    alike = [None if m.peers else (m.interval.shape, *m.ranks.items(), m.dtype) for m in matrices]
+    kinds = [one and (one, other) for one, other in zip(alike, others, strict=True)] if others else alike
+    return runs(kinds, [_bytes(m) for m in matrices], limit)
+
+
+def kind(item: Item) -> Hashable:
+    """What the matrices of a stack have in common in a step: how many they have behind them, and types of tensors."""
+    matrix, tensors = item.matrix, (item.theta, item.grad)
+    return matrix.step, matrix.variant, *matrix.vectors, *((t.dtype, t.device) for t in tensors)
 
 
 def copied_bytes(matrices: list[Matrix]) -> int:

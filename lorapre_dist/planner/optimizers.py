@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lorapre_dist.core import stacks
 from lorapre_dist.core.refresh import CHUNK
 from lorapre_dist.core.workspace import ACCELERATOR, Workspace
 
@@ -224,25 +225,13 @@ def _sent(matrices: list[Held], ranks: tuple[int, ...]) -> dict[str, int]:
     return dict(found)
 
 
-def _stacks(matrices: list[Held], limit: int) -> list[list[int]]:
-    """Places of matrices that are stepped as one, as in ``core/stacks.py``."""
-    equal: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for k, m in enumerate(matrices):
-        if m.parts == 1 and 2 * FP32 * m.rows * m.q <= limit:
-            equal[m.rows, m.q].append(k)
-    found = []
-    for (rows, q), places in equal.items():
-        size = limit // (FP32 * rows * q)
-        found += [places[k : k + size] for k in range(0, len(places), size)]
-    return [run for run in found if len(run) > 1]
-
-
 def _workspace(matrices: list[Held], ranks: tuple[int, ...], energies: int, cpu: bool) -> int:
     """The bound that ``memory_report`` states, from numbers alone (``workspace_bytes`` of ``core/regression.py``)."""
     if not matrices:
         return 0
     limit = Workspace.block * (1 if cpu else ACCELERATOR)
-    places = _stacks(matrices, limit)
+    kinds = [(m.rows, m.q) if m.parts == 1 else None for m in matrices]
+    places = stacks.runs(kinds, [FP32 * m.rows * m.q for m in matrices], limit)
     stacked = {k for run in places for k in run}
     runs: list[tuple[list[Held], int, Any]]
     runs = [(run, 0, max) for run in _runs([m for k, m in enumerate(matrices) if k not in stacked])]

@@ -23,16 +23,13 @@ STEPS = 40
 TIMEOUT = 12.0
 ALL_ENDED = TIMEOUT + 45 + 60
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(missing("pdsh") is not None, reason=str(missing("pdsh"))),
-]
-
 
 def needs(*programs: str) -> pytest.MarkDecorator:
     reason = missing(*programs)
     return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(900), needs("pdsh")]
 
 
 @pytest.fixture(scope="module")

@@ -60,15 +60,17 @@ def test_sigterm_through_the_launcher_and_again_to_one_rank(options, whole, tmp_
     assert found == whole[: len(found)]  # as if nothing had happened, to the last bit
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk to fill up")
 @pytest.mark.timeout(400)
 def test_a_full_disk(options, whole, tmp_path):
     """Training goes on without checkpoints; a stop then says that it could not save; with room again it resumes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
     if mounted.returncode:
-        pytest.skip("this container may not mount a tmpfs")
+        pytest.skip(f"this container may not mount a small disk to fill up: {mounted.stderr.strip()}")
     try:
         folder, filler = disk / "run", disk / "filler"
         metrics = folder / "metrics.jsonl"

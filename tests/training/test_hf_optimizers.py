@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.hf_trainer import LoRAPreTrainer
-from lorapre_dist.training.models import preset_config
+from tests.launch.conftest import TINY_LLAMA
 
 
 @pytest.fixture
 def model():
-    config = preset_config("llama-tiny", vocab_size=64)
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 1, 32, 48
-    config.num_attention_heads = config.num_key_value_heads = 2
-    config.head_dim = 16
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**TINY_LLAMA))
 
 
 @pytest.fixture

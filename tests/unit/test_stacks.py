@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapre_dist.core import stacks
+from lorapre_dist.core.exchange import Item
 from lorapre_dist.optimizers import OPTIMIZERS
 
 EXPERTS = 7
@@ -111,11 +112,12 @@ def test_only_what_is_alike_is_stacked():
     assert len(matrices) == 2 * EXPERTS + 1
     steps = [matrix.step for matrix in matrices]
     assert sorted(set(steps)) == [2, 3]
-    (run,) = stacks.runs(matrices, 1 << 20, kinds=steps)
+    items = [Item(matrix, *2 * [torch.empty(matrix.interval.numel)]) for matrix in matrices]
+    (run,) = stacks.of(matrices, 1 << 20, [stacks.kind(item) for item in items])
     assert len(run) == 2 * EXPERTS - 1 and {matrices[k].step for k in run} == {3}
-    sizes = [len(run) for run in stacks.runs(matrices, 4 * 12 * 10 * 8)]
+    sizes = [len(run) for run in stacks.of(matrices, 4 * 12 * 10 * 8)]
     assert sizes == [4, 4, 4, 2]
-    assert stacks.runs(matrices, 12 * 10 * 8) == []
+    assert stacks.of(matrices, 12 * 10 * 8) == []
 
 
 def test_pieces_that_lie_behind_each_other_are_joined_by_a_view():
