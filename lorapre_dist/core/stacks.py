@@ -2,7 +2,7 @@
 
 Experts are many and small, and an operation on a small tensor costs its launch. So those that this rank holds whole are
 brought together in a stack, which goes through the step like one matrix: its tensors have a dimension more, in front,
-and its pieces are k x n. A matrix of which no two fit in a block has products that are long enough by itself.
+and its pieces are k x n. Larger matrices have products that are long enough by themselves.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from torch import Tensor
 from .exchange import Item
 from .factors import Factors, Matrix
 
+#: Matrices of a kind are stacked if so many of them fit in a block: larger ones do not make up for their being copied.
+FEWEST = 8
+
 
 def runs(kinds: Sequence[Hashable], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """For each stack the places of its matrices: of one kind, at most ``limit`` bytes of weights together.
+    """For each stack the places of its matrices: of one kind, as many as have ``limit`` bytes of weights together.
 
     Args:
         kinds: of each matrix; None for one that stays alone.
@@ -33,8 +36,9 @@ def runs(kinds: Sequence[Hashable], sizes: Sequence[int], limit: int) -> list[li
             equal[kind].append(k)
     found = []
     for places in equal.values():
-        size = max(1, limit // sizes[places[0]])
-        found += [places[k : k + size] for k in range(0, len(places), size)]
+        size = limit // sizes[places[0]]
+        if size >= FEWEST:
+            found += [places[k : k + size] for k in range(0, len(places), size)]
     return [run for run in found if len(run) > 1]
 
 
