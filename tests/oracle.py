@@ -17,7 +17,7 @@ from lorapre_dist.config import (
     LowRankConfig,
     MomentumConfig,
 )
-from lorapre_dist.core.factors import initial_At
+from lorapre_dist.core.factors import initial_A
 
 STEPS: dict[type[LowRankConfig], Callable[..., None]] = {
     LoRAPreConfig: reference.lorapre_adam_step,
@@ -31,7 +31,7 @@ STEPS: dict[type[LowRankConfig], Callable[..., None]] = {
 def init_matrix(name: str, shape: tuple[int, int], config: LowRankConfig) -> dict[str, Any]:
     """State of one matrix before the first step."""
     initial = {
-        moment: initial_At(name, moment, shape[1], rank, config.init_std, config.seed).T
+        moment: initial_A(name, moment, rank, shape[1], config.init_std, config.seed)
         for moment, rank in config.ranks.items()
     }
     return reference.init_state(shape, config, initial["m"], initial.get("v"))

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from lorapre_dist.core.factors import Peers
-from lorapre_dist.core.interval import equal_ranges
 from lorapre_dist.layouts.base import Layout, Piece, Unit
+from lorapre_dist.layouts.ranges import equal_ranges
 from lorapre_dist.optimizer import LoRAPre
 
 from .shapes import projections

@@ -90,19 +90,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _gemms(params: list[torch.nn.Parameter], ranks: list[int]) -> Callable[[], None]:
-    """``B A``, ``g A^T`` and ``B^T g`` of every matrix and rank: 6 p q r flops each."""
+    """``B A``, ``g A^T`` and ``B^T g`` of every matrix and rank: 6 p q r flops each, laid out as the step has them."""
     cases = []
     for p in params:
         for r in ranks:
             B = torch.randn(p.shape[0], r, device=p.device)
-            At = torch.randn(p.shape[1], r, device=p.device)
-            cases.append((p.grad, B, At, torch.empty_like(p), torch.empty_like(B), torch.empty_like(At)))
+            A = torch.randn(r, p.shape[1], device=p.device)
+            cases.append((p.grad, B, A, torch.empty_like(p), torch.empty_like(B), torch.empty_like(A)))
 
     def run() -> None:
-        for g, B, At, m, Y, Zt in cases:
-            torch.mm(B, At.T, out=m)
-            torch.mm(g, At, out=Y)
-            torch.mm(g.T, B, out=Zt)
+        for g, B, A, m, Y, Z in cases:
+            torch.mm(B, A, out=m)
+            torch.mm(g, A.T, out=Y)
+            torch.mm(B.T, g, out=Z)
 
     return run
 

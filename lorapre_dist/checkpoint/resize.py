@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.factors import initial_At
+from ..core.factors import initial_A
 from ..shards import OPTIMIZER, Shard
 from . import dcp
 from .content import RANKS
@@ -55,7 +55,7 @@ def load_resized(
                 if team.rank == 0:
                     key = f"{OPTIMIZER}{name}.{moment}"
                     B, A = (dcp.whole(folder, f"{key}_{f}", e) for f, e in zip("BA", entries, strict=True))
-                    fresh = initial_At(name, moment, q, rank, options["init_std"], options["seed"]).T
+                    fresh = initial_A(name, moment, rank, q, options["init_std"], options["seed"])
                     new = list(resize(B, A, rank, fresh))
             for factor, tensor in zip("BA", new, strict=True):
                 mine = shards.get(f"{OPTIMIZER}{name}.{moment}_{factor}")

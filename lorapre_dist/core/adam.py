@@ -1,13 +1,13 @@
 """LoRA-Pre (Adam form) on row intervals: a handful of local phases with collectives between them.
 
-Notation as in ``reference.py``; ``At`` is ``A`` transposed (q x r). A rank holds rows ``R_k`` of ``B`` and a block
-of the rows of ``At``. Per matrix and moment:
+Notation as in ``reference.py``. A rank holds rows ``R_k`` of ``B`` and a block of the columns of ``A``. Per matrix and
+moment:
 
-    gather   At whole, from its blocks
+    gather   A whole, from its blocks
     edge     sums over rows cut between ranks, and the Gram ``A A^T``: one small all-reduce
-    local    block by block of rows: update theta, Y = g At (A A^T + d)^-1, new B[R_k], Z = g^T B
+    local    block by block of rows: update theta, Y = g A^T (A A^T + d)^-1, new B[R_k], Z = B^T g
     reduce   Z to its blocks, S = B^T B over rows
-    refresh  At <- (1 - gamma) At + gamma Z (S + d)^-1 on this rank's block
+    refresh  A <- (1 - gamma) A + gamma (S + d)^-1 Z on this rank's block
 
 A matrix that one rank owns whole takes the same path without the collectives.
 """
@@ -23,9 +23,10 @@ from torch import Tensor
 from . import exchange, regression
 from .comm import Comm
 from .exchange import Item, Work
-from .factors import Matrix
-from .regression import Block, addmm
+from .regression import Block, addmm, workspace_bytes
 from .workspace import Workspace
+
+__all__ = ["Hyper", "apply", "step", "workspace_bytes"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,6 @@ def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> N
         _step(some, hyper, comm, workspace)
 
 
-def workspace_bytes(matrices: list[Matrix], workspace: Workspace) -> int:
-    """Bound on what a step allocates for itself."""
-    return regression.workspace_bytes(matrices, workspace)
-
-
 def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
     for item in items:
         item.matrix.step += 1
@@ -65,6 +61,7 @@ def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> 
         _edge_sums(work, hyper, workspace)
     exchange.sum_edges(works, comm)
     regression.invert(works, hyper)
+    regression.make_room(works, workspace)
     for work in works:
         regression.begin(work, hyper, workspace)
         for block in regression.blocks(work, workspace):
@@ -79,23 +76,23 @@ def _edge_sums(work: Work, hyper: Hyper, workspace: Workspace) -> None:
     """This rank's part of the sums over cut rows: ``sum g^2``, ``sum w`` and both Y."""
     beta2 = hyper.betas[1]
     for block in regression.blocks(work, workspace, cut_only=True):
-        g = block.grad.to(work.m.At.dtype)
-        u = work.v.factors.B[block.rows] @ work.v.At[block.held].T
+        g = block.grad.to(work.m.A.dtype)
+        u = work.v.factors.B[block.rows] @ work.v.A[:, block.held]
         work.edge[block.lines, 0] += g.square().sum(1)
         work.edge[block.lines, 1] += (beta2 * u.square() + (1 - beta2) * g.square()).sum(1)
-        work.m.Y[block.lines] += g @ work.m.At[block.held]
-        work.v.Y[block.lines] += g.abs() @ work.v.At[block.held]
+        work.m.Y[block.lines] += g @ work.m.A[:, block.held].T
+        work.v.Y[block.lines] += g.abs() @ work.v.A[:, block.held].T
 
 
 def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) -> None:
     """One block: the update of theta, then both moments' rows."""
     matrix = work.matrix
-    At, vAt = work.m.At[block.held], work.v.At[block.held]
+    A, vA = work.m.A[..., block.held], work.v.A[..., block.held]
     B, vB = work.m.factors.B[block.rows], work.v.factors.B[block.rows]
     beta1, beta2 = hyper.betas
     bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step
-    m, w, a = (workspace.take(label, block.grad.shape, At) for label in "mwa")
-    g = block.grad.to(At.dtype)
+    m, w, a = (workspace.take(label, block.grad.shape, A) for label in "mwa")
+    g = block.grad.to(A.dtype)
     torch.abs(g, out=a)
 
     # Y and Yv: regression of g and |g| on the old A.
@@ -103,11 +100,10 @@ def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) 
     Yv = regression.regress(a, work.v, block, "Yv", workspace)
 
     # w = beta2 (vB vA)^2 + (1 - beta2) g^2
-    addmm(w, vB, vAt.mT, beta=0, alpha=math.sqrt(beta2))
+    addmm(w, vB, vA, beta=0, alpha=math.sqrt(beta2))
     w.mul_(w).addcmul_(g, g, value=1 - beta2)
     # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
-    left = torch.mul(B, beta1 / bias1, out=workspace.take("left", B.shape, At))
-    left.add_(Y, alpha=-hyper.residual)
+    left, keep = workspace.take("left", B.shape, A), beta1 / bias1
     fresh = (1 - beta1) / bias1 + hyper.residual
     if "v_row" in matrix.vectors:
         # m_hat / (sqrt(f w) + floor) = m_hat / sqrt(f) / (sqrt(w) + floor / sqrt(f)): rows of the factor are scaled,
@@ -115,11 +111,13 @@ def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) 
         edge = None if block.lines is None else work.edge[block.lines]
         energy = matrix.vectors["v_row"][block.rows]
         shrink, floor = _calibrate(w, g, edge, energy, hyper, bias2, matrix.interval.shape[1])
-        addmm(torch.mul(g, shrink * fresh, out=m), left.mul_(shrink), At.mT, beta=1)
-        _sqrt_(w).add_(floor)
+        torch.mul(B, shrink * keep, out=left).addcmul_(Y, shrink, value=-hyper.residual)
+        addmm(torch.mul(g, shrink * fresh, out=m), left, A, beta=1)
+        _root_plus(w, floor)
     else:
-        addmm(m, left, At.mT, beta=fresh, start=g)
-        _sqrt_(w.div_(bias2)).add_(hyper.eps)
+        torch.mul(B, keep, out=left).sub_(Y, alpha=hyper.residual)
+        addmm(m, left, A, beta=fresh, start=g)
+        _root_plus(w.div_(bias2), w.new_tensor(hyper.eps))
     apply(block.theta, m, w, hyper)
 
     regression.refresh_rows(work, work.m, block, g, Y, hyper.gammas[0], hyper)
@@ -137,21 +135,23 @@ def _calibrate(
     sum_g2 = edge[:, 0] if edge is not None else torch.linalg.vector_norm(g, dim=-1).square_()
     sum_w = edge[:, 1] if edge is not None else w.sum(-1)
     energy.mul_(hyper.betas[1]).add_(sum_g2, alpha=(1 - hyper.betas[1]) / q)
-    level = energy / bias2
-    some = sum_w > 0
-    shrink = (sum_w / level.clamp_min(torch.finfo(level.dtype).tiny)).div_(q).sqrt_()
-    shrink = torch.where(some, shrink, torch.ones_like(level))
-    floor = torch.where(some, torch.zeros_like(level), level.sqrt()).add_(hyper.eps).mul_(shrink)
+    # Where all of w is 0, any positive number may stand for 1 / sqrt(f), as it scales numerator and denominator. With
+    # this one sqrt(s / bias2) / sqrt(f) is sqrt(tiny / q), which is nothing in all other rows.
+    tiny = torch.finfo(energy.dtype).tiny
+    shrink = ((sum_w + tiny) / (energy * (q / bias2)).add_(tiny)).sqrt_()
+    floor = (shrink * hyper.eps).add_(math.sqrt(tiny / q))
     return shrink[..., None], floor[..., None]
 
 
-def _sqrt_(w: Tensor) -> Tensor:
-    """Square root, in place.
+def _root_plus(w: Tensor, floor: Tensor) -> Tensor:
+    """``w <- sqrt(w) + floor``, in place.
 
     On a CPU as ``1 / w^-0.5``, which is right at 0 and infinity as well: two vectorised passes of torch's own,
     in half the time of its ``sqrt``, which calls a vendor's library.
     """
-    return w.pow_(-0.5).reciprocal_() if w.device.type == "cpu" else w.sqrt_()
+    if w.device.type != "cpu":
+        return w.sqrt_().add_(floor)
+    return torch.addcdiv(floor, w.new_ones(w.shape[-1]), w.pow_(-0.5), out=w)
 
 
 def apply(theta: Tensor, m: Tensor, denom: Tensor, hyper: Hyper) -> None:

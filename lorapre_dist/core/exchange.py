@@ -33,28 +33,28 @@ class Moment:
 
     Attributes:
         factors: this rank's state.
-        At: q x r, of the step before: whole, or this rank's block if it needs no more (:attr:`Matrix.lends`).
+        A: r x q, of the step before: whole, or this rank's block if it needs no more (:attr:`Matrix.lends`).
         Y: per row that is cut between ranks, the regression of the whole row on the old A (r numbers).
         gram: ``A A^T``, r x r.
         inverse: of the damped ``gram``.
-        W: ``At inverse`` (q x r) where that is cheaper than to multiply rows by ``inverse``, else None.
-        Zt: ``g^T B``, q x r (padded to whole blocks); after the reduction, this rank's columns x r.
+        W: ``inverse A`` (r x q) where that is cheaper than to multiply rows by ``inverse``, else None.
+        Z: ``B^T g``, r x q (padded to whole blocks); after the reduction, r x this rank's columns.
         S: ``B^T B``, r x r.
     """
 
     factors: Factors
-    At: Tensor
+    A: Tensor
     Y: Tensor
     gram: Tensor = field(init=False)
     inverse: Tensor = field(init=False)
     W: Tensor | None = field(init=False, default=None)
-    Zt: Tensor = field(init=False)
+    Z: Tensor = field(init=False)
     S: Tensor = field(init=False)
 
     @property
     def rank(self) -> int:
         """Rank of the factors."""
-        return self.At.shape[-1]
+        return self.A.shape[-2]
 
 
 @dataclass
@@ -109,14 +109,14 @@ def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
 
 
 def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
-    """``At`` of every moment, whole: one all-gather a group. Where this rank's block is enough, it lends its state.
+    """``A`` of every moment, whole: one all-gather a group. Where this rank's block is enough, it lends its state.
 
     Args:
         sums: numbers per cut row that the optimizer sums beside ``Y``.
     """
     waits = []
     for group, shared in by_group(item for item in items if not item.matrix.lends):
-        blocks = [_padded(f.At, x.matrix.block_size) for x in shared for f in x.matrix.factors.values()]
+        blocks = [_padded(f.A, x.matrix.block_size) for x in shared for f in x.matrix.factors.values()]
         waits.append((comm.all_gather(torch.cat(blocks), group, "gather A"), shared))
     whole: dict[int, list[Tensor]] = {}
     for wait, shared in waits:
@@ -124,9 +124,9 @@ def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
         for item in shared:
             q, size = item.matrix.interval.shape[1], item.matrix.block_size
             for factors in item.matrix.factors.values():
-                r = factors.At.shape[1]
-                block = gathered[:, at : at + size * r].reshape(-1, r)[:q]
-                whole.setdefault(id(item), []).append(block)
+                r = factors.A.shape[0]
+                block = gathered[:, at : at + size * r].view(-1, r, size)
+                whole.setdefault(id(item), []).append(block.transpose(0, 1).reshape(r, -1)[:, :q])
                 at += size * r
     return [_work(item, whole.get(id(item)), sums) for item in items]
 
@@ -147,8 +147,7 @@ def reduce(works: list[Work], comm: Comm) -> None:
     """Sum Z into each rank's block of columns, and S everywhere: a reduce-scatter and an all-reduce a group."""
     waits = []
     for group, shared in by_group(work for work in works if not work.matrix.lends):
-        parts = shared[0].matrix.parts
-        blocks = torch.cat([moment.Zt.view(parts, -1) for work in shared for moment in work.moments], dim=1)
+        blocks = _blocks([moment.Z for work in shared for moment in work.moments], shared[0].matrix.parts)
         waits.append((comm.reduce_scatter(blocks, group, "reduce Z"), shared))
     grams = [(g, [moment.S for work in shared for moment in work.moments]) for g, shared in by_group(works)]
     _all_reduce(grams, comm, "Gram of B")
@@ -157,20 +156,20 @@ def reduce(works: list[Work], comm: Comm) -> None:
         for work in shared:
             size = work.matrix.block_size
             for moment in work.moments:
-                block = mine[at : at + size * moment.rank].view(size, moment.rank)
-                moment.Zt = block[: moment.factors.At.shape[0]]
+                block = mine[at : at + size * moment.rank].view(moment.rank, size)
+                moment.Z = block[:, : moment.factors.A.shape[1]]
                 at += size * moment.rank
 
 
 def _work(item: Item, gathered: list[Tensor] | None, sums: int) -> Work:
     matrix = item.matrix
-    wholes = gathered or [factors.At for factors in matrix.factors.values()]
+    wholes = gathered or [factors.A for factors in matrix.factors.values()]
     rows = matrix.peers.cut_rows(matrix.interval.shape) if matrix.peers else ()
-    edge = wholes[0].new_zeros(len(rows), sums + sum(At.shape[-1] for At in wholes))
+    edge = wholes[0].new_zeros(len(rows), sums + sum(A.shape[-2] for A in wholes))
     moments, at = [], sums
-    for factors, At in zip(matrix.factors.values(), wholes, strict=True):
-        moments.append(Moment(factors, At, edge[:, at : at + At.shape[-1]]))
-        at += At.shape[-1]
+    for factors, A in zip(matrix.factors.values(), wholes, strict=True):
+        moments.append(Moment(factors, A, edge[:, at : at + A.shape[-2]]))
+        at += A.shape[-2]
     return Work(item, moments, {row: line for line, row in enumerate(rows)}, edge)
 
 
@@ -187,6 +186,15 @@ def _all_reduce(by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: s
             at += tensor.numel()
 
 
-def _padded(block: Tensor, rows: int) -> Tensor:
-    """A block of ``At`` (columns x r), flat, with zero rows appended up to ``rows``."""
-    return torch.nn.functional.pad(block.reshape(-1), (0, (rows - block.shape[0]) * block.shape[1]))
+def _padded(block: Tensor, columns: int) -> Tensor:
+    """A block of ``A`` (r x columns), flat, with zero columns appended up to ``columns``."""
+    return torch.nn.functional.pad(block, (0, columns - block.shape[1])).reshape(-1)
+
+
+def _blocks(wholes: list[Tensor], parts: int) -> Tensor:
+    """Equal blocks of the columns of each of ``wholes`` (r x q), those of rank k in line k."""
+    sizes = [Z.numel() // parts for Z in wholes]
+    lines = wholes[0].new_empty(parts, sum(sizes))
+    for block, Z in zip(lines.split(sizes, dim=1), wholes, strict=True):
+        block.view(parts, len(Z), -1).copy_(Z.view(len(Z), parts, -1).transpose(0, 1))
+    return lines

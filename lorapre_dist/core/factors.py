@@ -45,11 +45,11 @@ class Factors:
 
     Attributes:
         B: rows x r, the rows that this rank's interval touches; a row cut between ranks is held by each of them.
-        At: columns x r, this rank's block of the columns of ``A``, transposed so that a block is contiguous.
+        A: r x columns, this rank's block of the columns of ``A``.
     """
 
     B: Tensor
-    At: Tensor
+    A: Tensor
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Matrix:
         """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
         state: dict[str, Tensor] = {}
         for moment, factors in self.factors.items():
-            state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.At.T}
+            state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.A}
         return state | self.vectors
 
     @property
@@ -137,8 +137,9 @@ def allocate(
     columns = column_block(q, len(peers.ranges), peers.index) if peers else (0, q)
 
     def factors(moment: str, r: int) -> Factors:
-        whole = initial_At(interval.name, moment, q, r, init_std, seed)
-        block = whole[columns[0] : columns[1]].to(device=device, dtype=dtype, copy=True)
+        whole = initial_A(interval.name, moment, r, q, init_std, seed)
+        block = torch.empty(r, columns[1] - columns[0], device=device, dtype=dtype)
+        block.copy_(whole[:, columns[0] : columns[1]])
         return Factors(torch.zeros(p, r, device=device, dtype=dtype), block)
 
     held = {moment: factors(moment, r) for moment, r in ranks.items()}
@@ -156,8 +157,8 @@ def state_shapes(shape: tuple[int, int], ranks: dict[str, int], vectors: Iterabl
     return found | {name: (p if name.endswith("_row") else q,) for name in vectors}
 
 
-def initial_At(name: str, moment: str, q: int, r: int, std: float, seed: int) -> Tensor:
-    """The initial ``A^T`` (q x r, fp32, CPU) of a parameter: a function of seed, name and shape alone."""
+def initial_A(name: str, moment: str, r: int, q: int, std: float, seed: int) -> Tensor:
+    """The initial ``A`` (r x q, fp32, CPU) of a parameter: a function of seed, name and shape alone."""
     digest = hashlib.blake2b(f"{seed}:{moment}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(q, r, generator=generator) * std
+    return (torch.randn(q, r, generator=generator) * std).T

@@ -77,13 +77,14 @@ def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> 
     regression.grams_of_A(works)
     for work in works:
         for block in regression.blocks(work, workspace, cut_only=True):
-            work.m.Y[block.lines] += block.grad.to(work.m.At.dtype) @ work.m.At[block.held]
+            work.m.Y[block.lines] += block.grad.to(work.m.A.dtype) @ work.m.A[:, block.held].T
     exchange.sum_edges(works, comm)
     regression.invert(works, hyper)
+    regression.make_room(works, workspace)
     pieces = []
     for work in works:
         regression.begin(work, hyper, workspace)
-        u = work.m.At.new_empty(work.item.theta.numel()) if hyper.orthogonal else None
+        u = work.m.A.new_empty(work.item.theta.numel()) if hyper.orthogonal else None
         for block in regression.blocks(work, workspace):
             _block(work, block, u, hyper, workspace)
         if hyper.stable:
@@ -101,13 +102,13 @@ def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> 
 
 def _block(work: Work, block: Block, u: Tensor | None, hyper: Hyper, workspace: Workspace) -> None:
     """One block: its rows of ``u``, the update unless it has to wait for all of ``u``, then the factors' rows."""
-    At, B = work.m.At[block.held], work.m.factors.B[block.rows]
-    g = block.grad.to(At.dtype)
+    A, B = work.m.A[..., block.held], work.m.factors.B[block.rows]
+    g = block.grad.to(A.dtype)
     Y = regression.regress(g, work.m, block, "Y", workspace)
     # keep B A + fresh g + residual (g - Y A), as one product
-    left = torch.mul(B, hyper.keep, out=workspace.take("left", B.shape, At)).sub_(Y, alpha=hyper.residual)
-    out = workspace.take("m", g.shape, At) if u is None else u[block.at : block.at + g.numel()].view(g.shape)
-    direction = addmm(out, left, At.mT, beta=hyper.fresh + hyper.residual, start=g)
+    left = torch.mul(B, hyper.keep, out=workspace.take("left", B.shape, A)).sub_(Y, alpha=hyper.residual)
+    out = workspace.take("m", g.shape, A) if u is None else u[block.at : block.at + g.numel()].view(g.shape)
+    direction = addmm(out, left, A, beta=hyper.fresh + hyper.residual, start=g)
     if u is None:
         direction = direction.sign_() if hyper.sign else direction
         _apply(block.theta, direction, hyper.lr(work.matrix.interval.shape), hyper)

@@ -34,19 +34,17 @@ def _damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> lis
     if not (relative and wide.shape[-1] / damping * torch.finfo(wide.dtype).eps / 2 < 0.1):
         wide = wide.double()
     diagonal = wide.diagonal(dim1=-2, dim2=-1)
-    if relative:
-        delta = damping * diagonal.mean(-1)
-        delta = torch.where(delta > 0, delta, torch.ones_like(delta))
-    else:
-        delta = torch.full((len(grams),), damping, dtype=wide.dtype, device=wide.device)
-    rounding = torch.finfo(grams[0].dtype).eps * diagonal.mean(-1)  # an absolute damping may be far below it
+    mean = diagonal.mean(-1)
+    delta = damping * mean if relative else torch.full_like(mean, damping)
+    delta.masked_fill_(delta == 0, 1)
     diagonal.add_(delta[:, None])
     upper, info = torch.linalg.cholesky_ex(wide, upper=True)
     for _ in range(4):
         # Rounding in the Gram itself can still leave it indefinite; every rank sees the same bits and agrees.
-        failed = (info > 0) & torch.isfinite(delta)
-        if not bool(failed.any()):
+        if not info.any():
             break
+        failed = (info > 0) & torch.isfinite(delta)
+        rounding = torch.finfo(grams[0].dtype).eps * mean  # an absolute damping may be far below it
         more = torch.where(failed, torch.maximum(99 * delta, rounding), torch.zeros_like(delta))
         diagonal.add_(more[:, None])
         delta = delta + more

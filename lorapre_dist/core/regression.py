@@ -1,6 +1,6 @@
 """The phases that all optimizers share: regress factors on the gradient, block by block of this rank's rows.
 
-Notation as in ``reference.py``; ``At`` is ``A`` transposed (q x r). Everything here is local; ``exchange.py`` sums
+Notation as in ``reference.py``. Everything here is local; ``exchange.py`` sums
 between the phases.
 """
 
@@ -20,6 +20,7 @@ from . import stacks
 from .exchange import Item, Moment, Work
 from .factors import Matrix
 from .interval import Segment
+from .newton_schulz import gram
 from .refresh import CHUNK, damped_inverses
 from .workspace import Workspace
 
@@ -33,15 +34,15 @@ _T = TypeVar("_T")
 class Block:
     """Some rows of a piece: ``theta`` and ``grad`` n x c (views), ``rows`` of B, ``at`` in the piece.
 
-    ``columns`` are those of the matrix, ``held`` the same in ``Moment.At``. ``lines`` are those of ``Work.edge`` if the
+    ``columns`` are those of the matrix, ``held`` the same in ``Moment.A``. ``lines`` are those of ``Work.edge`` if the
     rows are cut between ranks, else None. A stack is one block, of all there is.
     """
 
     theta: Tensor
     grad: Tensor
     rows: slice | EllipsisType
-    columns: slice | EllipsisType
-    held: slice | EllipsisType
+    columns: slice
+    held: slice
     lines: slice | None
     at: int
 
@@ -155,9 +156,9 @@ def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator
             continue
         theta, grad = view(work.item.theta, segment), view(work.item.grad, segment)
         if theta.ndim == 3:
-            yield Block(theta, grad, ..., ..., ..., None, 0)
+            yield Block(theta, grad, ..., slice(None), slice(None), None, 0)
             continue
-        size = workspace.rows(segment.rows, segment.col_stop - segment.col, work.m.At)
+        size = workspace.rows(segment.rows, segment.col_stop - segment.col, work.m.A)
         first, column = segment.row - interval.first_row, work.matrix.first_column
         columns = slice(segment.col, segment.col_stop)
         held = slice(segment.col - column, segment.col_stop - column)
@@ -172,7 +173,7 @@ def grams_of_A(works: list[Work]) -> None:
     """This rank's part of ``A A^T``."""
     for work in works:
         for moment in work.moments:
-            moment.gram = moment.factors.At.mT @ moment.factors.At
+            moment.gram = gram(moment.factors.A, wide=True)
 
 
 def invert(works: list[Work], hyper: Any) -> None:
@@ -201,25 +202,35 @@ def _rescale(works: list[Work]) -> None:
         if max(factors) > 1:
             factor = moment.gram.new_tensor(factors).view(*moment.gram.shape[:-2], 1, 1)
             moment.gram.mul_(factor).mul_(factor)
-            moment.factors.At.mul_(factor)
+            moment.factors.A.mul_(factor)
             moment.factors.B.div_(factor)
             if len(moment.Y):  # of a stack there is none
                 moment.Y.mul_(factor)
-            if moment.At is not moment.factors.At:
-                moment.At.mul_(factor)
+            if moment.A is not moment.factors.A:
+                moment.A.mul_(factor)
+
+
+def make_room(works: list[Work], workspace: Workspace) -> None:
+    """Room for the Z of all works. The first block of a matrix held whole writes it, elsewhere blocks add to it."""
+    moments = [(work.matrix, moment) for work in works for moment in work.moments]
+    shapes = [
+        (*moment.A.shape[:-1], moment.A.shape[-1] if matrix.lends else matrix.block_size * matrix.parts)
+        for matrix, moment in moments
+    ]
+    sizes = [math.prod(shape) for shape in shapes]
+    # Kept from step to step: what is given back to the system has to be mapped and cleared again.
+    pieces = workspace.take("Z", [sum(sizes)], moments[0][1].A).split(sizes)
+    for (matrix, moment), shape, piece in zip(moments, shapes, pieces, strict=True):
+        moment.Z = piece.view(shape).zero_() if matrix.peers else piece.view(shape)
 
 
 def begin(work: Work, hyper: Any, workspace: Workspace) -> None:
-    """Before the first block: ``W``, room for Z, and in ``paper`` the Gram of the old ``B``."""
-    matrix, interval = work.matrix, work.matrix.interval
+    """Before the first block: ``W``, and in ``paper`` the Gram of the old ``B``."""
+    interval = work.matrix.interval
     for k, moment in enumerate(work.moments):
         if interval.rows >= interval.shape[1] and interval.columns is None:
-            moment.W = workspace.take(f"W{k}", moment.At.shape, moment.At)
-            torch.matmul(moment.At, moment.inverse, out=moment.W)
-        *stack, columns, rank = moment.At.shape
-        shape = *stack, columns if matrix.lends else matrix.block_size * matrix.parts, rank
-        # The first block of a matrix held whole writes Z; everywhere else blocks add to it.
-        moment.Zt = moment.At.new_zeros(shape) if matrix.peers else moment.At.new_empty(shape)
+            moment.W = workspace.take(f"W{k}", moment.A.shape, moment.A)
+            torch.matmul(moment.inverse, moment.A, out=moment.W)
     if not hyper.stable:
         row_grams(work)
 
@@ -228,49 +239,41 @@ def row_grams(work: Work) -> None:
     """``S = B^T B`` over the rows that are counted here."""
     for moment in work.moments:
         owned = moment.factors.B[..., work.matrix.interval.first_owned :, :]
-        moment.S = owned.mT @ owned
+        moment.S = gram(owned, wide=False)
 
 
 def regress(g: Tensor, moment: Moment, block: Block, label: str, workspace: Workspace) -> Tensor:
-    """``Y = g At (A A^T + d)^-1``: n x r."""
+    """``Y = g A^T (A A^T + d)^-1``: n x r."""
     if block.lines is not None:
         return moment.Y[block.lines]
     shape = (*g.shape[:-1], moment.rank)
-    Y = workspace.take(label, shape, moment.At)
+    Y = workspace.take(label, shape, moment.A)
     if moment.W is not None:
-        return torch.matmul(g, moment.W[block.held], out=Y)
-    product = torch.matmul(g, moment.At[block.held], out=workspace.take("left", shape, moment.At))
+        return torch.matmul(g, moment.W[..., block.held].mT, out=Y)
+    product = torch.matmul(g, moment.A[..., block.held].mT, out=workspace.take("left", shape, moment.A))
     return torch.matmul(product, moment.inverse, out=Y)
 
 
 def refresh_rows(work: Work, moment: Moment, block: Block, g: Tensor, Y: Tensor, gamma: float, hyper: Any) -> None:
-    """``B <- (1 - gamma) B + gamma target Y`` on a block's rows, and its part of ``Z = g^T B``.
+    """``B <- (1 - gamma) B + gamma target Y`` on a block's rows, and its part of ``Z = B^T g``.
 
     Alternating refresh: A is regressed with the new B; the printed form uses the old one.
     """
-    B, Zt = moment.factors.B[block.rows], moment.Zt[block.held]
-    first = work.matrix.peers is None and block.at == 0
+    B, Z = moment.factors.B[block.rows], moment.Z[..., block.held]
+    so_far = 0 if work.matrix.peers is None and block.at == 0 else 1
     if not hyper.stable:
-        _add_product(Zt, g, B, first)
+        addmm(Z, B.mT, g, beta=so_far)
     B.lerp_(Y, gamma) if hyper.target == 1 else B.mul_(1 - gamma).add_(Y, alpha=gamma * hyper.target)
     if hyper.stable:
-        _add_product(Zt, g, B, first)
-
-
-def _add_product(Zt: Tensor, g: Tensor, B: Tensor, first: bool) -> None:
-    """``Zt += g^T B``, or ``Zt = g^T B`` if it is the first."""
-    if first:
-        torch.matmul(g.mT, B, out=Zt)
-    else:
-        Zt.addmm_(g.T, B)
+        addmm(Z, B.mT, g, beta=so_far)
 
 
 def refresh_columns(works: list[Work], gammas: tuple[float, ...], hyper: Any) -> None:
-    """``At <- (1 - gamma) At + gamma target Zt (S + d)^-1`` on this rank's columns."""
+    """``A <- (1 - gamma) A + gamma target (S + d)^-1 Z`` on this rank's columns."""
     for moments, gamma in zip(_by_moment(works), gammas, strict=True):
         inverses = damped_inverses([moment.S for moment in moments], hyper.damping, hyper.stable)
         for moment, inverse in zip(moments, inverses, strict=True):
-            addmm(moment.factors.At, moment.Zt, inverse, beta=1 - gamma, alpha=gamma * hyper.target)
+            addmm(moment.factors.A, inverse, moment.Z, beta=1 - gamma, alpha=gamma * hyper.target)
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0, start: Tensor | None = None) -> Tensor:

@@ -69,7 +69,7 @@ def stacked(run: list[Item]) -> Iterator[Item]:
     """
     matrices = [item.matrix for item in run]
     factors = {
-        moment: Factors(*(_lying_together([m.factors[moment] for m in matrices], side) for side in ("B", "At")))
+        moment: Factors(*(_lying_together([m.factors[moment] for m in matrices], side) for side in ("B", "A")))
         for moment in matrices[0].factors
     }
     vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,10 @@ class Workspace:
         bucket: bytes of gathered factors, their gradients and Grams that are in flight at a time.
     """
 
-    block: int = 2 << 20
+    block: int = 1 << 20
     bucket: int = 32 << 20
-    buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    buffers: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    views: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def block_on(self, device: torch.device) -> int:
         """Bytes of a block's temporary on this device."""
@@ -39,9 +39,13 @@ class Workspace:
 
     def take(self, label: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """An uninitialised tensor of ``like``'s dtype and device; one at a time per label."""
-        key, numel = (label, like.dtype, like.device), prod(shape)
-        have = self.buffers.get(key)
-        if have is None or have.numel() < numel:
-            self.buffers.pop(key, None)
-            have = self.buffers[key] = like.new_empty(numel)
-        return have[:numel].view(*shape)
+        key = (label, like.dtype, like.device)
+        view = self.views.get((key, *shape))
+        if view is None:
+            numel, have = prod(shape), self.buffers.get(key)
+            if have is None or have.numel() < numel:
+                self.views.clear()  # else those of the old buffer would keep it
+                self.buffers.pop(key, None)
+                have = self.buffers[key] = like.new_empty(numel)
+            view = self.views[(key, *shape)] = have[:numel].view(*shape)
+        return view

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core.interval import equal_ranges
 from .base import Layout, Piece, Send, Unit
 from .matrices import LowRank, expert_name
+from .ranges import equal_ranges
 
 Named = Iterable[tuple[str, torch.Tensor, int]]
 

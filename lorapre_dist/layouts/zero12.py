@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core.interval import holders
 from .base import Layout, Piece, SubGroups, Unit
+from .ranges import holders
 
 Placed = Iterable[tuple[str, tuple[int, ...], int]]  # name, shape, offset in the group's flat buffer
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from ..core.factors import Peers
-from ..core.interval import equal_ranges
 from .base import Layout, Piece, Unit
+from .ranges import equal_ranges
 
 
 def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:

@@ -11,9 +11,10 @@ from lorapre_dist import LoRAPreMuonConfig, reference
 from lorapre_dist.core import newton_schulz, orthogonal
 from lorapre_dist.core.comm import Comm
 from lorapre_dist.core.factors import Peers, allocate
-from lorapre_dist.core.interval import RowInterval, equal_ranges
+from lorapre_dist.core.interval import RowInterval
 from lorapre_dist.core.newton_schulz import NewtonSchulz
 from lorapre_dist.core.transfer import Rectangle, Transfer
+from lorapre_dist.layouts.ranges import equal_ranges
 
 CONFIG = LoRAPreMuonConfig(rank=1)
 SETTINGS = NewtonSchulz(CONFIG.ns_coefficients, CONFIG.ns_steps, CONFIG.eps)

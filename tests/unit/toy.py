@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorapre_dist import LoRAPreConfig, reference
-from lorapre_dist.core.factors import initial_At
+from lorapre_dist.core.factors import initial_A
 
 STEPS = 20
 # fp64: 20 steps of sums in another order, amplified by the damped solves.
@@ -85,7 +85,7 @@ class Reference:
     def _initial(self, name, p, config, matrix):
         if matrix:
             m_A, v_A = (
-                initial_At(name, moment, p.shape[1], r, config.init_std, config.seed).T
+                initial_A(name, moment, r, p.shape[1], config.init_std, config.seed)
                 for moment, r in (("m", config.rank), ("v", config.resolved_rank_v))
             )
             return reference.init_state(tuple(p.shape), config, m_A, v_A)
