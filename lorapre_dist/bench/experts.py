@@ -19,7 +19,7 @@ from lorapre_dist.optimizer import LoRAPre
 
 from .step import synchronize
 
-CASES = [(64, (128, 96), 8), (64, (256, 128), 16), (16, (512, 256), 32)]
+CASES = [(256, (64, 64), 8), (64, (128, 96), 8), (64, (256, 128), 16)]
 
 
 def main(argv: list[str]) -> None:

@@ -70,12 +70,12 @@ def state_bytes(model: str, rank: int, rank_v: int | None, world_size: int) -> t
 def peak_transient(p: int, q: int, rank: int, rank_v: int | None) -> tuple[int, int]:
     """Growth of the resident set during one step on a p x q matrix, and the bound that ``memory_report`` states."""
     torch.set_num_threads(1)
-    # A step on a small matrix first: libraries allocate their own buffers on first use.
-    for shape in ((64, 96), (p, q)):
-        optimizer = _unbound([("q_proj.weight", shape)], min(rank, min(shape) // 2), rank_v)
+    # Another optimizer's step first: BLAS allocates its own buffers on first use, and keeps them.
+    for _ in range(2):
+        optimizer = _unbound([("q_proj.weight", (p, q))], rank, rank_v)
         weight = optimizer.param_groups[0]["params"][0]
-        weight.data = torch.randn(shape)
-        weight.grad = torch.randn(shape)
+        weight.data = torch.randn(p, q)
+        weight.grad = torch.randn(p, q)
         bound = optimizer.memory_report().workspace_bytes
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):

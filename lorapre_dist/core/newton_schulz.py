@@ -20,8 +20,8 @@ from torch import Tensor
 
 #: Iterations on one Gram.
 SEGMENT = 3
-#: Symmetric products are taken in this many stripes, from the diagonal on, where they pay: from n = 256, on a CPU 128.
-STRIPES = 4
+#: Symmetric products are taken in so many stripes, from the diagonal on, of so many rows at least.
+STRIPES, ROWS = 4, 64
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,23 @@ def polynomial(G: Tensor, steps: int, coefficients: tuple[float, float, float]) 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     """``left right`` (n x k times k x n), known to be symmetric: what lies right of the diagonal's blocks, mirrored."""
     n = left.shape[0]
-    if left.ndim > 2 or n < (128 if left.device.type == "cpu" else 256):
+    if left.ndim > 2 or n < ROWS * (2 if left.device.type == "cpu" else STRIPES):
         return left @ right
     out = left.new_empty(n, n)
-    for low, high in stripes(n):
+    for low, high in stripes(n, ROWS):
         torch.mm(left[low:high], right[:, low:], out=out[low:high, low:])
-    return mirror(out)
+    return mirror(out, ROWS)
 
 
-def stripes(n: int) -> list[tuple[int, int]]:
-    """Rows of each stripe of an n x n matrix."""
-    size = -(-n // STRIPES)
+def stripes(n: int, rows: int = 1) -> list[tuple[int, int]]:
+    """Rows of each stripe of an n x n matrix, at least ``rows`` in all but the last."""
+    size = max(rows, -(-n // STRIPES))
     return [(low, min(n, low + size)) for low in range(0, n, size)]
 
 
-def mirror(out: Tensor) -> Tensor:
+def mirror(out: Tensor, rows: int = 1) -> Tensor:
     """Fill what lies left of the diagonal's blocks, in place."""
-    for low, high in stripes(out.shape[0]):
+    for low, high in stripes(out.shape[0], rows)[:-1]:
         out[high:, low:high] = out[low:high, high:].T
     return out
 

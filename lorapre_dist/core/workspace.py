@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 #: An accelerator takes blocks so many times as large: there it is not a cache that counts but the number of launches.
-ACCELERATOR = 8
+ACCELERATOR = 16
 
 
 @dataclass(frozen=True)
