@@ -42,10 +42,10 @@ class Workspace:
         key = (label, like.dtype, like.device)
         view = self.views.get((key, *shape))
         if view is None:
-            numel, have = prod(shape), self.buffers.get(key)
-            if have is None or have.numel() < numel:
+            numel = prod(shape)
+            if key not in self.buffers or self.buffers[key].numel() < numel:
                 self.views.clear()  # else those of the old buffer would keep it
                 self.buffers.pop(key, None)
-                have = self.buffers[key] = like.new_empty(numel)
-            view = self.views[(key, *shape)] = have[:numel].view(*shape)
+                self.buffers[key] = like.new_empty(numel)
+            view = self.views[(key, *shape)] = self.buffers[key][:numel].view(*shape)
         return view
