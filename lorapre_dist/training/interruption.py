@@ -15,6 +15,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 # How gloo says that a peer is gone, silent or unreachable; it raises a plain RuntimeError.
 LOST_BY_GLOO = ("Connection closed by peer", "Timed out waiting", "timed out", "Connection reset", "Broken pipe")
+# What every later collective on that connection says.
+CLOSED_BY_GLOO = "Application timeout caused pair closure"
 
 
 class StopRequest:
@@ -49,11 +51,19 @@ def limit_waits(seconds: float) -> timedelta:
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """One line about the connection, if ``error`` says that another rank is gone; else None."""
+    """One line about the connection, if ``error`` or what led to it says that another rank is gone; else None."""
+    lost: str | None = None
+    cause: BaseException | None = error
+    while cause is not None:  # the first one knows best
+        lost, cause = _lost_connection(cause) or lost, cause.__cause__ or cause.__context__
+    return lost
+
+
+def _lost_connection(error: BaseException) -> str | None:
     import torch.distributed as dist
 
     text = " ".join(str(error).split())
-    from_gloo = "gloo" in text.lower() and any(sign in text for sign in LOST_BY_GLOO)
+    from_gloo = ("gloo" in text.lower() and any(sign in text for sign in LOST_BY_GLOO)) or text == CLOSED_BY_GLOO
     if not (from_gloo or isinstance(error, dist.DistError)):
         return None
     # "[/build/path/gloo/transport/tcp/pair.cc:554] Connection closed by peer [10.0.0.2]:41. This is typically ..."

@@ -195,6 +195,11 @@ def test_lost_ranks_are_told_from_other_errors():
     assert interruption.lost_rank(RuntimeError(text)) == "Connection closed by peer [10.0.0.2]:41"
     assert interruption.lost_rank(dist.DistNetworkError("The client socket has timed out")) is not None
     assert interruption.lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    # As a checkpoint is being written, the ranks are asked once more how it went, over the same connection.
+    again = RuntimeError("Application timeout caused pair closure")
+    assert interruption.lost_rank(again) == "Application timeout caused pair closure"
+    again.__context__ = RuntimeError(text)
+    assert interruption.lost_rank(again) == "Connection closed by peer [10.0.0.2]:41"
 
 
 def test_every_group_waits_no_longer_than_it_should(tmp_path):
