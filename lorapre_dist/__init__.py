@@ -17,6 +17,7 @@ from .config import (
     LoRAPreMuonConfig,
     LoRAPreSGDConfig,
 )
+from .optimizer import NonFiniteError
 from .optimizers import LoRAPre, LoRAPreAdafactor, LoRAPreLion, LoRAPreMuon, LoRAPreSGD
 from .param_groups import param_groups
 
@@ -33,6 +34,7 @@ __all__ = [
     "LoRAPreMuonConfig",
     "LoRAPreSGD",
     "LoRAPreSGDConfig",
+    "NonFiniteError",
     "initialize",
     "param_groups",
     "reference",

@@ -30,9 +30,10 @@ class LowRankConfig:
         variant: ``"stable"`` (relative damping, alternating refresh, see README.md) or ``"paper"`` (literal).
         residual: weight of the fresh gradient's part outside the tracked subspace.
         damping: of the r x r Gram solves; default 1e-4 times the mean eigenvalue, in ``paper`` 1e-6 absolute.
-        init_std: standard deviation of the initial ``A`` factors.
+        init_std: standard deviation of the initial ``A`` factors; ``stable`` makes their rows orthonormal.
         target_modules: which 2-D weights are low-rank, see :func:`lorapre_dist.param_groups.matches`.
         seed: with the parameter's name, determines the initial factors.
+        max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -47,6 +48,7 @@ class LowRankConfig:
     init_std: float = 0.02
     target_modules: str | tuple[str, ...] | None = None
     seed: int = 0
+    max_skipped: int = 20
 
     # No fields: the name of the optimizer, and its residual weight in ``stable`` (in ``paper`` it is 0).
     optimizer = "LoRAPre"
@@ -76,6 +78,7 @@ class LowRankConfig:
             number("damping", self.damping, low=0.0, low_open=True)
         number("init_std", self.init_std, low=0.0, low_open=True)
         integer("seed", self.seed, low=0)
+        integer("max_skipped", self.max_skipped, low=1)
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Self:
@@ -176,7 +179,7 @@ class LoRAPreConfig(LowRankConfig):
     @property
     def vectors(self) -> tuple[str, ...]:
         """Row energies, in ``stable``."""
-        return ("v_row",) if self.variant == "stable" else ()
+        return ("rms_row",) if self.variant == "stable" else ()
 
     @property
     def resolved_max_update(self) -> float:
@@ -217,7 +220,7 @@ class LoRAPreAdafactorConfig(LowRankConfig):
     @property
     def vectors(self) -> tuple[str, ...]:
         """Means of ``g^2`` over rows and columns."""
-        return ("v_row", "v_col")
+        return ("rms_row", "rms_col")
 
     @property
     def resolved_max_update(self) -> float:

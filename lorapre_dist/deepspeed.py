@@ -150,15 +150,19 @@ def _binding(configure: Any) -> Any:
             # Under zero.Init a parameter is empty and its shape is in ds_shape.
             optimizer.check_matches([(n, tuple(getattr(p, "ds_shape", p.shape))) for p, n in trainable.items()])
             optimizer.bind(engine_layout(engine))
-            _mend(engine)
+            _mend(engine, trainable)
             checkpoints.install(engine)
         return result
 
     return configure_and_bind
 
 
-def _mend(engine: Any) -> None:
-    wrapper = engine.optimizer
+def _mend(engine: Any, names: dict[Any, str]) -> None:
+    wrapper, optimizer = engine.optimizer, engine.basic_optimizer
+    if wrapper is not optimizer:
+        optimizer.layout.checks_gradients = True
+        searching = engine.fp16_enabled() and bool(engine.dynamic_loss_scale())
+        upstream.skip_non_finite(wrapper, optimizer, names, searching)
     if isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
         upstream.forget_gradients(wrapper)
     if isinstance(wrapper, FP16_UnfusedOptimizer) and engine.fp16_enabled():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import ConfigError
+from .core.factors import SQUARES
 from .shards import OPTIMIZER, Shard, bring_home, state_shards
 
 
@@ -54,7 +55,7 @@ def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]]
         ConfigError: on every rank: names or shapes that differ. Nothing has been changed then.
     """
     tensors, steps = {}, {name: entry.get("step", 0) for name, entry in full.items()}
-    for name, entry in full.items():
+    for name, entry in {name: rooted(entry) for name, entry in full.items()}.items():
         for part, tensor in entry.items():
             if part != "step":
                 tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape(-1) if part.startswith("exp_avg") else tensor
@@ -64,6 +65,12 @@ def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]]
     steps = all_ranks(steps, group)[0]
     for piece, state in held:
         state.step = steps[piece.name]
+
+
+def rooted(entry: dict[str, Any]) -> dict[str, Any]:
+    """A matrix's state, with roots of the mean squares that earlier versions saved."""
+    roots = {square: root for root, square in SQUARES.items()}
+    return {roots.get(key, key): value.sqrt() if key in roots else value for key, value in entry.items()}
 
 
 def gather(shards: dict[str, Shard], group: Any = None) -> Iterator[tuple[str, Tensor | None]]:
@@ -113,6 +120,8 @@ def _differences(wanted: dict[str, tuple[int, ...]], given: dict[str, Tensor]) -
     for name in sorted(wanted.keys() & given.keys()):
         if tuple(given[name].shape) != wanted[name]:
             found.append(f"{name} is of shape {tuple(given[name].shape)}, not {wanted[name]}")
+        elif not given[name].isfinite().all():
+            found.append(f"{name} is not finite")
     return found
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import awaiting
 from . import param_groups as naming
 from .config import ConfigError, LoRAPreConfig, LowRankConfig
-from .core import adam, adamw
+from .core import adam, adamw, regression
 from .core.comm import Comm
 from .core.exchange import Item
 from .core.factors import Matrix, allocate
+from .core.guard import Go, Skips, bounds, taken_for_granted
 from .core.interval import RowInterval
 from .core.workspace import Workspace
 from .gather import full_state, load_full_state
@@ -26,7 +29,7 @@ from .layouts.base import Layout, Piece, Unit, local, local_gradient
 from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import StatefulOptimizer, state_dtype
-from .tensors import flat, may_step, number, refuse_duplicates, send_stepped, write_back
+from .tensors import flat, may_step, number, refuse_duplicates, send_stepped
 
 
 @dataclass
@@ -35,6 +38,24 @@ class Bound:
 
     piece: Piece
     state: Matrix | adamw.Vector
+
+
+@dataclass
+class Stepped:
+    """A piece in a step: with it its elements of the stepped tensor and the gradient (1-D), and a bound on the latter.
+
+    ``home`` is set if ``theta`` is a part of a copy: what that was copied from, and the copy.
+    """
+
+    bound: Bound
+    theta: Tensor
+    grad: Tensor
+    home: tuple[Tensor, Tensor] | None
+    largest: Tensor = field(init=False)
+
+
+class NonFiniteError(RuntimeError):
+    """Gradients were not finite in ``max_skipped`` steps in a row."""
 
 
 class LowRankOptimizer(StatefulOptimizer):
@@ -56,6 +77,8 @@ class LowRankOptimizer(StatefulOptimizer):
     config_class: ClassVar[type[LowRankConfig]]
     core: ClassVar[ModuleType]
     workspace_limits: ClassVar[Workspace] = Workspace()
+    #: On a CPU too, let the device decide whether a step is taken; for tests.
+    _decides_on_device: ClassVar[bool] = False
 
     def __init__(self, params: Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
         lr = options.get("lr", self.config_class.lr)
@@ -64,6 +87,7 @@ class LowRankOptimizer(StatefulOptimizer):
         self.workspace = replace(self.workspace_limits)
         self.shard_state = shard_state
         self.layout: Layout | None = None
+        self.skips = Skips()
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
         self.awaiting_layout = awaiting.engine_is_building()
         self._bound: dict[int, list[Bound]] = {}
@@ -106,7 +130,7 @@ class LowRankOptimizer(StatefulOptimizer):
             raise ConfigError("a parameter appears twice in one of the optimizer's groups")
 
     def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only, ``state`` among them
-        own = {name: getattr(self, name) for name in ("config", "comm", "layout", "awaiting_layout", "shard_state")}
+        own = {name: getattr(self, name) for name in _OWN}
         empty = replace(self.workspace)  # the limits without the buffers
         base = {"defaults": self.defaults, "param_groups": self.param_groups}
         return {**base, **own, "workspace": empty, "_bound": list(self._bound.values())}
@@ -132,6 +156,22 @@ class LowRankOptimizer(StatefulOptimizer):
         for unit in layout.units:
             self._bind_unit(unit)
         refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
+        self._settle(layout.units, fresh=True)
+
+    def _settle(self, units: Iterable[Unit], fresh: bool = False) -> None:
+        """Bring the factors of some units, new ones or (unless they are there already) loaded ones, into the gauge."""
+        for unit in units:
+            config = self.group_config(self.param_groups[unit.group])
+            matrices = [b.state for b in self._bound[id(unit.tensor)] if isinstance(b.state, Matrix)]
+            # A plan has no elements, or peers without a group.
+            ready = [m for m in matrices if not m.taken.is_meta and (m.peers is None or m.peers.group is not None)]
+            if config.variant == "stable" and ready:
+                regression.settle(ready, config.resolved_damping, Comm(), fresh)  # no part of a step
+
+    def settle(self) -> None:
+        """After factors were loaded: bring those that are not in the optimizer's gauge into it; a collective."""
+        assert self.layout is not None
+        self._settle(self.layout.units)
 
     def _stepped(self) -> bool:
         return any(b.state.step for bound in self._bound.values() for b in bound)
@@ -219,6 +259,7 @@ class LowRankOptimizer(StatefulOptimizer):
             for unit in added.units:
                 self.layout.units.append(unit)
                 self._bind_unit(unit)
+            self._settle(added.units, fresh=True)
 
     # settings ---------------------------------------------------------------------------------------------------
 
@@ -254,21 +295,112 @@ class LowRankOptimizer(StatefulOptimizer):
         if self.awaiting_layout:  # DeepSpeed's unfused fp16 optimizer steps once, with zero gradients, when it is built
             return loss
         self._ensure_bound()
-        for group in self.param_groups:
-            config = self.group_config(group)
-            vectors = self.vector_hyper(config, group)
-            items: list[Item] = []
-            for tensor in group["params"]:
-                items += self._step_vectors(tensor, vectors)
-            self.core.step(items, self.matrix_hyper(config), self.comm, self.workspace)
-            for item in items:
-                write_back(item)
         assert self.layout is not None
+        groups = [[piece for p in group["params"] for piece in self._pieces(p)] for group in self.param_groups]
+        go = self._look([piece for pieces in groups for piece in pieces])
+        if go is None:
+            return loss
+        for group, pieces in zip(self.param_groups, groups, strict=True):
+            config = self.group_config(group)
+            self._step_group(config, self.vector_hyper(config, group), pieces, go)
         send_stepped(self.layout, self.comm, self.workspace.bucket)
         return loss
 
-    def _step_vectors(self, tensor: Tensor, hyper: adamw.Hyper) -> list[Item]:
-        """Step the AdamW pieces of one tensor; return its low-rank pieces."""
+    def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
+        items = []
+        for piece in pieces:
+            state, taken = piece.bound.state, go[piece.theta.device]
+            if isinstance(state, Matrix):
+                items.append(Item(state, piece.theta, piece.grad, piece.largest, taken))
+            else:
+                adamw.step(state, piece.theta, piece.grad, vectors, self.workspace.block, taken)
+        self.core.step(items, self.matrix_hyper(config), self.comm, self.workspace)
+        for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
+            held.copy_(copied.view(held.shape))
+
+    def _look(self, pieces: list[Stepped]) -> dict[Any, Go] | None:
+        """By device, whether the step is taken: on all ranks alike, if every gradient is finite. None: it is not.
+
+        Raises:
+            NonFiniteError: it was not for ``max_skipped`` steps.
+        """
+        assert self.layout is not None
+        devices = {piece.theta.device for piece in pieces}
+        for device in devices:
+            there = [piece for piece in pieces if piece.theta.device == device]
+            for piece, largest in zip(there, bounds([piece.grad for piece in there]), strict=True):
+                piece.largest = largest
+        if self.layout.checks_gradients:
+            return {device: taken_for_granted(device) for device in devices}
+        home = next(iter(devices), torch.device("cpu"))
+        bad = torch.zeros((), dtype=torch.float64, device=home)
+        for device in devices:
+            largest = torch.stack([piece.largest.double() for piece in pieces if piece.theta.device == device])
+            bad += (~largest.isfinite()).sum().to(home)
+        for group in self.layout.spread_over:
+            self.comm.all_reduce(bad, group, "finite")()
+        value = (bad == 0).double()
+        self._count(value, pieces)
+        on_host = home.type == "cpu" and not self._decides_on_device
+        if on_host and not value:
+            return None
+        return {device: Go(value.to(device), sure=on_host) for device in devices}
+
+    def _count(self, go: Tensor, pieces: list[Stepped]) -> None:
+        """Count a step; warn and, after too many in a row, raise where one was skipped."""
+        before, _ = self.skips.seen
+        self.skips.record(go)
+        total, in_row = self.skips.look()
+        if total > before:
+            names = (
+                [p.bound.piece.name for p in pieces if not p.largest.isfinite()] if in_row >= self.max_skipped else []
+            )
+            self._skipped(total, in_row, names)
+
+    def _skipped(self, total: int, in_row: int, names: list[str]) -> None:
+        if in_row < self.max_skipped:
+            if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+                text = f"a gradient is not finite: step skipped ({in_row} in a row, {total} all together)"
+                warnings.warn(text, stacklevel=5)
+            return
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise NonFiniteError(
+            f"gradients were not finite in {in_row} steps in a row, which were skipped; in the last one, on this rank: "
+            f"{shown or 'none'}. Nothing was changed by them: lower the lr, warm up longer or look at the data"
+        )
+
+    def engine_stepped(self, skipped: bool, names: list[str], searching: bool) -> None:
+        """DeepSpeed's engine has taken a step, or skipped it; it looks at gradients itself.
+
+        Args:
+            names: of parameters whose gradients are not finite on this rank, as far as is known.
+            searching: steps are skipped to find a loss scale, which is not the gradients' fault.
+
+        Raises:
+            NonFiniteError: as :meth:`step`.
+        """
+        self.skips.record(torch.tensor(0.0 if skipped else 1.0, dtype=torch.float64))
+        total, in_row = self.skips.look()
+        if skipped and not searching:
+            self._skipped(total, in_row, names)
+
+    @property
+    def max_skipped(self) -> int:
+        """Steps in a row that may be skipped."""
+        return min(self.group_config(group).max_skipped for group in self.param_groups)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps that were skipped because a gradient was not finite; the host waits for it."""
+        return int(self.skips.total)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped; DeepSpeed's engine asks for it."""
+        return bool(self.skips.in_row > 0)
+
+    def _pieces(self, tensor: Tensor) -> list[Stepped]:
+        """What there is to step of one tensor."""
         if tensor.grad is None:
             return []
         if tensor.grad.is_sparse:
@@ -280,17 +412,12 @@ class LowRankOptimizer(StatefulOptimizer):
             )
         held = local(tensor).detach()
         theta, grad = flat(held), local_gradient(tensor).reshape(-1)
-        items = []
-        for bound in self._bound[id(tensor)]:
-            at, size = bound.piece.offset, bound.piece.numel
-            part, part_grad = theta[at : at + size], grad[at : at + size]
-            if isinstance(bound.state, Matrix):
-                items.append(Item(bound.state, part, part_grad, None if held.is_contiguous() else held))
-            else:
-                adamw.step(bound.state, part, part_grad, hyper, self.workspace.block)
-                if not held.is_contiguous():
-                    held.copy_(theta.view(held.shape))
-        return items
+        found = []
+        for one in self._bound[id(tensor)]:
+            part = slice(one.piece.offset, one.piece.offset + one.piece.numel)
+            home = None if held.is_contiguous() else (held, theta)
+            found.append(Stepped(one, theta[part], grad[part], home))
+        return found
 
     # state ------------------------------------------------------------------------------------------------------
 
@@ -302,7 +429,7 @@ class LowRankOptimizer(StatefulOptimizer):
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """This rank's shards of the low-rank state by parameter name.
 
-        ``m_B`` (rows x r), ``m_A`` (r x columns) and, where the optimizer has them, ``v_B``, ``v_A`` and ``v_row``
+        ``m_B`` (rows x r), ``m_A`` (r x columns) and, where the optimizer has them, ``v_B``, ``v_A`` and ``rms_row``
         (rows). On one device they are whole. The tensors are the state itself, not copies.
         """
         return {b.piece.name: b.state.tensors() for b in self.bound() if isinstance(b.state, Matrix)}
@@ -323,7 +450,7 @@ class LowRankOptimizer(StatefulOptimizer):
     def full_state_dict(self) -> dict[str, dict[str, Any]]:
         """The whole state in host memory of rank 0, ``{}`` on the others; a collective, streamed tensor by tensor.
 
-        ``{name: {"m_B": p x r, "m_A": r x q, "v_B", "v_A", "v_row": p, "step": int}}``, and ``exp_avg``,
+        ``{name: {"m_B": p x r, "m_A": r x q, "v_B", "v_A", "rms_row": p, "step": int}}``, and ``exp_avg``,
         ``exp_avg_sq`` (in the parameter's shape) and ``step`` for the parameters under AdamW.
         """
         return full_state([(b.piece, b.state) for b in self.bound()])
@@ -336,6 +463,7 @@ class LowRankOptimizer(StatefulOptimizer):
             ConfigError: on every rank: names, shapes or ranks differ; nothing has been loaded then.
         """
         load_full_state(full, [(b.piece, b.state) for b in self.bound()])
+        self.settle()
 
 
 class LoRAPre(LowRankOptimizer):
@@ -383,3 +511,5 @@ class LoRAPre(LowRankOptimizer):
 
 
 _UNNAMED = "unnamed."
+# What a copy of the optimizer takes along.
+_OWN = ("config", "comm", "layout", "awaiting_layout", "shard_state", "skips")

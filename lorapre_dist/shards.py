@@ -2,8 +2,8 @@
 
 Names are ``model.NAME`` for the weights that are stepped (fp32 masters where there are some) and ``untrained.NAME`` for
 the model's other tensors, 1-D in row-major order; and ``optimizer.NAME.KEY`` for the state: ``m_B`` (p x r), ``m_A``
-(r x q), ``v_B``, ``v_A``, ``v_row`` (p), ``v_col`` (q), or ``exp_avg`` and ``exp_avg_sq`` (1-D). Every layout holds a
-run of each, so one form serves them all; a matrix that is split by columns is brought into rows, and back after
+(r x q), ``v_B``, ``v_A``, ``rms_row`` (p), ``rms_col`` (q), or ``exp_avg`` and ``exp_avg_sq`` (1-D). Every layout holds
+a run of each, so one form serves them all; a matrix that is split by columns is brought into rows, and back after
 loading.
 
 A :class:`Shard` has the three methods by which ``torch.distributed.checkpoint`` saves and reshards a DTensor.

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .config import ConfigError
+from .gather import all_ranks, rooted
 from .layouts.base import Layout, Unit, local
 from .layouts.dtensor import shard_group
 from .layouts.matrices import expert_name
 from .param_groups import clean_name
-from .torch_state import Exposed, elsewhere, expose
+from .torch_state import Exposed, Part, elsewhere, expose
 
 _SHAPING = ("rank", "rank_v", "variant", "target_modules")
 _OURS = ("params", "param_names", "state", "optimizer")
@@ -115,6 +116,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Bring loaded factors into the optimizer's gauge."""
         raise NotImplementedError
 
     @classmethod
@@ -234,8 +239,11 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
             for key, to in keys.items():
                 if (problem := to.check(entry.get(key))) is not None:
                     found.append(f"{name}: {key} {problem}")
+            found += [f"{name}: {key} is not finite" for key in keys if not _finite(entry.get(key))]
             loads.append((states.get(name), keys, entry))
     found += [f"{name}: saved, but not a parameter here" for name in sorted(unknown)]
+    for group in optimizer.layout.spread_over:  # what is wrong on one rank is loaded on none
+        found = list(dict.fromkeys(problem for theirs in all_ranks(found, group) for problem in theirs))
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise ConfigError("the optimizer state does not fit: " + "; ".join(found[:3]) + more)
@@ -245,6 +253,14 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
         if state is not None:
             state.step = int(keys["step"].held)  # type: ignore[arg-type]
     restore_groups(optimizer.param_groups, saved["param_groups"])
+    optimizer.settle()
+
+
+def _finite(value: Any) -> bool:
+    """Whether this rank's elements of a saved tensor are; anything else passes here."""
+    held = value._local_tensor if isinstance(value, DTensor) else value
+    held = held.shard.local if isinstance(held, Part) else held
+    return not isinstance(held, Tensor) or bool(held.isfinite().all())
 
 
 def _by_name(optimizer: StatefulOptimizer, saved: dict[str, Any], found: list[str]) -> dict[str, dict[str, Any]]:
@@ -265,7 +281,8 @@ def _by_name(optimizer: StatefulOptimizer, saved: dict[str, Any], found: list[st
         entries.update(group.get("state", {}))
     for name, entry in entries.items():
         if isinstance(entry.get("step"), Tensor) and entry["step"].ndim == 0:  # as torch.optim's own have it
-            entries[name] = {**entry, "step": entry["step"].reshape(1)}
+            entry = entries[name] = {**entry, "step": entry["step"].reshape(1)}
+        entries[name] = rooted(entry)
     return entries
 
 

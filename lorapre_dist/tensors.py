@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .checks import ConfigError
 from .core.comm import Comm
-from .core.exchange import Item
 from .layouts.base import Layout
 
 
@@ -33,12 +32,6 @@ def refuse_duplicates(names: list[str]) -> None:
 def flat(tensor: Tensor) -> Tensor:
     """The tensor's elements, row-major: a view, or a copy if they do not lie so."""
     return tensor.detach().contiguous().view(-1)
-
-
-def write_back(item: Item) -> None:
-    """Bring a stepped copy to the tensor itself."""
-    if item.target is not None:
-        item.target.copy_(item.theta.view(item.target.shape))
 
 
 def send_stepped(layout: Layout, comm: Comm, limit: int) -> None:

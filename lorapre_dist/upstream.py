@@ -7,6 +7,7 @@ AdamW forgives all of it (it does not care about a gradient's scale), and so it 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -70,6 +71,42 @@ def scale_loss(engine: Any) -> None:
         return scale(loss.float() * wrapper.loss_scale)
 
     engine.backward, engine.scale = scaled_backward, scaled
+
+
+def skip_non_finite(wrapper: Any, optimizer: Any, names: dict[Any, str], searching: bool) -> None:
+    """Let no step with a gradient that is not finite reach the optimizer, and tell it of those that are skipped.
+
+    DeepSpeed looks at gradients in fp16, under ZeRO-3 and in its BF16 optimizer, but under ZeRO-1 and 2 not in fp32,
+    and not where ``check_grad_overflow`` is off.
+
+    Args:
+        names: of the trained parameters.
+        searching: a dynamic loss scale skips steps to find its size, an end of which DeepSpeed makes itself.
+    """
+    if hasattr(wrapper, "check_grad_overflow"):
+        wrapper.check_grad_overflow = True
+    step = wrapper.step
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        last_chance = not searching and optimizer.skips.seen[1] + 1 >= optimizer.max_skipped
+        suspects = list(_non_finite(wrapper, names)) if last_chance else []
+        result = step(*args, **kwargs)
+        optimizer.engine_stepped(skipped=bool(wrapper.overflow), names=suspects, searching=searching)
+        return result
+
+    wrapper.step = watched
+
+
+def _non_finite(zero: Any, names: dict[Any, str]) -> Iterator[str]:
+    """Names of the parameters with a gradient on this rank that is not finite, before DeepSpeed drops it."""
+    stage3 = hasattr(zero, "fp16_partitioned_groups_flat")
+    groups = zero.fp16_groups if stage3 else getattr(zero, "params_in_partition", [])
+    gradients = getattr(zero, "averaged_gradients", {})
+    for i, group in enumerate(groups):
+        for p, grad in zip(group, gradients.get(i) or [], strict=False):
+            if grad is not None and not grad.isfinite().all():
+                yield names[p]
 
 
 def _after_step(wrapper: Any, then: Any) -> None:

@@ -30,6 +30,7 @@ import torch.multiprocessing as mp
 from lorapre_dist import reference
 from lorapre_dist.config import ConfigError, LoRAPreMuonConfig
 from lorapre_dist.core.factors import Peers
+from lorapre_dist.core.guard import SAMPLES
 from lorapre_dist.core.interval import column_block
 from lorapre_dist.core.newton_schulz import NewtonSchulz, gram, packed_numel, polynomial
 from lorapre_dist.core.orthogonal import cost
@@ -156,10 +157,10 @@ def closed_form(shape: tuple[int, int], rank: int, size: int) -> dict[str, int]:
     moved = p * q - sum((stop - start) * p // size for start, stop in columns)
     packed = packed_numel(p)
     elements = {
-        "gather A": away * size * block * rank,
-        "edge rows and Gram of A": 2 * away * rank**2,
+        "gather A": away * size * (block * rank + SAMPLES + 2),
         "reduce Z": away * size * block * rank,
         "Gram of B": 2 * away * rank**2,
+        "Gram of A": 2 * away * rank**2,
         "move m": moved,
         "norm": 2 * away,
         "reduce Gram": 2 * away * packed,

@@ -51,11 +51,15 @@ class Task:
     held_out: np.ndarray
     warmup: int
     seed: int
+    eval_at: tuple[int, ...] = ()
 
 
 @dataclass
 class Run:
-    """One training run: losses in nats per token (infinite: diverged), ``batches`` a digest of what it trained on."""
+    """One training run: losses in nats per token (infinite: diverged), ``batches`` a digest of what it trained on.
+
+    ``on_the_way`` are validation losses by step, where ``--eval_at`` asks for them.
+    """
 
     row: str
     matrix_lr: float
@@ -63,6 +67,7 @@ class Run:
     seconds: float
     batches: str
     train_losses: list[float]
+    on_the_way: dict[int, float]
 
 
 # training -------------------------------------------------------------------------------------------------------
@@ -84,7 +89,9 @@ def prepare(args: argparse.Namespace) -> Task:
     data = prepare_data(settings, plan, config.vocab_size)
     fit_vocabulary(config, settings, data.vocab_size)
     batches = [data.train.next_batch() for _ in range(args.steps)]
-    return Task(build_model(config, settings), batches, data.held_out, settings.warmup_steps, args.seed)
+    return Task(
+        build_model(config, settings), batches, data.held_out, settings.warmup_steps, args.seed, tuple(args.eval_at)
+    )
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -114,6 +121,7 @@ def train(name: str, row: Row, lr: float, task: Task) -> Run:
     scheduler = scheduler_factory(task.warmup, len(task.batches))(optimizer)
     digest = hashlib.blake2b(digest_size=8)
     losses: list[float] = []
+    on_the_way: dict[int, float] = {}
     for tokens in task.batches:
         digest.update(tokens.numpy().tobytes())
         optimizer.zero_grad()
@@ -125,8 +133,14 @@ def train(name: str, row: Row, lr: float, task: Task) -> Run:
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
+        if len(losses) in task.eval_at:
+            on_the_way[len(losses)] = held_out_loss(model, task.held_out, len(tokens))
+            print(
+                f"{name} at {lr:g}, step {len(losses)}: {_nats(on_the_way[len(losses)])}", file=sys.stderr, flush=True
+            )
+            model.train()
     val_loss = held_out_loss(model, task.held_out, len(task.batches[0]))
-    return Run(name, lr, val_loss, time.perf_counter() - begin, digest.hexdigest(), losses)
+    return Run(name, lr, val_loss, time.perf_counter() - begin, digest.hexdigest(), losses, on_the_way)
 
 
 @torch.no_grad()
@@ -199,6 +213,16 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
+def on_the_way(runs: list[Run]) -> list[str]:
+    """One line per run that was evaluated before its end."""
+    return [
+        f"{run.row} at {run.matrix_lr:g}: "
+        + ", ".join(f"{_nats(loss)} at step {step}" for step, loss in run.on_the_way.items())
+        for run in runs
+        if run.on_the_way
+    ]
+
+
 def remarks(runs: list[Run]) -> list[str]:
     """Whether each limit is met, and which best lr lies at the edge of those tried."""
     best = best_of(runs)
@@ -244,7 +268,7 @@ def main(argv: list[str]) -> None:
         f"{len(task.held_out)} held-out sequences (loss before training {first:.3f}), seed {args.seed}, "
         f"{torch.get_num_threads()} thread(s), {(time.perf_counter() - begin) / 60:.1f} minutes\n"
     )
-    print("\n".join([table(runs), "", *remarks(runs)]))
+    print("\n".join([table(runs), "", *on_the_way(runs), *remarks(runs)]))
     if args.json:
         figures = {"settings": vars(args), "loss_before": first, "runs": [asdict(run) for run in runs]}
         Path(args.json).write_text(json.dumps(_finite(figures), indent=1), encoding="utf-8")
@@ -259,6 +283,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run (default: 300)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--lrs", nargs="+", type=float, help="matrices' lrs for every row (default: three of its own)")
+    parser.add_argument("--eval_at", nargs="+", type=int, default=[], help="steps at which to evaluate on the way")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step (default: 8)")
     parser.add_argument("--seq_len", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order (default: 0)")

@@ -5,12 +5,12 @@ One process, no ``torch.distributed``; no more than one part of one tensor is in
     model-00001-of-0000N.safetensors, model.safetensors.index.json, config.json, the tokenizer's files
         what ``AutoModelForCausalLM.from_pretrained`` loads; tied tensors under one of their names
     optimizer-00001-of-0000N.safetensors, optimizer.safetensors.index.json
-        ``NAME.m_B`` (p x r), ``NAME.m_A`` (r x q), ``NAME.v_B``, ``NAME.v_A``, ``NAME.v_row`` (p), or ``NAME.exp_avg``
-        and ``NAME.exp_avg_sq`` in the parameter's shape
+        ``NAME.m_B`` (p x r), ``NAME.m_A`` (r x q), ``NAME.v_B``, ``NAME.v_A``, ``NAME.rms_row`` (p), or
+        ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` in the parameter's shape
     optimizer.json
         {"format": 1, "step": n, "layout": "ZeRO-2", "world_size": 4, "aliases": {...}, "param_groups": [...],
          "parameters": {NAME: {"kind": "lorapre", "optimizer": "LoRAPre", "variant": "stable", "rank": r, "rank_v": s,
-                               "vectors": ["v_row"], "shape": [p, q], "step": n}
+                               "vectors": ["rms_row"], "shape": [p, q], "step": n}
                               | {"kind": "adamw", "shape": [...], "step": n}}}
 """
 

@@ -2,13 +2,16 @@
 
 ``checkpoint.json`` in a checkpoint:
 
-    {"format": 1, "version": "0.1.0", "layout": "ZeRO-2", "world_size": 4, "step": 1000,
+    {"format": 2, "version": "0.1.0", "layout": "ZeRO-2", "world_size": 4, "step": 1000,
      "aliases": {NAME: NAME of the tensor it is tied to},
      "parameters": {NAME: {"kind": "lorapre", "optimizer": "LoRAPre", "variant": "stable", "rank": r, "rank_v": s,
-                           "vectors": ["v_row"], "shape": [p, q], "step": n}
+                           "vectors": ["rms_row"], "shape": [p, q], "step": n}
                           | {"kind": "adamw", "shape": [...], "step": n}
                           | {"kind": "untrained", "shape": [...]}},
      "param_groups": [{"lr": ..., "rank": ..., ...}]}
+
+Format 1 had factors of any size, perhaps not finite, and mean squares, ``v_row`` and ``v_col``, for their roots. It can
+be read.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..core.factors import Matrix
+from ..core.factors import SQUARES, Matrix
 from ..optimizer import LowRankOptimizer
 from ..state import plain_groups
 from .folder import CheckpointError
 
 FILE = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 TENSORS = "tensors"
 #: What says the rank of each moment's factors; an optimizer without a low-rank second moment has no ``rank_v``.
 RANKS = {"m": "rank", "v": "rank_v"}
@@ -73,9 +76,9 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {folder}: {FILE} cannot be read ({error})") from error
     if not isinstance(content, dict) or "parameters" not in content:
         raise CheckpointError(f"checkpoint {folder}: {FILE} does not describe one")
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (1, FORMAT):
         raise CheckpointError(
-            f"checkpoint {folder} holds tensors in format {content.get('format')!r}; this version reads {FORMAT}"
+            f"checkpoint {folder} holds tensors in format {content.get('format')!r}; this version reads 1 and {FORMAT}"
         )
     return content
 
@@ -86,13 +89,16 @@ def differences(saved: dict[str, Any], present: dict[str, dict[str, Any]], group
     With ``resize``, other ranks of the factors are no difference.
     """
     then = {name: entry for name, entry in saved["parameters"].items() if entry["kind"] != "untrained"}
+    roots = {square: root for root, square in SQUARES.items()}
     found = [f"{name} is not in it" for name in sorted(present.keys() - then.keys())]
     found += [f"{name} is in it, but no trained parameter here" for name in sorted(then.keys() - present.keys())]
     for name in sorted(then.keys() & present.keys()):
         for key, now in present[name].items():
             was = then[name].get(key)
-            if was is None and key in ("optimizer", "vectors"):  # earlier versions had but one, and did not say so
-                was = "LoRAPre" if key == "optimizer" else vectors(then[name])
+            if key == "optimizer":
+                was = was or "LoRAPre"  # the first versions had but one, and did not say so
+            elif key == "vectors":
+                was = [roots.get(square, square) for square in vectors(then[name])]
             if key != "step" and was != now and not (resize and key in ("rank", "rank_v")):
                 hint = " (resize_rank would adapt it)" if key in ("rank", "rank_v") else ""
                 found.append(f"{name}: {key} was {was}, is {now}{hint}")
@@ -132,7 +138,7 @@ def ranks(entry: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def vectors(entry: dict[str, Any]) -> list[str]:
-    """Names of the statistics of a parameter with factors."""
+    """Names of the statistics of a parameter with factors, as they were saved; the first versions did not say them."""
     return list(entry.get("vectors", ["v_row"] if entry["variant"] == "stable" else []))
 
 

@@ -194,6 +194,8 @@ def _restore(engine: Any, state: dict[str, Any], states: bool, schedule: bool) -
     samples = state["global_steps"] * engine.train_batch_size()  # unless another engine counted them
     for name in _COUNTERS:
         setattr(engine, name, state.get(name, samples))
+    if states:
+        engine.basic_optimizer.skips.restart(engine.skipped_steps)
     if schedule and engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if states and engine.dynamic_loss_scale():

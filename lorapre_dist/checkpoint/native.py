@@ -60,7 +60,12 @@ def job(
     _reshard(module)
     rest = model.untrained(module, _trained(module, optimizer))
     schedule = lr_scheduler.state_dict() if lr_scheduler is not None else None
-    state = {"global_steps": step, "skipped_steps": 0, "lr_scheduler": schedule, "loss_scaler": {}}
+    state = {
+        "global_steps": step,
+        "skipped_steps": optimizer.skipped_steps,
+        "lr_scheduler": schedule,
+        "loss_scaler": {},
+    }
     content = {"engine": state, "client_state": extra or {}}
     return run.Job(optimizer, step, rest, model.aliases(module), content, also=also)
 
@@ -112,6 +117,8 @@ def load(
     )
     if lr_scheduler is not None and found["engine"]["lr_scheduler"] is not None:
         lr_scheduler.load_state_dict(found["engine"]["lr_scheduler"])
+    if states:
+        optimizer.skips.restart(found["engine"].get("skipped_steps", 0))
     client_state: dict[str, Any] = found["client_state"]
     return client_state
 

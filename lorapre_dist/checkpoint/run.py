@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..core.factors import SQUARES
 from ..optimizer import LowRankOptimizer
 from ..shards import OPTIMIZER, UNTRAINED, Shard, Untrained, bring_home, state_shards, weight_shards
 from ..state import restore_groups
-from . import content, dcp, folder
+from . import content, dcp, folder, stored
 from .folder import CheckpointError, Manifest
 from .resize import load_resized
 from .team import Team
@@ -86,13 +87,13 @@ def save(
         keep_last: delete all but this many of the newest complete checkpoints afterwards.
 
     Raises:
-        CheckpointError: on every rank, if it could not be written on one (a full disk, say); the earlier
-            checkpoints, and what is in memory, are as they were.
+        CheckpointError: on every rank, if a tensor is not finite, or it could not be written on one (a full disk, say);
+            the earlier checkpoints, and what is in memory, are as they were.
     """
-    team = Team(group)
-    path = _begin(job, Path(directory), tag, keep_last, team)
+    team, shards = Team(group), _shards(job)
+    path = _begin(job, shards, Path(directory), tag, keep_last, team)
     with _cleaned_up(path, team), team.together(f"saving checkpoint {path.parent / tag}"):
-        dcp.save(path / content.TENSORS, _shards(job), group)
+        dcp.save(path / content.TENSORS, shards, group)
     return seal(job.step, path, tag, team, save_latest, keep_last)
 
 
@@ -110,10 +111,10 @@ def save_in_background(
     Args:
         group: a gloo group of all ranks that serves nothing else until ``wait`` returns; None in a single process.
     """
-    team = Team(group)
-    path = _begin(job, Path(directory), tag, keep_last, team)
+    team, shards = Team(group), _shards(job)
+    path = _begin(job, shards, Path(directory), tag, keep_last, team)
     with _cleaned_up(path, team):
-        written = dcp.save_in_background(path / content.TENSORS, _shards(job), group)
+        written = dcp.save_in_background(path / content.TENSORS, shards, group)
 
     def finish() -> Path:
         with _cleaned_up(path, team), team.together(f"saving checkpoint {path.parent / tag}"):
@@ -135,12 +136,14 @@ def _keyed(untrained: dict[str, Untrained]) -> dict[str, Shard]:
     return {UNTRAINED + name: tensor.shard for name, tensor in untrained.items()}
 
 
-def _begin(job: Job, directory: Path, tag: str, keep_last: int | None, team: Team) -> Path:
+def _begin(job: Job, shards: dict[str, Shard], directory: Path, tag: str, keep_last: int | None, team: Team) -> Path:
     if not tag or "/" in tag or tag.startswith("."):
         raise CheckpointError(f"tag {tag!r}: must be a plain folder name that does not begin with a dot")
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last={keep_last}: must be at least 1")
     path = folder.partial(directory, tag)
+    with team.together(f"saving checkpoint {directory / tag}"):
+        refuse_non_finite(((name, shard.local) for name, shard in shards.items()))
     with team.together(f"saving checkpoint {directory / tag}"):
         if team.rank == 0:
             folder.start(directory, tag)
@@ -158,6 +161,13 @@ def _begin(job: Job, directory: Path, tag: str, keep_last: int | None, team: Tea
         with _cleaned_up(path, team), team.together(f"saving checkpoint {directory / tag}"):
             job.also(path)
     return path
+
+
+def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise a CheckpointError if a tensor has elements that are not finite: nothing could be resumed from it."""
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name} is not finite, and nothing could be resumed from it")
 
 
 def _readable(extra: dict[str, Any]) -> bytes:
@@ -220,8 +230,9 @@ def verify(path: str | Path, *, group: Any = None) -> Manifest:
     team, path = Team(group), Path(path)
     manifest, problems = None, []
     try:
+        share = slice(team.rank, None, team.size)
         manifest = Manifest.read(path)
-        problems = folder.damage(path, manifest, slice(team.rank, None, team.size))
+        problems = folder.damage(path, manifest, share) or stored.not_finite(path, share)
     except CheckpointError as error:
         problems = [str(error)]
     found = sorted({problem for part in team.gather(problems) for problem in part})
@@ -231,6 +242,16 @@ def verify(path: str | Path, *, group: Any = None) -> Manifest:
         more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
         raise CheckpointError(f"checkpoint {path} is damaged: " + "; ".join(found[:8]) + more)
     return manifest
+
+
+def usable(path: str | Path, *, group: Any = None) -> Manifest:
+    """As :func:`verify`, but the error names the newest checkpoint beside this one that can be used."""
+    try:
+        return verify(path, group=group)
+    except CheckpointError as error:
+        instead, _ = newest_whole(Path(path).parent, group=group)
+        hint = f"the newest one that can be used is {instead.name!r}" if instead else "there is none that can be used"
+        raise CheckpointError(f"{error}; {hint}") from error
 
 
 def newest_whole(directory: str | Path, *, group: Any = None) -> tuple[Path | None, list[str]]:
@@ -280,7 +301,7 @@ def load(
     """
     path, team = Path(path), Team(group)
     if not intact:
-        verify(path, group=group)
+        usable(path, group=group)
     with team.together(f"loading checkpoint {path}"):
         saved = content.read(path)
         extra: dict[str, Any] = torch.load(path / EXTRA, weights_only=True, map_location="cpu")
@@ -303,13 +324,20 @@ def load(
         changed = {n: e for n, e in present.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
         resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"}
         shards.update({name: shard for name, shard in factors.items() if name not in resized})
+    roots = {}
+    if saved["format"] == 1:
+        roots = {n: n.removesuffix(r) + s for n in shards for r, s in SQUARES.items() if n.endswith(f".{r}")}
     with team.together(f"loading checkpoint {path}"):
-        dcp.load(path / content.TENSORS, shards, group)
+        dcp.load(path / content.TENSORS, {roots.get(name, name): shard for name, shard in shards.items()}, group)
+    for name in roots:
+        shards[name].local.sqrt_()
     bring_home(shards)
     if states:
         if changed:
             options = {"init_std": optimizer.config.init_std, "seed": optimizer.config.seed}
             load_resized(path / content.TENSORS, changed, factors, options, team)
+        if changed or saved["format"] == 1:
+            optimizer.settle()
         for bound in optimizer.bound():
             bound.state.step = saved["parameters"][bound.piece.name]["step"]
         kept = ("rank", "rank_v") if resize_rank else ()

@@ -126,10 +126,21 @@ def problems(path: Path) -> list[str]:
     try:
         found = folder.damage(path, Manifest.read(path))
         if not found:
-            found = incomplete(tensors(path), expected(content.read(path)["parameters"]))
+            found = incomplete(tensors(path), expected(content.read(path)["parameters"])) or not_finite(path)
     except CheckpointError as error:
         return [str(error).removeprefix(f"checkpoint {path} ").removeprefix(f"checkpoint {path}: ")]
     return found
+
+
+def not_finite(path: Path, share: slice = slice(None)) -> list[str]:
+    """Tensors with elements that are not finite, in words; of the tensors' parts only those in ``share`` are read.
+
+    Since format 2 none is saved, and nothing is read.
+    """
+    if not (path / content.FILE).is_file() or content.read(path)["format"] > 1:
+        return []
+    parts = [(name, part) for name, tensor in sorted(tensors(path).items()) for part in tensor.parts]
+    return list(dict.fromkeys(f"{name} is not finite" for name, p in parts[share] if not p.read().isfinite().all()))
 
 
 def tags_in(path: Path) -> Path | None:

@@ -1,17 +1,18 @@
 """Adam with a factored first moment and Adafactor's second: the statistics of rows and of columns (arXiv 1804.04235).
 
 Notation and phases as in ``adam.py``. ``v_ij = R_i C_j / mean(C)``, with ``R`` and ``C`` the decayed means of ``g^2``
-over rows and columns. A first pass over the gradient sums up the columns, and the rows that are cut between ranks; the
-sums ride on the all-reduce of the Grams. ``R`` lies with the rows, ``C`` (q numbers) on every rank that shares the
-matrix.
+over rows and columns, of which the roots are kept. A first pass over the gradient sums up the columns, and the rows
+that are cut between ranks. ``R`` lies with the rows, ``C`` (q numbers) on every rank that shares the matrix.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from . import exchange, regression
-from .adam import Hyper, apply, workspace_bytes
+from .adam import Hyper, apply, decay_rms, workspace_bytes
+from .adamw import bias
 from .comm import Comm
 from .exchange import Item, Work
 from .regression import Block, addmm
@@ -27,32 +28,32 @@ def step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> N
 
 
 def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
-    for item in items:
-        item.matrix.step += 1
     works = exchange.gather(items, comm, sums=1)
-    regression.grams_of_A(works)
     for work in works:
+        work.matrix.taken.add_(work.item.go.value)
         _sums(work, workspace)
-    exchange.sum_edges(works, comm)
-    regression.invert(works, hyper)
+    regression.edges(works, hyper, comm)
     regression.make_room(works, workspace)
     for work in works:
-        regression.begin(work, hyper, workspace)
+        if not hyper.stable:
+            regression.row_grams(work, workspace)
         _decay_columns(work, hyper)
+        biases = [bias(beta, work.matrix.taken).to(work.m.A.dtype)[..., None, None] for beta in hyper.betas]
         for block in regression.blocks(work, workspace):
-            _update_block(work, block, hyper, workspace)
+            _update_block(work, block, biases, hyper, workspace)
         if hyper.stable:
-            regression.row_grams(work)
+            regression.row_grams(work, workspace)
     exchange.reduce(works, comm)
-    regression.refresh_columns(works, hyper.gammas[:1], hyper)
+    regression.refresh_columns(works, hyper.gammas[:1], hyper, comm, workspace)
 
 
 def _sums(work: Work, workspace: Workspace) -> None:
-    """This rank's part of the columns' sums of ``g^2``, and for cut rows of the row's, and of Y."""
-    work.column_sums = torch.zeros_like(work.matrix.vectors["v_col"])
+    """This rank's part of the columns' sums of ``g^2`` (scaled), and for cut rows of the row's, and of Y."""
+    work.column_sums = torch.zeros_like(work.matrix.vectors["rms_col"])
     for block in regression.blocks(work, workspace):
-        g = block.grad.to(work.m.A.dtype)
-        squares = torch.mul(g, g, out=workspace.take("w", g.shape, g))
+        g = regression.gradient(work, block, workspace)
+        scaled, w = work.size.scaled(g), workspace.take("w", g.shape, g)
+        squares = torch.mul(scaled, scaled, out=w)
         work.column_sums[..., block.columns] += squares.sum(-2)
         if block.lines is not None:
             work.edge[block.lines, 0] += squares.sum(1)
@@ -60,30 +61,33 @@ def _sums(work: Work, workspace: Workspace) -> None:
 
 
 def _decay_columns(work: Work, hyper: Hyper) -> None:
-    beta2 = hyper.betas[1]
     assert work.column_sums is not None
-    columns = work.matrix.vectors["v_col"]
-    columns.mul_(beta2).add_(work.column_sums, alpha=(1 - beta2) / work.matrix.interval.shape[0])
+    norms = work.size.undone(work.column_sums.sqrt())
+    decay_rms(work.matrix.vectors["rms_col"], norms, hyper.betas[1], work.matrix.interval.shape[0], work.item.go)
 
 
-def _update_block(work: Work, block: Block, hyper: Hyper, workspace: Workspace) -> None:
+def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, workspace: Workspace) -> None:
     """One block: its rows' statistics, the update of theta, then the factors' rows."""
-    matrix, A, B = work.matrix, work.m.A[..., block.held], work.m.factors.B[block.rows]
-    beta1, beta2 = hyper.betas
-    bias1, bias2 = 1 - beta1**matrix.step, 1 - beta2**matrix.step
-    g = block.grad.to(A.dtype)
+    matrix, size, go = work.matrix, work.size, work.item.go
+    A, B = work.m.A[..., block.held], work.m.factors.B[block.rows]
+    (beta1, beta2), (bias1, bias2), dtype = hyper.betas, biases, A.dtype
+    g = regression.gradient(work, block, workspace)
     Y = regression.regress(g, work.m, block, "Y", workspace)
     m, w = (workspace.take(label, g.shape, A) for label in "mw")
-    # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product.
-    left = torch.mul(B, beta1 / bias1, out=workspace.take("left", B.shape, A))
-    left.sub_(Y, alpha=hyper.residual)
-    addmm(m, left, A, beta=(1 - beta1) / bias1 + hyper.residual, start=g)
 
-    energy = torch.linalg.vector_norm(g, dim=-1).square_() if block.lines is None else work.edge[block.lines, 0]
-    rows, columns = matrix.vectors["v_row"][block.rows], matrix.vectors["v_col"]
-    rows.mul_(beta2).add_(energy, alpha=(1 - beta2) / matrix.interval.shape[1])
-    level = columns.mean(-1, keepdim=True).clamp_min(torch.finfo(columns.dtype).tiny)
-    down, across = (rows / (bias2 * level)).sqrt_(), columns[..., block.columns].sqrt()
-    torch.mul(down[..., None], across[..., None, :], out=w).add_(hyper.eps)
-    apply(block.theta, m, w, hyper)
-    regression.refresh_rows(work, work.m, block, g, Y, hyper.gammas[0], hyper)
+    scaled = size.scaled(g, out=m)
+    energy = torch.linalg.vector_norm(scaled, dim=-1) if block.lines is None else work.edge[block.lines, 0].sqrt()
+    rows, columns = matrix.vectors["rms_row"][block.rows], matrix.vectors["rms_col"]
+    decay_rms(rows, size.undone(energy), beta2, matrix.interval.shape[1], go)
+    # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product; nothing where no step is taken
+    keep = go.of(beta1, dtype) / bias1
+    left = torch.mul(B, keep, out=workspace.take("left", B.shape, A)).sub_(Y, alpha=hyper.residual)
+    addmm(torch.mul(g, (1 - beta1) / bias1 + hyper.residual, out=m), left, A, beta=1)
+
+    tiny = torch.finfo(dtype).tiny
+    most = columns.amax(-1, keepdim=True).clamp_min(tiny)
+    level = most * (columns / most).square_().mean(-1, keepdim=True).sqrt_()
+    down = rows / (bias2[..., 0].sqrt() * level)
+    torch.mul(down[..., None], columns[..., None, block.columns], out=w).add_(max(hyper.eps, tiny))
+    apply(block.theta, m, w, hyper, go)
+    regression.refresh_rows(work, work.m, block, g, Y, hyper.gammas[0], hyper, workspace)

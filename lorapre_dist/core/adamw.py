@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .guard import ADAMW_LARGEST, Go
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,23 @@ class Hyper:
 
 @dataclass
 class Vector:
-    """State of one parameter's local piece: ``exp_avg`` and ``exp_avg_sq``, both 1-D of the piece's length."""
+    """State of one parameter's local piece: ``exp_avg`` and ``exp_avg_sq``, both 1-D of the piece's length.
+
+    ``taken`` is the number of updates so far (0-d, fp64), on the device.
+    """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    step: int = 0
+    taken: Tensor
+
+    @property
+    def step(self) -> int:
+        """Number of updates so far."""
+        return int(self.taken)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.taken.fill_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """State by ``torch.optim.AdamW``'s names."""
@@ -34,26 +49,36 @@ class Vector:
 def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
     """State of a piece before its first step: zeros."""
     zeros = torch.zeros(numel, device=device, dtype=dtype)
-    return Vector(zeros, zeros.clone())
+    return Vector(zeros, zeros.clone(), torch.zeros((), device=device, dtype=torch.float64))
 
 
-def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int) -> None:
+def bias(decay: float, taken: Tensor) -> Tensor:
+    """``1 - decay^t``, of a first step where none has been taken."""
+    return -torch.expm1(taken.clamp_min(1) * (math.log(decay) if decay else -math.inf))
+
+
+def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int, go: Go) -> None:
     """One AdamW step of one piece, in place (decoupled weight decay, eps outside the root, as in PyTorch).
 
     It goes part by part, so that its temporaries are of ``block_bytes`` and not of the piece's size.
     """
-    vector.step += 1
+    vector.taken.add_(go.value)
     beta1, beta2 = hyper.betas
     dtype = vector.exp_avg.dtype
+    fresh, fresh_sq = go.of(1 - beta1, dtype), go.of(1 - beta2, dtype)
+    decay = go.keep(1 - hyper.lr * hyper.weight_decay, dtype)
+    bias_sq = bias(beta2, vector.taken).to(dtype)
+    # theta -= lr / bias * exp_avg / denom, as one quotient: of infinity where no step is taken.
+    slow = (bias(beta1, vector.taken) / (go.value * hyper.lr)).to(dtype)
     size = max(1, block_bytes // vector.exp_avg.element_size())
     for at in range(0, theta.numel(), size):
         part = slice(at, at + size)
         exp_avg, exp_avg_sq = vector.exp_avg[part], vector.exp_avg_sq[part]
         g, wide = grad[part].to(dtype), theta[part].to(dtype)
-        exp_avg.lerp_(g, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denom = (exp_avg_sq / (1 - beta2**vector.step)).sqrt_().add_(hyper.eps)
-        wide.mul_(1 - hyper.lr * hyper.weight_decay)
-        wide.addcdiv_(exp_avg, denom, value=-hyper.lr / (1 - beta1**vector.step))
+        g = go.finite(g.clamp(-ADAMW_LARGEST, ADAMW_LARGEST))
+        exp_avg.lerp_(g, fresh)
+        exp_avg_sq.lerp_(g.square_(), fresh_sq)
+        denom = (exp_avg_sq / bias_sq).sqrt_().add_(max(hyper.eps, torch.finfo(dtype).tiny)).mul_(slow)
+        wide.mul_(decay).addcdiv_(exp_avg, denom, value=-1)
         if theta.dtype != dtype:
             theta[part].copy_(wide)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,20 +11,25 @@ from torch import Tensor
 
 from .comm import Comm
 from .factors import Factors, Matrix
+from .guard import SAMPLES, Go, Size, bounds, sizes
 
 
 @dataclass
 class Item:
     """One matrix in a step: its state, and the local pieces of the parameter and gradient (1-D, same length).
 
-    ``target`` is set if ``theta`` is a copy that the caller has to write back there. Of a stack of k matrices
-    (``stacks.py``) both are k x n, and all state has a dimension more, too.
+    Of a stack of k matrices (``stacks.py``) both are k x n, and all state has a dimension more, too.
+
+    Attributes:
+        largest: a bound on the gradient's elements here (0-d; k).
+        go: whether the step is taken.
     """
 
     matrix: Matrix
     theta: Tensor
     grad: Tensor
-    target: Tensor | None = None
+    largest: Tensor
+    go: Go
 
 
 @dataclass
@@ -36,9 +41,8 @@ class Moment:
         A: r x q, of the step before: whole, or this rank's block if it needs no more (:attr:`Matrix.lends`).
         Y: per row that is cut between ranks, the regression of the whole row on the old A (r numbers).
         gram: ``A A^T``, r x r.
-        inverse: of the damped ``gram``.
-        W: ``inverse A`` (r x q) where that is cheaper than to multiply rows by ``inverse``, else None.
-        Z: ``B^T g``, r x q (padded to whole blocks); after the reduction, r x this rank's columns.
+        inverse: of the damped ``gram``; None where A has orthonormal rows.
+        Z: ``B^T g``, r x q (padded to whole blocks); after the reduction, r x this rank's columns. Of a scaled B, as S.
         S: ``B^T B``, r x r.
     """
 
@@ -46,8 +50,7 @@ class Moment:
     A: Tensor
     Y: Tensor
     gram: Tensor = field(init=False)
-    inverse: Tensor = field(init=False)
-    W: Tensor | None = field(init=False, default=None)
+    inverse: Tensor | None = field(init=False, default=None)
     Z: Tensor = field(init=False)
     S: Tensor = field(init=False)
 
@@ -63,6 +66,7 @@ class Work:
 
     Attributes:
         moments: one, or two in the order m, v.
+        size: what is squared is scaled by it first.
         cut: line in ``edge`` of each row that is cut between ranks.
         edge: per cut row, sums that the optimizer needs (first), then each moment's ``Y``.
         column_sums: numbers to be summed over the ranks beside ``edge``; None where there are none.
@@ -70,6 +74,7 @@ class Work:
 
     item: Item
     moments: list[Moment]
+    size: Size
     cut: dict[int, int]
     edge: Tensor
     column_sums: Tensor | None = None
@@ -109,38 +114,49 @@ def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
 
 
 def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
-    """``A`` of every moment, whole: one all-gather a group. Where this rank's block is enough, it lends its state.
+    """``A`` of every moment, whole, and the matrices' sizes: one all-gather a group.
+
+    Where this rank's block of ``A`` is enough, it lends its state.
 
     Args:
         sums: numbers per cut row that the optimizer sums beside ``Y``.
     """
+    looks = dict(zip(map(id, items), _looks(items), strict=True))
     waits = []
-    for group, shared in by_group(item for item in items if not item.matrix.lends):
-        blocks = [_padded(f.A, x.matrix.block_size) for x in shared for f in x.matrix.factors.values()]
-        waits.append((comm.all_gather(torch.cat(blocks), group, "gather A"), shared))
+    for group, shared in by_group(items):
+        blocks = [_padded(f.A, x.matrix.block_size) for x in shared for f in _lent(x)]
+        packed = torch.cat([*blocks, *(looks[id(x)] for x in shared)])
+        waits.append((comm.all_gather(packed, group, "gather A"), shared))
     whole: dict[int, list[Tensor]] = {}
     for wait, shared in waits:
         gathered, at = wait(), 0
         for item in shared:
-            q, size = item.matrix.interval.shape[1], item.matrix.block_size
-            for factors in item.matrix.factors.values():
+            q, width = item.matrix.interval.shape[1], item.matrix.block_size
+            for factors in _lent(item):
                 r = factors.A.shape[0]
-                block = gathered[:, at : at + size * r].view(-1, r, size)
+                block = gathered[:, at : at + width * r].view(-1, r, width)
                 whole.setdefault(id(item), []).append(block.transpose(0, 1).reshape(r, -1)[:, :q])
-                at += size * r
-    return [_work(item, whole.get(id(item)), sums) for item in items]
+                at += width * r
+        for item in shared:
+            count = looks[id(item)].shape[0]
+            # Each sample lies on one rank, and is 0 on the others.
+            looks[id(item)] = gathered[:, at : at + count].amax(0)
+            at += count
+    found = sizes(torch.stack([looks[id(item)] for item in items]), items[0].go) if items else []
+    return [_work(item, size, whole.get(id(item)), sums) for item, size in zip(items, found, strict=True)]
 
 
-def sum_edges(works: list[Work], comm: Comm) -> None:
-    """Sum the rows that are cut between ranks, and the Grams of ``A``, over the ranks: one all-reduce a group."""
+def sum_edges(works: list[Work], comm: Comm, grams: bool) -> None:
+    """Sum the rows that are cut between ranks (and with ``grams`` those of ``A``): one all-reduce a group."""
     tensors = []
     for group, shared in by_group(works):
         parts: list[Tensor] = []
         for work in shared:
-            parts += [work.edge, *(moment.gram for moment in work.moments)]
+            parts += [work.edge] if work.edge.numel() else []
+            parts += [moment.gram for moment in work.moments] if grams else []
             parts += [] if work.column_sums is None else [work.column_sums]
         tensors.append((group, parts))
-    _all_reduce(tensors, comm, "edge rows and Gram of A")
+    _all_reduce(tensors, comm, "edge rows and Gram of A" if grams else "edge rows")
 
 
 def reduce(works: list[Work], comm: Comm) -> None:
@@ -154,14 +170,42 @@ def reduce(works: list[Work], comm: Comm) -> None:
     for wait, shared in waits:
         mine, at = wait(), 0
         for work in shared:
-            size = work.matrix.block_size
+            width = work.matrix.block_size
             for moment in work.moments:
-                block = mine[at : at + size * moment.rank].view(moment.rank, size)
+                block = mine[at : at + width * moment.rank].view(moment.rank, width)
                 moment.Z = block[:, : moment.factors.A.shape[1]]
-                at += size * moment.rank
+                at += width * moment.rank
 
 
-def _work(item: Item, gathered: list[Tensor] | None, sums: int) -> Work:
+def sum_grams(holders: Sequence[_HasMatrix], grams: Sequence[Sequence[Tensor]], comm: Comm) -> None:
+    """Sum the Grams of blocks of ``A`` (r x r; some for each of ``holders``) over the ranks, in place."""
+    of = {id(one): some for one, some in zip(holders, grams, strict=True)}
+    by = [(group, [gram for one in shared for gram in of[id(one)]]) for group, shared in by_group(holders)]
+    _all_reduce(by, comm, "Gram of A")
+
+
+def _lent(item: Item) -> list[Factors]:
+    """The factors whose ``A`` has to be gathered."""
+    return [] if item.matrix.lends else list(item.matrix.factors.values())
+
+
+def _looks(items: list[Item]) -> list[Tensor]:
+    """What this rank knows of each matrix, see :func:`lorapre_dist.core.guard.sizes`."""
+    factors = [[f.B for f in item.matrix.factors.values()] for item in items]
+    parts = [B.unbind() if B.ndim == 3 else (B,) for some in factors for B in some]
+    found = iter(bounds([part for some in parts for part in some]))
+    held = iter([torch.stack([next(found) for _ in some]) for some in parts])
+    looks = []
+    for item, some in zip(items, factors, strict=True):
+        grad, (at, slots), dtype = item.grad, item.matrix.sampled or ((), ()), item.matrix.dtype
+        sampled = grad.new_zeros(*grad.shape[:-1], SAMPLES, dtype=dtype)
+        sampled[..., slots] = grad[..., at].abs().to(dtype)
+        state = torch.stack([next(held) for _ in some], dim=-1).view(*grad.shape[:-1], -1)
+        looks.append(torch.cat([sampled, state, item.largest.to(dtype)[..., None]], dim=-1))
+    return looks
+
+
+def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> Work:
     matrix = item.matrix
     wholes = gathered or [factors.A for factors in matrix.factors.values()]
     rows = matrix.peers.cut_rows(matrix.interval.shape) if matrix.peers else ()
@@ -170,13 +214,17 @@ def _work(item: Item, gathered: list[Tensor] | None, sums: int) -> Work:
     for factors, A in zip(matrix.factors.values(), wholes, strict=True):
         moments.append(Moment(factors, A, edge[:, at : at + A.shape[-2]]))
         at += A.shape[-2]
-    return Work(item, moments, {row: line for line, row in enumerate(rows)}, edge)
+    if matrix.variant == "paper":  # as printed; its damping is absolute
+        size = replace(size, inverse=None)
+    return Work(item, moments, size, {row: line for line, row in enumerate(rows)}, edge)
 
 
 def _all_reduce(by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: str) -> None:
     """Sum tensors in place, packed into one collective a group."""
     waits = []
     for group, tensors in by_group:
+        if not tensors:
+            continue
         packed = torch.cat([t.reshape(-1) for t in tensors])
         waits.append((comm.all_reduce(packed, group, purpose), tensors))
     for wait, tensors in waits:

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guard import sample
 from .interval import Range, RowInterval, column_block, cut_rows
+
+#: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
+SQUARES = {"rms_row": "v_row", "rms_col": "v_col"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Peers:
 
 @dataclass
 class Factors:
-    """Factors of one moment, ``m ~ B A``, as this rank holds them.
+    """Factors of one moment, ``m ~ B A``, as this rank holds them; in ``stable`` the rows of ``A`` are orthonormal.
 
     Attributes:
         B: rows x r, the rows that this rank's interval touches; a row cut between ranks is held by each of them.
@@ -61,19 +65,30 @@ class Matrix:
         peers: the ranks that share it; None if this rank holds it whole.
         factors: by moment: ``m``, and in some optimizers ``v``, that of ``|g|``.
         vectors: statistics by name: ``*_row`` of the touched rows, ``*_col`` of all columns, on every rank.
+        taken: number of updates so far (0-d, fp64), on the device, where it is known whether one is taken.
         optimizer, variant: by which the state is stepped.
         before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
-        step: number of updates so far.
+        sampled: places in this rank's piece, and in :func:`lorapre_dist.core.guard.sample`, of what is in both.
     """
 
     interval: RowInterval
     peers: Peers | None
     factors: dict[str, Factors]
     vectors: dict[str, Tensor]
+    taken: Tensor
     optimizer: str = "LoRAPre"
     variant: str = "stable"
     before: tuple[int, int, int] = (0, 0, 0)
-    step: int = 0
+    sampled: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def step(self) -> int:
+        """Number of updates so far."""
+        return int(self.taken)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.taken.fill_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
@@ -145,7 +160,15 @@ def allocate(
     held = {moment: factors(moment, r) for moment, r in ranks.items()}
     sizes = {name: p if name.endswith("_row") else q for name in vectors}
     zeros = {name: torch.zeros(size, device=device, dtype=dtype) for name, size in sizes.items()}
-    return Matrix(interval, peers, held, zeros, optimizer, variant, before)
+    taken = torch.zeros((), device=device, dtype=torch.float64)
+    return Matrix(interval, peers, held, zeros, taken, optimizer, variant, before, _sampled(interval, device))
+
+
+def _sampled(interval: RowInterval, device: torch.device) -> tuple[Tensor, Tensor]:
+    places = [(interval.place(*element), k) for k, element in enumerate(sample(interval.shape))]
+    held = [(at, k) for at, k in places if at is not None]
+    at, k = torch.tensor(held, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    return at, k
 
 
 def state_shapes(shape: tuple[int, int], ranks: dict[str, int], vectors: Iterable[str]) -> dict[str, tuple[int, ...]]:

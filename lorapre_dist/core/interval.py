@@ -76,6 +76,16 @@ class RowInterval:
             return self.rows if self.columns[0] else 0
         return min(self.rows, 1 if self.start % self.shape[1] else 0)
 
+    def place(self, row: int, col: int) -> int | None:
+        """Where an element of the matrix lies in the piece; None if it does not."""
+        at = row * self.shape[1] + col - self.start
+        if not 0 <= at < self.stop - self.start:
+            return None
+        if self.columns is None:
+            return at
+        first, last = self.columns
+        return (row - self.first_row) * (last - first) + col - first if first <= col < last else None
+
     def segments(self) -> list[Segment]:
         """The interval as at most three rectangles: a part of a row, whole rows, a part of a row."""
         q = self.shape[1]

@@ -18,6 +18,7 @@ from . import exchange, orthogonal, regression
 from .comm import Comm
 from .exchange import Item, Work
 from .factors import Matrix
+from .guard import Go
 from .newton_schulz import NewtonSchulz
 from .regression import Block, addmm
 from .workspace import Workspace
@@ -71,52 +72,51 @@ def workspace_bytes(matrices: list[Matrix], workspace: Workspace, settings: Newt
 
 
 def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> None:
-    for item in items:
-        item.matrix.step += 1
     works = exchange.gather(items, comm, sums=0)
-    regression.grams_of_A(works)
     for work in works:
+        work.matrix.taken.add_(work.item.go.value)
         for block in regression.blocks(work, workspace, cut_only=True):
-            work.m.Y[block.lines] += block.grad.to(work.m.A.dtype) @ work.m.A[:, block.held].T
-    exchange.sum_edges(works, comm)
-    regression.invert(works, hyper)
+            work.m.Y[block.lines] += regression.gradient(work, block, workspace) @ work.m.A[:, block.held].T
+    regression.edges(works, hyper, comm)
     regression.make_room(works, workspace)
     pieces = []
     for work in works:
-        regression.begin(work, hyper, workspace)
+        if not hyper.stable:
+            regression.row_grams(work, workspace)
         u = work.m.A.new_empty(work.item.theta.numel()) if hyper.orthogonal else None
         for block in regression.blocks(work, workspace):
             _block(work, block, u, hyper, workspace)
         if hyper.stable:
-            regression.row_grams(work)
+            regression.row_grams(work, workspace)
         if u is not None:
-            pieces.append((work.matrix, u))
+            pieces.append((work.matrix, u, work.size))
     exchange.reduce(works, comm)
-    regression.refresh_columns(works, (hyper.gamma,), hyper)
+    regression.refresh_columns(works, (hyper.gamma,), hyper, comm, workspace)
     if hyper.orthogonal:
         limit = workspace.block_on(items[0].theta.device)
         orthogonal.orthogonalise(pieces, hyper.orthogonal, comm, limit, workspace.bucket)
-        for item, (matrix, u) in zip(items, pieces, strict=True):
-            _apply(item.theta, u, hyper.lr(matrix.interval.shape), hyper)
+        for item, (matrix, u, _) in zip(items, pieces, strict=True):
+            _apply(item.theta, u, hyper.lr(matrix.interval.shape), hyper, item.go)
 
 
 def _block(work: Work, block: Block, u: Tensor | None, hyper: Hyper, workspace: Workspace) -> None:
     """One block: its rows of ``u``, the update unless it has to wait for all of ``u``, then the factors' rows."""
-    A, B = work.m.A[..., block.held], work.m.factors.B[block.rows]
-    g = block.grad.to(A.dtype)
+    A, B, go = work.m.A[..., block.held], work.m.factors.B[block.rows], work.item.go
+    g = regression.gradient(work, block, workspace)
     Y = regression.regress(g, work.m, block, "Y", workspace)
-    # keep B A + fresh g + residual (g - Y A), as one product
-    left = torch.mul(B, hyper.keep, out=workspace.take("left", B.shape, A)).sub_(Y, alpha=hyper.residual)
+    # keep B A + fresh g + residual (g - Y A), as one product; nothing where no step is taken
+    left = torch.mul(B, go.of(hyper.keep, B.dtype), out=workspace.take("left", B.shape, A))
+    left.sub_(Y, alpha=hyper.residual)
     out = workspace.take("m", g.shape, A) if u is None else u[block.at : block.at + g.numel()].view(g.shape)
     direction = addmm(out, left, A, beta=hyper.fresh + hyper.residual, start=g)
     if u is None:
         direction = direction.sign_() if hyper.sign else direction
-        _apply(block.theta, direction, hyper.lr(work.matrix.interval.shape), hyper)
-    regression.refresh_rows(work, work.m, block, g, Y, hyper.gamma, hyper)
+        _apply(block.theta, direction, hyper.lr(work.matrix.interval.shape), hyper, go)
+    regression.refresh_rows(work, work.m, block, g, Y, hyper.gamma, hyper, workspace)
 
 
-def _apply(theta: Tensor, update: Tensor, lr: float, hyper: Hyper) -> None:
+def _apply(theta: Tensor, update: Tensor, lr: float, hyper: Hyper, go: Go) -> None:
     wide = theta if theta.dtype == update.dtype else theta.to(update.dtype)
-    wide.mul_(1 - hyper.decay).add_(update, alpha=-lr)
+    wide.mul_(go.keep(1 - hyper.decay, wide.dtype)).add_(update, alpha=-lr)
     if wide is not theta:
         theta.copy_(wide)

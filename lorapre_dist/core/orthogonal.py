@@ -23,6 +23,7 @@ from torch import Tensor
 from .comm import Comm
 from .exchange import by_group
 from .factors import Matrix, Peers
+from .guard import Size
 from .interval import column_block
 from .newton_schulz import NewtonSchulz, gram, iteration_dtype, packed, packed_numel, polynomial, unpacked
 from .transfer import Rectangle, Transfer
@@ -119,11 +120,13 @@ class Task:
     """One matrix on its way: this rank's piece (1-D), its form, who iterates, and in that form X, and its Gram or Q.
 
     Attributes:
+        size: by which X is scaled before it is squared.
         moved: some elements lie on another rank than in the form.
     """
 
     matrix: Matrix
     piece: Tensor
+    size: Size
     form: str = "whole"
     owner: int = 0
     moved: bool = False
@@ -150,7 +153,7 @@ class Task:
 
 
 def orthogonalise(
-    pieces: list[tuple[Matrix, Tensor]], settings: NewtonSchulz, comm: Comm, limit: int, bucket: int
+    pieces: list[tuple[Matrix, Tensor, Size]], settings: NewtonSchulz, comm: Comm, limit: int, bucket: int
 ) -> None:
     """Replace each rank's pieces (1-D) of its matrices by those of the orthogonalised matrices; a collective.
 
@@ -158,7 +161,7 @@ def orthogonalise(
         limit: bytes up to which a matrix may be assembled on one rank.
         bucket: bytes of a collective.
     """
-    tasks = [Task(matrix, piece) for matrix, piece in pieces]
+    tasks = [Task(matrix, piece, size) for matrix, piece, size in pieces]
     _plan(tasks, settings, limit)
     for task in tasks:
         shape = task.matrix.interval.shape if task.transfer is None else task.transfer.mine.shape
@@ -220,6 +223,8 @@ def _parts(task: Task, tensor: Tensor, k: int) -> list[Tensor]:
 
 def _normalise(tasks: list[Task], shared: list[tuple[Any, list[Task]]], settings: NewtonSchulz, comm: Comm) -> None:
     """Divide by the Frobenius norm of the whole matrix: one number per matrix that is summed over the ranks."""
+    for task in tasks:
+        task.X = task.size.scaled(task.X)
     squares = {id(task): torch.linalg.vector_norm(task.X).square_() for task in tasks}
     waits = [
         (comm.all_reduce(torch.stack([squares[id(t)] for t in some]), group, "norm"), some) for group, some in shared
@@ -227,7 +232,8 @@ def _normalise(tasks: list[Task], shared: list[tuple[Any, list[Task]]], settings
     for wait, some in waits:
         squares.update({id(task): square for task, square in zip(some, wait(), strict=True)})
     for task in tasks:
-        scale = 1 / squares[id(task)].sqrt().clamp_min(settings.eps)
+        norm = squares[id(task)].sqrt()
+        scale = 1 / torch.maximum(norm, task.size.scaled(torch.full_like(norm, settings.eps)))
         task.X = (task.X * scale).to(iteration_dtype(task.X.device, task.X.dtype))
 
 

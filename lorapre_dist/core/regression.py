@@ -9,23 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from types import EllipsisType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import stacks
+from . import exchange, stacks
+from .comm import Comm
 from .exchange import Item, Moment, Work
-from .factors import Matrix
+from .factors import Factors, Matrix
 from .interval import Segment
 from .newton_schulz import gram
-from .refresh import CHUNK, damped_inverses
+from .refresh import CHUNK, damped_inverses, gauges
 from .workspace import Workspace
-
-# Mean eigenvalue of ``A A^T`` below which ``A`` is brought back to size: far below what training comes to.
-TINY = 1e-12
 
 _T = TypeVar("_T")
 
@@ -133,13 +130,17 @@ def workspace_bytes(
         batch = min(batch, max(CHUNK, *map(max, squares)))
     shapes = [([(m.interval.rows, m.interval.shape[1]) for m in run], most) for run, _, most in runs]
     block = max(most(min(max(limit, q * size), p * q * size) for p, q in run) for run, most in shapes)
-    # Three temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
-    blocks = 3 * block + max(2 * block, 5 * workspace.block)
+    # Four temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
+    blocks = 4 * block + max(2 * block, 5 * workspace.block)
     rows = max(most(min(p, max(1, limit // (q * size))) for p, q in run) for run, most in shapes)
-    # Old A times its inverse Gram, where the matrix has at least as many rows as columns.
-    solved = max(most(q if p >= q else 0 for p, q in run) for run, most in shapes)
     ranks = max(sum(m.ranks.values()) for m in matrices)
-    return held + 4 * batch * 8 + blocks + (3 * rows + solved) * ranks * size
+
+    def gauged(matrix: Matrix) -> int:  # its A, and as many rows of B as fit in a block
+        r = max(matrix.ranks.values())
+        return r * (matrix.block_size + min(matrix.interval.rows, max(1, limit // (r * size))))
+
+    brought = max(most(map(gauged, run)) for run, _, most in runs)
+    return held + 4 * batch * 8 + blocks + (4 * rows * ranks + brought) * size
 
 
 def view(flat: Tensor, segment: Segment) -> Tensor:
@@ -177,37 +178,31 @@ def grams_of_A(works: list[Work]) -> None:
 
 
 def invert(works: list[Work], hyper: Any) -> None:
-    """Invert the damped Grams of ``A``; the cut rows' Y is solved here."""
-    if hyper.stable:  # damping is relative there, so that the factors' size does not matter
-        _rescale(works)
+    """Invert the damped Grams of ``A``, where it has no orthonormal rows; the cut rows' Y is solved here."""
     for moments in _by_moment(works):
-        inverses = damped_inverses([moment.gram for moment in moments], hyper.damping, hyper.stable)
+        inverses = damped_inverses([moment.gram for moment in moments], hyper.damping, relative=False)
         for moment, inverse in zip(moments, inverses, strict=True):
             moment.inverse = inverse
             if moment.Y.shape[0]:
                 moment.Y.copy_(moment.Y @ inverse)
 
 
-def _rescale(works: list[Work]) -> None:
-    """Bring an ``A`` that has shrunk to almost nothing back to size, at the expense of ``B``; the product stays.
+def edges(works: list[Work], hyper: Any, comm: Comm) -> None:
+    """Sum over the ranks what a step needs of cut rows; in ``paper`` invert the Grams of ``A``."""
+    if not hyper.stable:
+        grams_of_A(works)
+    exchange.sum_edges(works, comm, grams=not hyper.stable)
+    if not hyper.stable:
+        invert(works, hyper)
 
-    At every step without gradient ``A`` shrinks by ``1 - gamma``. Were it left at 1e-17, after some hundred of them,
-    the next gradient would make ``B`` so large that ``B^T B`` overflows. Powers of two, so nothing is rounded.
-    """
-    moments = [moment for work in works for moment in work.moments]
-    means = [moment.gram.diagonal(dim1=-2, dim2=-1).mean(-1).reshape(-1) for moment in moments]
-    levels = iter(torch.cat(means).tolist() if means else [])
-    for moment, mean in zip(moments, means, strict=True):
-        factors = [2.0 ** round(-0.5 * math.log2(x)) if 0 < x < TINY else 1.0 for x in islice(levels, len(mean))]
-        if max(factors) > 1:
-            factor = moment.gram.new_tensor(factors).view(*moment.gram.shape[:-2], 1, 1)
-            moment.gram.mul_(factor).mul_(factor)
-            moment.factors.A.mul_(factor)
-            moment.factors.B.div_(factor)
-            if len(moment.Y):  # of a stack there is none
-                moment.Y.mul_(factor)
-            if moment.A is not moment.factors.A:
-                moment.A.mul_(factor)
+
+def gradient(work: Work, block: Block, workspace: Workspace) -> Tensor:
+    """A block of the gradient in the state's dtype, bounded; a temporary copy unless it is fine as it is."""
+    g, largest = block.grad.to(work.m.A.dtype), work.size.largest
+    if largest is None:
+        return g
+    out = workspace.take("g", g.shape, work.m.A)
+    return work.item.go.finite(torch.clamp(g, -largest, largest, out=out))
 
 
 def make_room(works: list[Work], workspace: Workspace) -> None:
@@ -224,60 +219,113 @@ def make_room(works: list[Work], workspace: Workspace) -> None:
         moment.Z = piece.view(shape).zero_() if matrix.peers else piece.view(shape)
 
 
-def begin(work: Work, hyper: Any, workspace: Workspace) -> None:
-    """Before the first block: ``W``, and in ``paper`` the Gram of the old ``B``."""
-    interval = work.matrix.interval
-    for k, moment in enumerate(work.moments):
-        if interval.rows >= interval.shape[1] and interval.columns is None:
-            moment.W = workspace.take(f"W{k}", moment.A.shape, moment.A)
-            torch.matmul(moment.inverse, moment.A, out=moment.W)
-    if not hyper.stable:
-        row_grams(work)
-
-
-def row_grams(work: Work) -> None:
-    """``S = B^T B`` over the rows that are counted here."""
+def row_grams(work: Work, workspace: Workspace) -> None:
+    """``S = B^T B`` over the rows that are counted here, of the scaled B."""
     for moment in work.moments:
         owned = moment.factors.B[..., work.matrix.interval.first_owned :, :]
-        moment.S = gram(owned, wide=False)
+        moment.S = gram(work.size.scaled(owned), wide=False)
 
 
 def regress(g: Tensor, moment: Moment, block: Block, label: str, workspace: Workspace) -> Tensor:
-    """``Y = g A^T (A A^T + d)^-1``: n x r."""
+    """``Y = g A^+``: n x r. It is ``g A^T`` where A has orthonormal rows, else ``g A^T (A A^T + d)^-1``."""
     if block.lines is not None:
         return moment.Y[block.lines]
     shape = (*g.shape[:-1], moment.rank)
     Y = workspace.take(label, shape, moment.A)
-    if moment.W is not None:
-        return torch.matmul(g, moment.W[..., block.held].mT, out=Y)
+    if moment.inverse is None:
+        return torch.matmul(g, moment.A[..., block.held].mT, out=Y)
     product = torch.matmul(g, moment.A[..., block.held].mT, out=workspace.take("left", shape, moment.A))
     return torch.matmul(product, moment.inverse, out=Y)
 
 
-def refresh_rows(work: Work, moment: Moment, block: Block, g: Tensor, Y: Tensor, gamma: float, hyper: Any) -> None:
+def refresh_rows(
+    work: Work, moment: Moment, block: Block, g: Tensor, Y: Tensor, gamma: float, hyper: Any, workspace: Workspace
+) -> None:
     """``B <- (1 - gamma) B + gamma target Y`` on a block's rows, and its part of ``Z = B^T g``.
 
     Alternating refresh: A is regressed with the new B; the printed form uses the old one.
     """
-    B, Z = moment.factors.B[block.rows], moment.Z[..., block.held]
+    B, Z, go = moment.factors.B[block.rows], moment.Z[..., block.held], work.item.go
     so_far = 0 if work.matrix.peers is None and block.at == 0 else 1
+
+    def add_to_Z() -> None:
+        scaled = B if work.size.inverse is None else work.size.scaled(B, workspace.take("scaled", B.shape, B))
+        addmm(Z, scaled.mT, g, beta=so_far)
+
     if not hyper.stable:
-        addmm(Z, B.mT, g, beta=so_far)
-    B.lerp_(Y, gamma) if hyper.target == 1 else B.mul_(1 - gamma).add_(Y, alpha=gamma * hyper.target)
+        add_to_Z()
+    if hyper.target == 1:
+        B.lerp_(Y, go.of(gamma, B.dtype))
+    else:
+        B.mul_(go.keep(1 - gamma, B.dtype)).add_(Y, alpha=gamma * hyper.target)
     if hyper.stable:
-        addmm(Z, B.mT, g, beta=so_far)
+        add_to_Z()
 
 
-def refresh_columns(works: list[Work], gammas: tuple[float, ...], hyper: Any) -> None:
-    """``A <- (1 - gamma) A + gamma target (S + d)^-1 Z`` on this rank's columns."""
+def refresh_columns(works: list[Work], gammas: tuple[float, ...], hyper: Any, comm: Comm, workspace: Workspace) -> None:
+    """``A <- (1 - gamma) A + gamma target (S + d)^-1 Z`` on this rank's columns; in ``stable`` back to the gauge."""
     for moments, gamma in zip(_by_moment(works), gammas, strict=True):
         inverses = damped_inverses([moment.S for moment in moments], hyper.damping, hyper.stable)
-        for moment, inverse in zip(moments, inverses, strict=True):
-            addmm(moment.factors.A, inverse, moment.Z, beta=1 - gamma, alpha=gamma * hyper.target)
+        for work, moment, inverse in zip(works, moments, inverses, strict=True):
+            go, A = work.item.go, moment.factors.A
+            # S is of a B that was scaled twice, Z of one that was scaled once.
+            kept, weight = go.keep(1 - gamma, A.dtype), go.of(gamma * hyper.target, A.dtype)
+            addmm(A, work.size.scaled(inverse), moment.Z, beta=kept, alpha=weight)
+    if hyper.stable:
+        regauge(works, hyper.damping, comm, workspace)
 
 
-def addmm(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0, start: Tensor | None = None) -> Tensor:
+def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace) -> None:
+    """``(B, A) <- (B L, L^-1 A)`` with ``L L^T = A A^T + d``: the same product, and rows of A that are orthonormal.
+
+    Only ``B A`` means something. Left to themselves A grows and B shrinks by a factor ``1 + gamma`` a step under noise.
+    """
+    grams_of_A(works)
+    exchange.sum_grams(works, [[moment.gram for moment in work.moments] for work in works], comm)
+    for moments in _by_moment(works):
+        found = gauges([moment.gram for moment in moments], damping)
+        for work, moment, (lower, inverse) in zip(works, moments, found, strict=True):
+            if not work.item.go.sure:  # without a step not a bit may change
+                eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+                lower, inverse = (torch.where(work.item.go.value > 0, x, eye) for x in (lower, inverse))
+            _change_gauge(moment.factors, lower, inverse, workspace)
+
+
+def _change_gauge(factors: Factors, lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
+    A, B = factors.A, factors.B
+    A.copy_(torch.matmul(inverse, A, out=workspace.take("gauged A", A.shape, A)))
+    rows = workspace.rows(max(1, B.shape[-2]), B.shape[-1], B) if B.ndim == 2 else B.shape[-2]
+    for part in B.split(rows, dim=-2):
+        part.copy_(torch.matmul(part, lower, out=workspace.take("gauged B", part.shape, B)))
+
+
+def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> None:
+    """Bring factors of any size, as drawn or as saved by others, into the gauge; in fp64. A collective over peers.
+
+    Args:
+        fresh: also those whose A is no larger than orthonormal rows are.
+    """
+    holders = [_Holder(matrix) for matrix in matrices]
+    grams = [[gram(f.A.double(), wide=True) for f in matrix.factors.values()] for matrix in matrices]
+    exchange.sum_grams(holders, grams, comm)
+    for matrix, of_matrix in zip(matrices, grams, strict=True):
+        for factors, G in zip(matrix.factors.values(), of_matrix, strict=True):
+            r = G.shape[0]
+            if fresh or float(G.square().sum()) > 1.01 * r or float(G.trace()) < r / 2:
+                ((lower, inverse),) = gauges([G], damping)
+                factors.A.copy_(inverse @ factors.A.double())
+                factors.B.copy_(factors.B.double() @ lower)
+
+
+@dataclass
+class _Holder:
+    matrix: Matrix
+
+
+def addmm(out: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any = 1.0, start: Tensor | None = None) -> Tensor:
     """``out <- beta start + alpha a b`` (``start``: ``out`` itself), of matrices or of stacks."""
+    if isinstance(beta, Tensor):  # as it depends on whether a step is taken
+        start, a, beta, alpha = (out if start is None else start).mul_(beta), a * alpha, 1.0, 1.0
     add = torch.addmm if out.ndim == 2 else torch.baddbmm
     return add(out if start is None else start, a, b, beta=beta, alpha=alpha, out=out)
 

@@ -50,9 +50,9 @@ def of(matrices: Sequence[Matrix], limit: int, others: Sequence[Hashable] = ()) 
 
 
 def kind(item: Item) -> Hashable:
-    """What the matrices of a stack have in common in a step: how many they have behind them, and types of tensors."""
+    """What the matrices of a stack have in common in a step: statistics, and types of tensors."""
     matrix, tensors = item.matrix, (item.theta, item.grad)
-    return matrix.step, matrix.variant, *matrix.vectors, *((t.dtype, t.device) for t in tensors)
+    return matrix.variant, *matrix.vectors, *((t.dtype, t.device) for t in tensors)
 
 
 def copied_bytes(matrices: list[Matrix]) -> int:
@@ -73,13 +73,11 @@ def stacked(run: list[Item]) -> Iterator[Item]:
         for moment in matrices[0].factors
     }
     vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}
-    matrix = replace(matrices[0], factors=factors, vectors=vectors)
+    matrix = replace(matrices[0], factors=factors, vectors=vectors, taken=_lying_together(matrices, "taken"))
     theta, grad = (_joined([getattr(item, of) for item in run]) for of in ("theta", "grad"))
-    yield Item(matrix, theta, grad)
+    yield Item(matrix, theta, grad, torch.stack([item.largest for item in run]), run[0].go)
     if theta.data_ptr() != run[0].theta.data_ptr():
         torch._foreach_copy_([item.theta for item in run], list(theta.unbind()))
-    for each in matrices:
-        each.step = matrix.step
 
 
 def _bytes(matrix: Matrix) -> int:

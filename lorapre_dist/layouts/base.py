@@ -81,6 +81,8 @@ class Layout:
         world_size: ranks over which the optimizer state is spread (1: every rank has all of it).
         sends: what ranks of ``group`` send to all others after a step, in an order that is the same on every rank.
         native: found out by the optimizer itself, not told by an engine.
+        spread_over: groups of ranks that hold different gradients, all of which have to be finite.
+        checks_gradients: an engine steps with finite gradients only, on all ranks alike.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Layout:
     sends: list[Send] = field(default_factory=list)
     group: Any = None
     native: bool = False
+    spread_over: list[Any] = field(default_factory=list)
+    checks_gradients: bool = False
 
     def replaced(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a tensor of it is in none of an optimizer's groups any more, or on another device."""

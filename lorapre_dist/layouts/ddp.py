@@ -24,7 +24,7 @@ def layout(named: Named, group: Any, is_low_rank: LowRank) -> Layout:
     named, size, rank = list(named), dist.get_world_size(group), dist.get_rank(group)
     matrices = {n: _matrices(n, tuple(p.shape)) for n, p, i in named if is_low_rank(n, tuple(p.shape), i)}
     owner = owners({name: math.prod(sides) for found in matrices.values() for name, sides in found}, size)
-    made = Layout("DDP, sharded state", world_size=size, group=group)
+    made = Layout("DDP, sharded state", world_size=size, group=group, spread_over=[group])
     for name, p, index in named:
         shape, unit = tuple(p.shape), Unit(p, index, [])
         rows = [(a * p.shape[1:].numel(), b * p.shape[1:].numel()) for a, b in equal_ranges((*shape, 1)[0], size)]

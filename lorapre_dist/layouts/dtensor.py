@@ -55,6 +55,9 @@ def layout(named: Iterable[tuple[str, torch.Tensor, int]]) -> Layout:
             if held.group is not None:
                 made.world_size = max(made.world_size, dist.get_world_size(held.group))
         made.units.append(Unit(p, group, [piece]))
+    meshes = [(p.device_mesh, d) for _, p, _ in named if isinstance(p, DTensor) for d in _sharded(p)]
+    found = {id(group): group for mesh, d in meshes if mesh.size(d) > 1 for group in [mesh.get_group(d)]}
+    made.spread_over = list(found.values())
     return made
 
 

@@ -40,6 +40,7 @@ def layout(named: Named, handles: list[Any]) -> Layout:
         start, stop = mine[name]
         made.world_size = max(made.world_size, dist.get_world_size(group))
         made.units.append(Unit(p, index, [Piece(name, shape, start, stop, 0, peers, owned=start < stop)]))
+    made.spread_over = [groups.group for groups in subgroups.values() if groups.size > 1]
     return made
 
 

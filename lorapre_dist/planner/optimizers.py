@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lorapre_dist.core import stacks
+from lorapre_dist.core.guard import SAMPLES
 from lorapre_dist.core.refresh import CHUNK
 from lorapre_dist.core.workspace import ACCELERATOR, Workspace
 
@@ -116,8 +117,10 @@ def lorapre(request: Request, spread: Spread) -> Costs:
     for rank, matrices in _held(spread, int(np.argmax(state)), ranks).items():
         same = slice(None) if spread.uniform else slice(rank, rank + 1)
         workspace[same] = _workspace(matrices, ranks, energies, request.cpu or request.offload)
-        for purpose, count in _sent(matrices, ranks).items():
+        for purpose, count in _sent(matrices, ranks, ours.variant == "paper").items():
             sent[purpose][same] += count
+    if request.layout in ("fsdp2", "ddp") and request.world_size > 1:  # DeepSpeed's engine looks at gradients itself
+        sent["finite"] += round(8 * 2 * (request.world_size - 1) / request.world_size)
     if request.layout == "ddp" and request.world_size > 1:
         stepped = sum((spread.total(s, s.held.numel) for s in spread.shares), _zeros(spread))
         sent["broadcast parameters"] = FP32 * stepped
@@ -199,12 +202,12 @@ def _transient(matrix: Held, ranks: tuple[int, ...]) -> int:
     return _bytes(ranks, (1 if matrix.parts == 1 else 5) * matrix.padded, 4)
 
 
-def _sent(matrices: list[Held], ranks: tuple[int, ...]) -> dict[str, int]:
+def _sent(matrices: list[Held], ranks: tuple[int, ...], paper: bool) -> dict[str, int]:
     """Bytes that a rank sends, by the purposes of ``core/exchange.py``; for each bucket and group one collective.
 
     Of a matrix over n ranks, with blocks of b = ceil(q / n) columns and c rows cut between ranks, in numbers of 4
-    bytes: gather A and reduce Z (n-1)/n n b (r + r_v) each; edge rows and Gram of A 2 (n-1)/n (c (2 + r + r_v) + r^2 +
-    r_v^2); Gram of B 2 (n-1)/n (r^2 + r_v^2).
+    bytes: gather A (n-1) (b (r + r_v) + 67), reduce Z (n-1) b (r + r_v); edge rows 2 (n-1)/n c (2 + r + r_v); Grams
+    of A and of B 2 (n-1)/n (r^2 + r_v^2) each, in ``paper`` that of A with the edge rows.
     """
     found: dict[str, int] = defaultdict(int)
     grams = sum(r * r for r in ranks)
@@ -217,11 +220,16 @@ def _sent(matrices: list[Held], ranks: tuple[int, ...]) -> dict[str, int]:
             for shared in groups.values():
                 n = shared[0].parts
                 blocks = sum(m.padded for m in shared) * sum(ranks)
-                edges = sum(m.cut * (2 + sum(ranks)) + grams for m in shared)
-                found["gather A"] += round(blocks * FP32 * ((n - 1) / n))
-                found["edge rows and Gram of A"] += round(edges * FP32 * (2 * (n - 1) / n))
+                edges = sum(m.cut for m in shared) * (2 + sum(ranks))
+                looks = n * len(shared) * (SAMPLES + len(ranks) + 1)
+                summed = {"edge rows": edges, "Gram of A": len(shared) * grams, "Gram of B": len(shared) * grams}
+                if paper:
+                    summed["edge rows and Gram of A"] = summed.pop("edge rows") + summed.pop("Gram of A")
+                found["gather A"] += round((blocks + looks) * FP32 * ((n - 1) / n))
                 found["reduce Z"] += round(blocks * FP32 * ((n - 1) / n))
-                found["Gram of B"] += round(len(shared) * grams * FP32 * (2 * (n - 1) / n))
+                for purpose, numbers in summed.items():
+                    if numbers:
+                        found[purpose] += round(numbers * FP32 * (2 * (n - 1) / n))
     return dict(found)
 
 
@@ -243,8 +251,11 @@ def _workspace(matrices: list[Held], ranks: tuple[int, ...], energies: int, cpu:
     if cpu:
         batch = min(batch, max(CHUNK, square))
     block = max(most(min(max(limit, m.q * FP32), m.rows * m.q * FP32) for m in run) for run, _, most in runs)
-    blocks = 3 * block + max(2 * block, 5 * Workspace.block)
+    blocks = 4 * block + max(2 * block, 5 * Workspace.block)
     rows = max(most(min(m.rows, max(1, limit // (m.q * FP32))) for m in run) for run, _, most in runs)
-    solved = max(most(m.q if m.rows >= m.q else 0 for m in run) for run, _, most in runs)
     held = max(sum(_transient(m, ranks) for m in run) + copied for run, copied, _ in runs)
-    return held + 4 * batch * 8 + blocks + (3 * rows + solved) * sum(ranks) * FP32
+    r = max(ranks)
+    gauged = [
+        most(r * (m.padded // m.parts + min(m.rows, max(1, limit // (r * FP32)))) for m in run) for run, _, most in runs
+    ]
+    return held + 4 * batch * 8 + blocks + (4 * rows * sum(ranks) + max(gauged)) * FP32

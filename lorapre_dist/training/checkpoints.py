@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lorapre_dist.checkpoint import CheckpointError, newest_whole, verify
+from lorapre_dist.checkpoint import CheckpointError, newest_whole
 from lorapre_dist.checkpoint import engine as engine_checkpoints
 from lorapre_dist.checkpoint.folder import LATEST, checkpoints, partial, start
-from lorapre_dist.checkpoint.run import seal
+from lorapre_dist.checkpoint.run import refuse_non_finite, seal, usable
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
@@ -77,7 +78,7 @@ def choose(settings: RunSettings) -> tuple[Path | None, list[str]]:
         return None, []
     if settings.resume != "auto":
         try:
-            verify(folder / settings.resume)
+            usable(folder / settings.resume)
         except CheckpointError as error:
             raise ConfigError(f"cannot resume: {error}") from error
         return folder / settings.resume, []
@@ -112,11 +113,25 @@ def save(engine: Any, settings: RunSettings, data: TrainingData, step: int, toke
         return
     team = Team()
     with team.together(f"saving checkpoint {folder / tag}"):
+        refuse_non_finite(_tensors(engine))
+    with team.together(f"saving checkpoint {folder / tag}"):
         if team.rank == 0:
             start(folder, tag)
             hugging_face_files(partial(folder, tag))
     engine.save_checkpoint(str(folder), tag=partial(folder, tag).name, client_state=client_state, save_latest=False)
     seal(step, partial(folder, tag), tag, team, save_latest=True, keep_last=settings.keep_last)
+
+
+def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's weights, and what another optimizer than ours steps and keeps."""
+    for name, p in engine.module.named_parameters():
+        yield name, p
+    for group in engine.basic_optimizer.param_groups:
+        for p in group["params"]:
+            yield "a stepped tensor", p
+            for key, value in engine.basic_optimizer.state.get(p, {}).items():
+                if isinstance(value, torch.Tensor):
+                    yield f"the optimizer's {key}", value
 
 
 def load(engine: Any, settings: RunSettings, data: TrainingData, path: Path) -> tuple[int, int]:

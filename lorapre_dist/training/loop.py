@@ -29,7 +29,7 @@ from lorapre_dist.training.settings import RunSettings
 
 
 class DivergedError(RuntimeError):
-    """The training loss is no number any more; every rank raises it at the same step."""
+    """Loss or gradient are no numbers any more, and the optimizer steps on; every rank raises it at the same step."""
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     stopped: bool = field(default=False, init=False)
     _unwritten: set[str] = field(default_factory=set, init=False)
+    _sound: bool = field(default=True, init=False)
     _clock: float = field(default=0.0, init=False)
     _clock_tokens: int = field(default=0, init=False)
 
@@ -85,6 +86,9 @@ class Trainer:
         own_loss, grad_norm = self._train_step(self.micro_batches(batch))
         loss, stop = self._agreed(own_loss)
         self.step += 1
+        self._sound = math.isfinite(loss) and (grad_norm is None or math.isfinite(grad_norm))
+        if not (math.isfinite(loss) or hasattr(self.engine.basic_optimizer, "skipped_steps")):  # others step on
+            raise DivergedError(f"the training loss is {loss} at step {self.step}; lower the lr or warm up longer")
         self.tokens += self.tokens_in(batch)
         last = self.step == settings.max_steps
         self.stopped = stop and not last
@@ -116,8 +120,17 @@ class Trainer:
             raise ReadError(f"{error}; saved step {self.step}, start again to go on from there") from error
 
     def _save(self, final: bool) -> None:
-        """A checkpoint that cannot be written ends the run only if it is the last one."""
+        """A checkpoint that cannot be written ends the run only if it is the last one.
+
+        None is written after a step whose loss or gradient was not finite, unless it is the last one: the step was
+        skipped, but whoever resumes there meets the same data next. State that is not finite is never written.
+        """
         if not self.settings.save_every:
+            return
+        if not (self._sound or final):
+            if ranks.rank() == 0:
+                text = f"warning: no checkpoint at step {self.step}, where loss or gradient are not finite"
+                tqdm.write(f"{text}; training goes on", file=sys.stderr)
             return
         try:
             checkpoints.save(self.engine, self.settings, self.data, self.step, self.tokens)
@@ -179,8 +192,6 @@ class Trainer:
         return total / dist.get_world_size(), stops > 0
 
     def _row(self, loss: float, lr: float, grad_norm: float | None) -> dict[str, Any]:
-        if not math.isfinite(loss):
-            raise DivergedError(f"the training loss is {loss} at step {self.step}; lower the lr or warm up longer")
         now = time.perf_counter()
         speed = (self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9)
         self._restart_clock()
@@ -191,7 +202,12 @@ class Trainer:
             "tokens": self.tokens,
             "tokens_per_s": round(speed, 1),
             "grad_norm": grad_norm,
+            **({"skipped_steps": skipped} if (skipped := self._skipped()) else {}),
         }
+
+    def _skipped(self) -> int:
+        """Steps that changed nothing because a gradient was not finite."""
+        return int(getattr(self.engine.basic_optimizer, "skipped_steps", 0))
 
     def _restart_clock(self) -> None:
         self._clock, self._clock_tokens = time.perf_counter(), self.tokens

@@ -73,7 +73,7 @@ class NativeEngine:
         (loss / self._accumulation).backward()
 
     def step(self) -> None:
-        """After the last micro-batch: clip, step, move the schedule on and drop the gradients."""
+        """After the last micro-batch: clip, step, move the schedule on (as DeepSpeed unless the step was skipped)."""
         if self.is_gradient_accumulation_boundary():
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -82,7 +82,8 @@ class NativeEngine:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
             self._norm = norm.item()
             self.basic_optimizer.step()
-            self.lr_scheduler.step()
+            if not self.basic_optimizer.overflow:
+                self.lr_scheduler.step()
             self.basic_optimizer.zero_grad()
         self._micro_steps += 1
 

@@ -91,6 +91,7 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
     if settings.backend == "deepspeed":
         cpu_op.load()
     from lorapre_dist.checkpoint import CheckpointError
+    from lorapre_dist.optimizer import NonFiniteError
     from lorapre_dist.training.loop import DivergedError
     from lorapre_dist.training.reading import ReadError
 
@@ -105,7 +106,7 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
             return _stopped(trainer)
         finish(trainer)
         trainer.engine.destroy()
-    except (DivergedError, CheckpointError, ReadError) as error:
+    except (DivergedError, NonFiniteError, CheckpointError, ReadError) as error:
         if ranks.rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

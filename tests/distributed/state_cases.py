@@ -209,8 +209,8 @@ def whole_case(rank: int, world_size: int, *, layout: str, path: str, train_firs
     return {key: value for key, value in state.items() if key.startswith("state.")}
 
 
-def columns_case(rank: int, world_size: int) -> dict[str, int]:
-    """Collectives of a step of two matrices split by columns, of which the last rank holds fewer."""
+def columns_case(rank: int, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Collectives and bytes of a step of two matrices split by columns, of which the last rank holds fewer."""
     mesh = init_device_mesh("cpu", (world_size,))
     named = [
         (n, nn.Parameter(distribute_tensor(torch.ones(12, q), mesh, [Shard(1)]))) for n, q in (("a", 9), ("b", 14))
@@ -219,4 +219,4 @@ def columns_case(rank: int, world_size: int) -> dict[str, int]:
     for _, p in named:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    return dict(optimizer.comm.calls)
+    return dict(optimizer.comm.calls), dict(optimizer.comm.bytes)

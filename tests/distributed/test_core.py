@@ -94,12 +94,12 @@ def test_buckets_where_each_rank_holds_other_matrices_between_the_shared_ones():
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_matrix_without_gradient_for_long_goes_on_as_the_reference(world):
-    """With beta1 = 0.2, A shrinks by 1e-10 in 28 steps without gradient and is brought back to size, on every rank."""
+    """With beta1 = 0.2 and no gauge, A would shrink by 1e-10 in 28 steps without gradient."""
     shape, options = (9, 14), {"rank": 3, "lr": 0.01, "betas": (0.2, 0.9)}
     ranges = cuts(126, *((45, 50) if world == 3 else ()))
     for result in run_ranks(world, core_case, matrices=[("silent", shape, ranges)], options=options, steps=40):
         assert result["errors"]["silent"] <= FP64
-        assert result["errors"]["silent.m_B"] > 0.1  # the factors are others, only their product is the same
+        assert result["errors"]["silent.m_B"] <= FP64
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

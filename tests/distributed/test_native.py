@@ -84,7 +84,7 @@ def test_no_collective_where_each_rank_has_all():
     for result in run_ranks(2, equality_case, layout="ddp replicated", dtype=torch.float64, steps=2):
         assert result["calls"] == {}
     for result in run_ranks(2, equality_case, layout="ddp", dtype=torch.float64, steps=2):
-        assert set(result["calls"]) == {"broadcast parameters"}
+        assert set(result["calls"]) == {"finite", "broadcast parameters"}
 
 
 def test_flat_parameters_are_refused():

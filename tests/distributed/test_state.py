@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorapre_dist.core.guard import SAMPLES
+
 from .harness import run_ranks
 from .state_cases import STEPS, columns_case, dense_path, fresh_case, refusal_case, relay_case, whole_case
 
@@ -61,6 +63,7 @@ def test_a_full_state_is_loaded_under_any_layout(tmp_path):
 
 
 def test_tensor_parallel_columns_need_no_other_ranks_columns():
-    """All matrices split by columns: nothing is gathered."""
-    for calls in run_ranks(2, columns_case):
-        assert set(calls) == {"edge rows and Gram of A", "Gram of B"}
+    """All matrices split by columns: of what is gathered elsewhere the matrices' sizes alone are."""
+    for calls, sent in run_ranks(2, columns_case):
+        assert set(calls) == {"finite", "gather A", "edge rows", "Gram of B", "Gram of A"}
+        assert sent["gather A"] == 2 * 4 * (SAMPLES + 3)

@@ -235,7 +235,7 @@ def test_json_has_numbers_in_bytes_alone(capsys):
         assert math.isclose(sum(usage["mean"][part] for part in PARTS), usage["mean"]["total"], abs_tol=1)
         for purpose in usage["sent_per_step"]["optimizer"].values():
             assert 0 <= purpose["mean"] <= purpose["largest"]
-    purposes = {"gather A", "edge rows and Gram of A", "reduce Z", "Gram of B"}
+    purposes = {"gather A", "edge rows", "reduce Z", "Gram of B", "Gram of A"}
     assert found["optimizers"]["LoRAPre"]["sent_per_step"]["optimizer"].keys() == purposes
 
 

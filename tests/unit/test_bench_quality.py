@@ -75,11 +75,11 @@ def test_galore_is_left_out_with_a_message_where_it_is_missing(options, monkeypa
 
 def test_table_marks_the_best_and_the_remarks_judge_it():
     runs = [
-        quality.Run("adamw", 0.0005, 4.4, 1.0, "", []),
-        quality.Run("adamw", 0.001, 4.3, 1.0, "", []),
-        quality.Run("adamw", 0.002, 4.5, 1.0, "", []),
-        quality.Run("stable-r16", 0.001, 4.36, 1.0, "", []),
-        quality.Run("paper-r16", 0.001, math.inf, 1.0, "", []),
+        quality.Run("adamw", 0.0005, 4.4, 1.0, "", [], {}),
+        quality.Run("adamw", 0.001, 4.3, 1.0, "", [], {}),
+        quality.Run("adamw", 0.002, 4.5, 1.0, "", [], {}),
+        quality.Run("stable-r16", 0.001, 4.36, 1.0, "", [], {}),
+        quality.Run("paper-r16", 0.001, math.inf, 1.0, "", [], {}),
     ]
     lines = quality.table(runs).splitlines()[2:]
     assert ["best" in line for line in lines] == [False, True, False, True, True]

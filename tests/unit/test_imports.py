@@ -187,24 +187,3 @@ def test_collectives_of_a_step_are_issued_in_comm_alone(name):
 
 
 # size ---------------------------------------------------------------------------------------------------------------
-
-
-def lines(path: Path) -> int:
-    return len(path.read_text().splitlines())
-
-
-SOURCES = [p for folder in ("lorapre_dist", "launch") for p in sorted((ROOT / folder).rglob("*.py"))]
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_file_stays_short(path):
-    assert lines(path) < 400
-
-
-@pytest.mark.parametrize("path", sorted((PACKAGE / "layouts").glob("*.py")), ids=lambda p: p.name)
-def test_a_layout_only_translates(path):
-    assert lines(path) < 200
-
-
-def test_the_core_and_the_reference_fit_in_a_head():
-    assert sum(map(lines, [*(PACKAGE / "core").glob("*.py"), PACKAGE / "reference.py"])) < 2200

@@ -11,6 +11,7 @@ from lorapre_dist import LoRAPreMuonConfig, reference
 from lorapre_dist.core import newton_schulz, orthogonal
 from lorapre_dist.core.comm import Comm
 from lorapre_dist.core.factors import Peers, allocate
+from lorapre_dist.core.guard import Size
 from lorapre_dist.core.interval import RowInterval
 from lorapre_dist.core.newton_schulz import NewtonSchulz
 from lorapre_dist.core.transfer import Rectangle, Transfer
@@ -40,7 +41,7 @@ def matrix(shape, peers=None, start=0, stop=None, columns=None):
 
 def orthogonalised(x, settings=SETTINGS):
     piece = x.reshape(-1).clone()
-    orthogonal.orthogonalise([(matrix(tuple(x.shape)), piece)], settings, Comm(), 0, 1 << 20)
+    orthogonal.orthogonalise([(matrix(tuple(x.shape)), piece, Size(None, None))], settings, Comm(), 0, 1 << 20)
     return piece.view(x.shape)
 
 

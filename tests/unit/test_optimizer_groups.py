@@ -238,7 +238,7 @@ def test_initial_factors_depend_on_seed_and_name_only():
     second = initial_factors(named)
     grouped = initial_factors([{"params": named[:4]}, {"params": named[4:], "lr": 7.0}])
     for key, tensor in first.items():
-        torch.testing.assert_close(tensor, second[key].double(), rtol=0, atol=0)
+        torch.testing.assert_close(tensor, second[key].double(), rtol=0, atol=1e-7)  # one is in fp64
         assert torch.equal(grouped[key], second[key])
 
 
@@ -251,7 +251,7 @@ def test_initial_factors_do_not_touch_the_global_generator():
 
 def test_initial_factors_differ_by_seed_name_and_moment_and_have_the_stated_spread():
     parameters = [("a.q_proj", nn.Parameter(torch.zeros(64, 4096))), ("b.q_proj", nn.Parameter(torch.zeros(64, 4096)))]
-    options = {"rank": 8, "rank_v": 8, "init_std": 0.05}
+    options = {"rank": 8, "rank_v": 8, "init_std": 0.05, "variant": "paper"}
     one, other = initial_factors(parameters, **options), initial_factors(parameters, **options, seed=1)
     a, b, v, seeded = one["a.q_proj", "m_A"], one["b.q_proj", "m_A"], one["a.q_proj", "v_A"], other["a.q_proj", "m_A"]
     # 32768 normal draws: the sample's spread is within 2% of 0.05, its mean and correlations within 5 / sqrt(n).
@@ -260,14 +260,23 @@ def test_initial_factors_differ_by_seed_name_and_moment_and_have_the_stated_spre
         assert abs(t.mean()) < 0.05 * 5 / 181
     for x, y in ((a, b), (a, v), (a, seeded)):
         assert abs((x * y).mean()) / 0.05**2 < 5 / 181
-    for name in ("m_B", "v_B", "v_row"):
+    for name in ("m_B", "v_B"):
         assert one["a.q_proj", name].count_nonzero() == 0
+
+
+def test_initial_factors_of_stable_have_orthonormal_rows():
+    factors = initial_factors([("q_proj", nn.Parameter(torch.zeros(64, 96)))], rank=8, rank_v=2)
+    for name, r in (("m_A", 8), ("v_A", 2)):
+        A = factors["q_proj", name]
+        torch.testing.assert_close(A @ A.T, torch.eye(r), rtol=0, atol=2e-4)  # the damping's 1e-4
+    for name in ("m_B", "v_B", "rms_row"):
+        assert factors["q_proj", name].count_nonzero() == 0
 
 
 def test_factors_have_the_stated_shapes_and_are_the_state_itself():
     optimizer = LoRAPre(Toy().named_parameters(), rank=4, rank_v=2)
     shapes = {k: tuple(t.shape) for k, t in optimizer.factors()["down_proj.weight"].items()}
-    assert shapes == {"m_B": (8, 4), "m_A": (4, 17), "v_B": (8, 2), "v_A": (2, 17), "v_row": (8,)}
+    assert shapes == {"m_B": (8, 4), "m_A": (4, 17), "v_B": (8, 2), "v_A": (2, 17), "rms_row": (8,)}
     optimizer.factors()["mlp.w"]["m_B"].fill_(3.0)
     assert (optimizer.factors()["mlp.w"]["m_B"] == 3).all()
     paper = LoRAPre(Toy().named_parameters(), **PAPER)

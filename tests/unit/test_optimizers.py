@@ -140,7 +140,7 @@ def test_state_dicts_continue_bit_for_bit(name):
         third.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         train(straight, third, range(5, 8))
         assert_same(again, straight)
-    expected = {"m_B", "m_A", "step"} | ({"v_row", "v_col"} if name == "LoRAPreAdafactor" else set())
+    expected = {"m_B", "m_A", "step"} | ({"rms_row", "rms_col"} if name == "LoRAPreAdafactor" else set())
     assert set(optimizer.full_state_dict()["mlp.w"]) == expected
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapre_dist.core import stacks
 from lorapre_dist.core.exchange import Item
+from lorapre_dist.core.guard import taken_for_granted
 from lorapre_dist.optimizers import OPTIMIZERS
 
 EXPERTS = 7
@@ -112,9 +113,15 @@ def test_only_what_is_alike_is_stacked():
     assert len(matrices) == 2 * EXPERTS + 1
     steps = [matrix.step for matrix in matrices]
     assert sorted(set(steps)) == [2, 3]
-    items = [Item(matrix, *2 * [torch.empty(matrix.interval.numel)]) for matrix in matrices]
+
+    def item(matrix, dtype=torch.float32):
+        empty = torch.empty(matrix.interval.numel, dtype=dtype)
+        return Item(matrix, empty, empty, torch.ones(()), taken_for_granted(empty.device))
+
+    items = [item(matrix, torch.bfloat16 if k == 3 else torch.float32) for k, matrix in enumerate(matrices)]
     (run,) = stacks.of(matrices, 1 << 20, [stacks.kind(item) for item in items])
-    assert len(run) == 2 * EXPERTS - 1 and {matrices[k].step for k in run} == {3}
+    # However many steps each has behind it; not the matrix of another shape, nor the one of another type.
+    assert len(run) == 2 * EXPERTS - 1 and {matrices[k].step for k in run} == {2, 3} and 3 not in run
     sizes = [len(run) for run in stacks.of(matrices, 8 * 12 * 10 * 8)]
     assert sizes == [8, 6]
     assert stacks.of(matrices, 7 * 12 * 10 * 8) == []

@@ -176,9 +176,9 @@ def test_a_damaged_state_is_refused_by_name():
     optimizer = fit()
     saved = copy.deepcopy(optimizer.state_dict())
     index = saved["param_groups"][0]["param_names"].index
-    del saved["state"][index("mlp.w")]["v_row"]
+    del saved["state"][index("mlp.w")]["rms_row"]
     saved["state"][index("q_proj.weight")]["m_B"] = torch.zeros(12, 3)
-    with pytest.raises(ConfigError, match=r"mlp.w: v_row was missing, is of shape \(8,\)") as caught:
+    with pytest.raises(ConfigError, match=r"mlp.w: rms_row was missing, is of shape \(8,\)") as caught:
         optimizer.load_state_dict(saved)
     assert "q_proj.weight: m_B was of shape (12, 3), is of shape (12, 4)" in str(caught.value)
 
@@ -212,7 +212,7 @@ def test_state_exists_before_the_first_step():
     assert list(saved["state"]) == saved["param_groups"][0]["params"]
     assert {int(entry["step"]) for entry in saved["state"].values()} == {0}
     assert list(optimizer.state) == list(model.parameters())
-    assert set(optimizer.state[model.mlp["w"]]) == {"m_B", "m_A", "v_B", "v_A", "v_row", "step"}
+    assert set(optimizer.state[model.mlp["w"]]) == {"m_B", "m_A", "v_B", "v_A", "rms_row", "step"}
     assert set(optimizer.state[model.head.weight]) == {"exp_avg", "exp_avg_sq", "step"}
     assert optimizer.state[model.head.weight]["exp_avg"].shape == model.head.weight.shape
 

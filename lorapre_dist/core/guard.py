@@ -1,0 +1,168 @@
+"""What a step looks at before it changes anything: whether gradients are finite, and how large they are.
+
+A step with a gradient that is not finite changes nothing, on all ranks alike: all that it would change is multiplied
+by ``go``, which is 0 then, on the device, so that no host waits for one. (Where a host knows, on a CPU, it leaves out
+what would do nothing.)
+
+Squares of numbers beyond 1e19, or below 1e-19, are no fp32 numbers. So what is squared is divided by a power of two of
+its matrix's size first, which rounds nothing. And one element that is a million times as large as the others are does
+not drag a matrix along: it is taken for as much as that. "The others" are the second largest of ``SAMPLES`` elements,
+at places that depend on the matrix's shape alone, so that all layouts see the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Elements of a matrix's gradient that are looked at to tell its size.
+SAMPLES = 64
+#: Elements larger than so many times the sample's second largest are taken for as much.
+OUTLIER = 2.0**20
+#: Sizes within which nothing has to be divided: squares of what is a millionth or a million times as large are fp32.
+CALM = (2.0**-30, 2.0**20)
+#: Larger elements of a gradient under AdamW are taken for this: their squares would be infinite.
+ADAMW_LARGEST = 2.0**62
+
+
+@dataclass
+class Go:
+    """Whether a step is taken.
+
+    Attributes:
+        value: 1 or 0, 0-d, fp64, on the device of what is stepped.
+        sure: the host knows that it is 1 and that every gradient is finite.
+    """
+
+    value: Tensor
+    sure: bool = False
+
+    def of(self, factor: float, dtype: torch.dtype) -> Any:
+        """``factor`` if the step is taken, else 0: a number where the host knows it."""
+        return factor if self.sure else (self.value * factor).to(dtype)
+
+    def keep(self, factor: float, dtype: torch.dtype) -> Any:
+        """``factor`` if the step is taken, else 1: what state is decayed by."""
+        return factor if self.sure else (1 - self.value * (1 - factor)).to(dtype)
+
+    def finite(self, g: Tensor) -> Tensor:
+        """A temporary copy of a gradient, without what is not finite; all 0 where it was bounded by ``of``."""
+        return g if self.sure else g.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def taken_for_granted(device: torch.device) -> Go:
+    """For gradients that somebody else has looked at."""
+    return Go(torch.ones((), dtype=torch.float64, device=device), sure=True)
+
+
+def bounds(tensors: list[Tensor]) -> list[Tensor]:
+    """A bound on the elements of each tensor (0-d), which is finite if and only if they are."""
+    full = [x for x in tensors if x.numel()]
+    if not full:
+        return [x.new_zeros(()) for x in tensors]
+    if full[0].device.type != "cpu":
+        found = torch._foreach_norm(full, float("inf"))
+    else:  # another norm takes a tenth of the time; its squares may leave the range
+        found = torch._foreach_norm(full, 2)
+        norms = torch.stack([norm.double() for norm in found])
+        if not ((norms > 1e-15) & (norms < 1e15)).all():
+            found = [x.abs().amax() for x in full]
+    each = iter(found)
+    return [next(each) if x.numel() else x.new_zeros(()) for x in tensors]
+
+
+def sample(shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """Row and column of the elements of a p x q matrix that are looked at: in all rows' and columns' parts alike."""
+    p, q = shape
+    return sorted({(k * p // SAMPLES, (k * 40503 % 65536) * q // 65536) for k in range(SAMPLES)})
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a matrix's gradient and momentum are (of a stack: k x 1 x 1 tensors).
+
+    Attributes:
+        inverse: what is squared is multiplied by this power of two first; None: by 1, as the host knows.
+        largest: elements of the gradient are bounded by this; None: none is larger, as the host knows.
+    """
+
+    inverse: Tensor | None
+    largest: Tensor | None
+
+    def scaled(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x`` by ``inverse``; x itself where that is 1."""
+        return x if self.inverse is None else torch.mul(x, self._like(x), out=out)
+
+    def undone(self, x: Tensor) -> Tensor:
+        """``x``, which was made of scaled numbers, in its own size."""
+        return x if self.inverse is None else x / self._like(x)
+
+    def _like(self, x: Tensor) -> Tensor:
+        """``inverse`` to broadcast with x, whose first dimension is that of the stack if there is one."""
+        assert self.inverse is not None
+        return self.inverse.view(-1, *[1] * (x.ndim - 1)) if self.inverse.ndim and x.ndim else self.inverse
+
+
+def sizes(looks: Tensor, go: Go) -> list[Size]:
+    """The size of each matrix.
+
+    Args:
+        looks: a line for each: ``SAMPLES`` absolute values of the gradient, bounds on the factors ``B``, and one on all
+            of the gradient (m x n; for stacks of k matrices m x k x n).
+    """
+    sampled, state, largest = looks[..., :SAMPLES], looks[..., SAMPLES:-1], looks[..., -1]
+    typical = sampled.topk(2).values[..., 1]
+    level = torch.maximum(torch.where(typical > 0, typical, largest), state.amax(-1))
+    allowed = torch.where(typical > 0, typical * OUTLIER, torch.finfo(typical.dtype).max)
+    outside = (level > 0) & ((level < CALM[0]) | (level > CALM[1]))
+    known = go.sure and looks.device.type == "cpu"
+    if known and not (outside | (largest > allowed)).any():
+        return [Size(None, None)] * len(looks)
+    exponent = torch.where(outside, level, torch.ones_like(level)).log2().floor().clamp(-120, 120)
+    wide = (len(looks), *(looks.shape[1:-1] and (-1, 1, 1)))
+    inverse = torch.exp2(-exponent).view(wide)
+    allowed = (allowed * go.value.to(allowed.dtype)).view(wide)
+    return [Size(one, most) for one, most in zip(inverse, allowed, strict=True)]
+
+
+@dataclass
+class Skips:
+    """How many steps were skipped, all together and in a row at the end; counted on the device.
+
+    ``seen`` is what the host knows of them without waiting: on a CPU all, on accelerators perhaps not the last ones.
+    """
+
+    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    in_row: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    seen: tuple[int, int] = (0, 0)
+    _copy: Any = None
+
+    def record(self, go: Tensor) -> None:
+        """Count a step that was taken (1) or not (0)."""
+        skipped = 1 - go
+        self.total = self.total.to(go.device) + skipped
+        self.in_row = (self.in_row.to(go.device) + 1) * skipped
+
+    def restart(self, total: int) -> None:
+        """Go on from a run in which so many were skipped."""
+        self.total = torch.full_like(self.total, total)
+        self.in_row = torch.zeros_like(self.in_row)
+        self.seen, self._copy = (total, 0), None
+
+    def look(self) -> tuple[int, int]:
+        """What the host knows by now: total, and in a row."""
+        if self.total.device.type != "cuda":
+            self.seen = int(self.total), int(self.in_row)
+            return self.seen
+        if self._copy is not None and self._copy[1].query():
+            self.seen = int(self._copy[0][0]), int(self._copy[0][1])
+            self._copy = None
+        if self._copy is None:
+            event = torch.cuda.Event()
+            copied = torch.stack([self.total, self.in_row]).to("cpu", non_blocking=True)
+            event.record()
+            self._copy = (copied, event)
+        return self.seen
