@@ -34,7 +34,7 @@ def lorapre_adam_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config
     """
     beta1, beta2 = config.betas
     gamma1, gamma2 = config.resolved_gammas
-    g = bounded(g)
+    g = cleaned(g)
     state["step"] += 1
     t = int(state["step"])
     B, A, vB, vA = state["m_B"], state["m_A"], state["v_B"], state["v_A"]
@@ -64,7 +64,7 @@ def lorapre_muon_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config
     ``state`` has ``m_B``, ``m_A`` and ``step``.
     """
     mu = config.momentum
-    g = bounded(g)
+    g = cleaned(g)
     state["step"] += 1
     B, A = state["m_B"], state["m_A"]
     m = mu * B @ A + g  # old factors and the fresh gradient
@@ -80,7 +80,7 @@ def lorapre_muon_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config
 def lorapre_sgd_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreSGDConfig) -> None:
     """One step of SGD with a low-rank heavy-ball momentum on one matrix, in place; as :func:`lorapre_muon_step`."""
     mu = config.momentum
-    g = bounded(g)
+    g = cleaned(g)
     state["step"] += 1
     B, A = state["m_B"], state["m_A"]
     m = mu * B @ A + g
@@ -93,7 +93,7 @@ def lorapre_sgd_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config:
 def lorapre_lion_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config: LoRAPreLionConfig) -> None:
     """One step of Lion with a low-rank momentum on one matrix, in place; as :func:`lorapre_muon_step`."""
     beta1, _ = config.betas
-    g = bounded(g)
+    g = cleaned(g)
     state["step"] += 1
     B, A = state["m_B"], state["m_A"]
     u = beta1 * B @ A + (1 - beta1) * g + config.resolved_residual * residual(A, g, config)
@@ -107,7 +107,7 @@ def lorapre_adafactor_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], c
     ``state`` has ``m_B``, ``m_A``, ``rms_row`` (p), ``rms_col`` (q) and ``step``.
     """
     beta1, beta2 = config.betas
-    g = bounded(g)
+    g = cleaned(g)
     state["step"] += 1
     t = int(state["step"])
     B, A = state["m_B"], state["m_A"]
@@ -133,15 +133,15 @@ def newton_schulz(u: Tensor, config: LoRAPreMuonConfig) -> Tensor:
     return X
 
 
-def bounded(g: Tensor) -> Tensor:
-    """``g``, but elements a million times as large as the others are taken for as much.
+def cleaned(g: Tensor) -> Tensor:
+    """``g``, in which an element that is 1e11 times as large as the others are counts as 0.
 
     What size those are is the second largest of 64 elements, spread over all rows and, by the golden ratio, columns.
     """
     p, q = g.shape
     sampled = {(k * p // 64, (k * 40503 % 2**16) * q // 2**16) for k in range(64)}
     typical = torch.stack([g[place] for place in sampled]).abs().topk(2).values[1]
-    return g.clamp(-(2.0**20) * typical, 2.0**20 * typical) if typical > 0 else g
+    return g.masked_fill(g.abs() > 2**36 * typical, 0) if typical > 0 else g
 
 
 def decay_rms(rms: Tensor, g: Tensor, dim: int, beta: float) -> None:

@@ -51,7 +51,7 @@ def _sums(work: Work, workspace: Workspace) -> None:
     """This rank's part of the columns' sums of ``g^2`` (scaled), and for cut rows of the row's, and of Y."""
     work.column_sums = torch.zeros_like(work.matrix.vectors["rms_col"])
     for block in regression.blocks(work, workspace):
-        g = regression.gradient(work, block, workspace)
+        g = regression.gradient(work, block)
         scaled, w = work.size.scaled(g), workspace.take("w", g.shape, g)
         squares = torch.mul(scaled, scaled, out=w)
         work.column_sums[..., block.columns] += squares.sum(-2)
@@ -71,7 +71,7 @@ def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, 
     matrix, size, go = work.matrix, work.size, work.item.go
     A, B = work.m.A[..., block.held], work.m.factors.B[block.rows]
     (beta1, beta2), (bias1, bias2), dtype = hyper.betas, biases, A.dtype
-    g = regression.gradient(work, block, workspace)
+    g = regression.gradient(work, block)
     Y = regression.regress(g, work.m, block, "Y", workspace)
     m, w = (workspace.take(label, g.shape, A) for label in "mw")
 
@@ -86,7 +86,7 @@ def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, 
 
     tiny = torch.finfo(dtype).tiny
     most = columns.amax(-1, keepdim=True).clamp_min(tiny)
-    level = most * (columns / most).square_().mean(-1, keepdim=True).sqrt_()
+    level = (most * (columns / most).square_().mean(-1, keepdim=True).sqrt_()).clamp_min_(tiny)
     down = rows / (bias2[..., 0].sqrt() * level)
     torch.mul(down[..., None], columns[..., None, block.columns], out=w).add_(max(hyper.eps, tiny))
     apply(block.theta, m, w, hyper, go)

@@ -78,7 +78,7 @@ def _edge_sums(work: Work, hyper: Hyper, workspace: Workspace) -> None:
     """This rank's part of the sums over cut rows: ``sum g^2``, ``sum w`` and both Y; squares are of scaled numbers."""
     beta2 = hyper.betas[1]
     for block in regression.blocks(work, workspace, cut_only=True):
-        g = regression.gradient(work, block, workspace)
+        g = regression.gradient(work, block)
         squares = work.size.scaled(g).square()
         u = work.size.scaled(work.v.factors.B[block.rows]) @ work.v.A[:, block.held]
         work.edge[block.lines, 0] += squares.sum(1)
@@ -94,7 +94,7 @@ def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, 
     B, vB = work.m.factors.B[block.rows], work.v.factors.B[block.rows]
     (beta1, beta2), (bias1, bias2), dtype = hyper.betas, biases, A.dtype
     m, w, a = (workspace.take(label, block.grad.shape, A) for label in "mwa")
-    g = regression.gradient(work, block, workspace)
+    g = regression.gradient(work, block)
     torch.abs(g, out=a)
 
     # Y and Yv: regression of g and |g| on the old A.

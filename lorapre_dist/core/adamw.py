@@ -75,7 +75,9 @@ def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes:
         part = slice(at, at + size)
         exp_avg, exp_avg_sq = vector.exp_avg[part], vector.exp_avg_sq[part]
         g, wide = grad[part].to(dtype), theta[part].to(dtype)
-        g = go.finite(g.clamp(-ADAMW_LARGEST, ADAMW_LARGEST))
+        g = g.clamp(-ADAMW_LARGEST, ADAMW_LARGEST)
+        if not go.sure:
+            g = g.nan_to_num_(0.0)
         exp_avg.lerp_(g, fresh)
         exp_avg_sq.lerp_(g.square_(), fresh_sq)
         denom = (exp_avg_sq / bias_sq).sqrt_().add_(max(hyper.eps, torch.finfo(dtype).tiny)).mul_(slow)

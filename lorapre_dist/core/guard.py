@@ -5,9 +5,9 @@ by ``go``, which is 0 then, on the device, so that no host waits for one. (Where
 what would do nothing.)
 
 Squares of numbers beyond 1e19, or below 1e-19, are no fp32 numbers. So what is squared is divided by a power of two of
-its matrix's size first, which rounds nothing. And one element that is a million times as large as the others are does
-not drag a matrix along: it is taken for as much as that. "The others" are the second largest of ``SAMPLES`` elements,
-at places that depend on the matrix's shape alone, so that all layouts see the same.
+its matrix's size first, which rounds nothing. And an element that is 1e11 times as large as the others are, a flipped
+bit say, counts as 0, or it would be all that a matrix knows for a thousand steps. What size the others are is the
+second largest of ``SAMPLES`` elements, at places that depend on the matrix's shape alone: all layouts see the same.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 #: Elements of a matrix's gradient that are looked at to tell its size.
 SAMPLES = 64
-#: Elements larger than so many times the sample's second largest are taken for as much.
-OUTLIER = 2.0**20
-#: Sizes within which nothing has to be divided: squares of what is a millionth or a million times as large are fp32.
-CALM = (2.0**-30, 2.0**20)
+#: Elements larger than so many times the sample's second largest count as 0.
+OUTLIER = 2.0**36
+#: Sizes within which nothing has to be divided: squares of what is so many times as large, summed up, are fp32 numbers.
+CALM = (2.0**-30, 2.0**10)
 #: Larger elements of a gradient under AdamW are taken for this: their squares would be infinite.
 ADAMW_LARGEST = 2.0**62
 
@@ -47,10 +47,6 @@ class Go:
     def keep(self, factor: float, dtype: torch.dtype) -> Any:
         """``factor`` if the step is taken, else 1: what state is decayed by."""
         return factor if self.sure else (1 - self.value * (1 - factor)).to(dtype)
-
-    def finite(self, g: Tensor) -> Tensor:
-        """A temporary copy of a gradient, without what is not finite; all 0 where it was bounded by ``of``."""
-        return g if self.sure else g.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def taken_for_granted(device: torch.device) -> Go:
@@ -86,11 +82,16 @@ class Size:
 
     Attributes:
         inverse: what is squared is multiplied by this power of two first; None: by 1, as the host knows.
-        largest: elements of the gradient are bounded by this; None: none is larger, as the host knows.
+        largest: elements of the gradient that are larger, or no numbers, count as 0; None: there are none, as the host
+            knows. It is 0 where no step is taken.
     """
 
     inverse: Tensor | None
     largest: Tensor | None
+
+    def cleaned(self, g: Tensor) -> Tensor:
+        """A gradient without elements that count as 0; itself if there are none."""
+        return g if self.largest is None else torch.where(g.abs() <= self.largest, g, torch.zeros_like(g))
 
     def scaled(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """``x`` by ``inverse``; x itself where that is 1."""

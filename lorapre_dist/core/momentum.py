@@ -76,7 +76,7 @@ def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> 
     for work in works:
         work.matrix.taken.add_(work.item.go.value)
         for block in regression.blocks(work, workspace, cut_only=True):
-            work.m.Y[block.lines] += regression.gradient(work, block, workspace) @ work.m.A[:, block.held].T
+            work.m.Y[block.lines] += regression.gradient(work, block) @ work.m.A[:, block.held].T
     regression.edges(works, hyper, comm)
     regression.make_room(works, workspace)
     pieces = []
@@ -102,7 +102,7 @@ def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> 
 def _block(work: Work, block: Block, u: Tensor | None, hyper: Hyper, workspace: Workspace) -> None:
     """One block: its rows of ``u``, the update unless it has to wait for all of ``u``, then the factors' rows."""
     A, B, go = work.m.A[..., block.held], work.m.factors.B[block.rows], work.item.go
-    g = regression.gradient(work, block, workspace)
+    g = regression.gradient(work, block)
     Y = regression.regress(g, work.m, block, "Y", workspace)
     # keep B A + fresh g + residual (g - Y A), as one product; nothing where no step is taken
     left = torch.mul(B, go.of(hyper.keep, B.dtype), out=workspace.take("left", B.shape, A))

@@ -233,7 +233,8 @@ def _normalise(tasks: list[Task], shared: list[tuple[Any, list[Task]]], settings
         squares.update({id(task): square for task, square in zip(some, wait(), strict=True)})
     for task in tasks:
         norm = squares[id(task)].sqrt()
-        scale = 1 / torch.maximum(norm, task.size.scaled(torch.full_like(norm, settings.eps)))
+        least = task.size.scaled(torch.full_like(norm, settings.eps)).clamp_min(torch.finfo(norm.dtype).tiny)
+        scale = 1 / torch.maximum(norm, least)
         task.X = (task.X * scale).to(iteration_dtype(task.X.device, task.X.dtype))
 
 

@@ -196,13 +196,9 @@ def edges(works: list[Work], hyper: Any, comm: Comm) -> None:
         invert(works, hyper)
 
 
-def gradient(work: Work, block: Block, workspace: Workspace) -> Tensor:
-    """A block of the gradient in the state's dtype, bounded; a temporary copy unless it is fine as it is."""
-    g, largest = block.grad.to(work.m.A.dtype), work.size.largest
-    if largest is None:
-        return g
-    out = workspace.take("g", g.shape, work.m.A)
-    return work.item.go.finite(torch.clamp(g, -largest, largest, out=out))
+def gradient(work: Work, block: Block) -> Tensor:
+    """A block of the gradient in the state's dtype, without what counts as 0."""
+    return work.size.cleaned(block.grad.to(work.m.A.dtype))
 
 
 def make_room(works: list[Work], workspace: Workspace) -> None:
