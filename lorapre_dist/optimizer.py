@@ -434,6 +434,16 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         return {b.piece.name: b.state.tensors() for b in self.bound() if isinstance(b.state, Matrix)}
 
+    @torch.no_grad()
+    def conditions(self) -> dict[str, dict[str, regression.Condition]]:
+        """How the factors stand, by parameter name and moment: norms and condition numbers; a collective.
+
+        In ``stable`` the condition of ``A A^T`` is near 1 by the gauge, and that of ``B^T B`` is of the momentum's
+        directions. Factors that drift, or a rank that is far too large, show here first.
+        """
+        held = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
+        return {m.interval.name: c for m, c in zip(held, regression.conditions(held, Comm()), strict=True)}
+
     def memory_report(self) -> MemoryReport:
         """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""
         self._ensure_bound()

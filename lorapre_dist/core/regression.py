@@ -313,6 +313,39 @@ def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> N
                 factors.B.copy_(factors.B.double() @ lower)
 
 
+@dataclass(frozen=True)
+class Condition:
+    """How one moment's factors stand: Frobenius norms, and condition numbers of ``A A^T`` and ``B^T B``."""
+
+    norm_A: float
+    norm_B: float
+    cond_A: float
+    cond_B: float
+
+
+def conditions(matrices: list[Matrix], comm: Comm) -> list[dict[str, Condition]]:
+    """Of each matrix, by moment; in fp64. A collective over peers."""
+    holders = [_Holder(matrix) for matrix in matrices]
+    grams = []
+    for matrix in matrices:
+        owned = slice(matrix.interval.first_owned, None)
+        pairs = [(f.A.double(), f.B[owned].double()) for f in matrix.factors.values()]
+        grams.append([G for A, B in pairs for G in (gram(A, wide=True), gram(B, wide=False))])
+    exchange.sum_grams(holders, grams, comm)
+
+    def of(G: Tensor) -> tuple[float, float]:
+        values = torch.linalg.eigvalsh(G)
+        least = values[0].clamp_min(torch.finfo(G.dtype).tiny)
+        return float(G.trace().sqrt()), float(values[-1] / least)
+
+    found = []
+    for matrix, some in zip(matrices, grams, strict=True):
+        stated = [of(G) for G in some]
+        pairs = zip(matrix.factors, stated[::2], stated[1::2], strict=True)
+        found.append({moment: Condition(a[0], b[0], a[1], b[1]) for moment, a, b in pairs})
+    return found
+
+
 @dataclass
 class _Holder:
     matrix: Matrix

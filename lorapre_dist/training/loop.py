@@ -98,7 +98,7 @@ class Trainer:
         if evaluated or self.step % settings.log_every == 0:
             row = self._row(loss, lr, grad_norm)
             if evaluated:
-                row |= self.evaluate()
+                row |= self.evaluate() | self._conditions()
                 self._restart_clock()
             self._write(row)
             bar.set_postfix_str(_summary(row), refresh=False)
@@ -208,6 +208,19 @@ class Trainer:
     def _skipped(self) -> int:
         """Steps that changed nothing because a gradient was not finite."""
         return int(getattr(self.engine.basic_optimizer, "skipped_steps", 0))
+
+    def _conditions(self) -> dict[str, float]:
+        """The worst of all matrices' first moments; a collective. ``factors_apart`` is of the norms of A and B."""
+        optimizer = self.engine.basic_optimizer
+        if not hasattr(optimizer, "conditions"):
+            return {}
+        found = [of["m"] for of in optimizer.conditions().values()]
+        apart = [max(c.norm_A, c.norm_B) / max(min(c.norm_A, c.norm_B), 1e-38) for c in found]
+        worst = [max(values, default=1.0) for values in (apart, [c.cond_A for c in found], [c.cond_B for c in found])]
+        numbers = torch.tensor(worst, dtype=torch.float64, device=self.engine.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return dict(zip(("factors_apart", "cond_AA", "cond_BB"), numbers.tolist(), strict=True))
 
     def _restart_clock(self) -> None:
         self._clock, self._clock_tokens = time.perf_counter(), self.tokens
