@@ -1,0 +1,93 @@
+"""A loss that is no number in a run that saves at every step: nothing that cannot be resumed is left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapre_dist.cli import main as lorapre
+from tests.launch.conftest import REPO, ds_json, environment
+
+OPTIONS = ["--max_steps", "6", "--warmup_steps", "2", "--eval_every", "0", "--save_every", "1", "--keep_last", "2"]
+OPTIONS += ["--log_every", "10", "--no_tensorboard", "--no_progress"]
+BACKENDS = {f"zero{stage}": ("deepspeed", stage, "LoRAPre") for stage in (0, 2)}
+BACKENDS |= {"fsdp2": ("fsdp2", 2, "LoRAPre"), "ddp": ("ddp", 2, "LoRAPreLion"), "adamw": ("deepspeed", 2, "AdamW")}
+#: Poisoned steps of each run: one, all from the fourth on, and then none, in the folder of the one before.
+RUNS: dict[str, list[int]] = {"one": [3], "all": [3, -1], "again": []}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> tuple[Path, dict[str, list[int]]]:
+    folder = tmp_path_factory.mktemp("poison")
+    jobs: list[dict[str, Any]] = []
+    for name, (backend, stage, optimizer) in BACKENDS.items():
+        params: dict[str, Any] = {"lr": 0.01, "rank": 4, "max_skipped": 2}
+        params = {"lr": 1e-3, "torch_adam": True} if optimizer == "AdamW" else params
+        more = {"optimizer": {"type": optimizer, "params": params}, "zero_optimization": {"stage": stage}}
+        config = ds_json(folder / f"{name}.json", train_batch_size=4, train_micro_batch_size_per_gpu=2, **more)
+        for run, steps in RUNS.items():
+            out = folder / name / ("all" if run == "again" else run)
+            argv = [
+                *base_options,
+                *OPTIONS,
+                "--deepspeed_config",
+                config,
+                "--backend",
+                backend,
+                "--output_dir",
+                str(out),
+            ]
+            jobs.append({"argv": argv, "steps": steps, "log": str(folder / f"{name}-{run}.log")})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.launch.poison", str(folder / "jobs.json"), str(folder / "codes.json")]
+    done = subprocess.run(command, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=560)
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes = json.loads((folder / "codes.json").read_text())
+    names = [f"{name}-{run}" for name in BACKENDS for run in RUNS]
+    return folder, dict(zip(names, codes, strict=True))
+
+
+def said(folder: Path, name: str) -> str:
+    return (folder / f"{name}.log").read_text()
+
+
+def tags(folder: Path, name: str, run: str) -> list[str]:
+    return sorted(p.name for p in (folder / name / run / "checkpoints").iterdir() if p.is_dir())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "adamw"])
+def test_one_bad_step_is_skipped_and_not_saved(name, runs, capsys):
+    folder, codes = runs
+    log = said(folder, f"{name}-one")
+    assert codes[f"{name}-one"] == [0, 0], log[-3000:]
+    assert "warning: no checkpoint at step 4, where loss or gradient are not finite; training goes on" in log
+    assert "a gradient is not finite: step skipped (1 in a row, 1 all together)" in log
+    assert tags(folder, name, "one") == ["step0000005", "step0000006"]
+    rows = [json.loads(line) for line in (folder / name / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 6 and rows[-1]["skipped_steps"] == 1 and rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+    assert lorapre(["inspect", str(folder / name / "one")]) == 0
+    assert capsys.readouterr().out.count("whole") == 2
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_run_that_cannot_go_on_says_so_and_resumes(name, runs):
+    """The last good checkpoint is there, whatever was kept and deleted; from it the run ends well."""
+    folder, codes = runs
+    log = said(folder, f"{name}-all")
+    assert codes[f"{name}-all"] == [1, 1], log[-3000:]
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    wanted = (
+        "the training loss is nan at step 4" if name == "adamw" else "gradients were not finite in 2 steps in a row"
+    )
+    assert wanted in line
+    again = said(folder, f"{name}-again")
+    assert codes[f"{name}-again"] == [0, 0], again[-3000:]
+    assert "resuming from step0000003 at step 3" in again
+    assert tags(folder, name, "all") == ["step0000005", "step0000006"]
