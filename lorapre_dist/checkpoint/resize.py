@@ -20,13 +20,14 @@ def resize(B: Tensor, A: Tensor, rank: int, fresh: Tensor) -> tuple[Tensor, Tens
     """Factors of rank ``rank`` whose product is the best approximation of ``B A`` (p x r times r x q).
 
     Where the rank grows, the product stays: new columns of ``B`` are zero and new rows of ``A`` are those of ``fresh``
-    (rank x q), as at the start of training, because from a zero row nothing could ever be learned.
+    (rank x q), as at the start of training, in the size of A's, because from a zero row nothing could ever be learned.
 
     By QR of both factors and an SVD of r x r, in fp64: no p x q matrix is formed.
     """
     old = B.shape[1]
     if rank >= old:
-        return torch.cat([B, B.new_zeros(B.shape[0], rank - old)], 1), torch.cat([A, fresh[old:].to(A)])
+        size = A.double().norm() / fresh[:old].double().norm()
+        return torch.cat([B, B.new_zeros(B.shape[0], rank - old)], 1), torch.cat([A, (fresh[old:] * size).to(A)])
     Qb, Rb = torch.linalg.qr(B.double())
     Qa, Ra = torch.linalg.qr(A.double().T)
     U, s, Vt = torch.linalg.svd(Rb @ Ra.T)

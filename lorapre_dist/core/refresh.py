@@ -49,7 +49,7 @@ def damped_cholesky(grams: Tensor, damping: float, relative: bool) -> Tensor:
     """
     rounding = torch.finfo(grams.dtype).eps
     wide = grams.clone()
-    if not (relative and wide.shape[-1] / damping * rounding / 2 < 0.1):
+    if not (relative and wide.shape[-1] * rounding < 0.2 * damping):
         wide = wide.double()
     diagonal = wide.diagonal(dim1=-2, dim2=-1)
     trace = diagonal.sum(-1, keepdim=True)

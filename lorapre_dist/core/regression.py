@@ -299,7 +299,7 @@ def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> N
     """Bring factors of any size, as drawn or as saved by others, into the gauge; in fp64. A collective over peers.
 
     Args:
-        fresh: also those whose A is no larger than orthonormal rows are.
+        fresh: all, with the damping of a step; else those whose A is not as orthonormal rows are, without.
     """
     holders = [_Holder(matrix) for matrix in matrices]
     grams = [[gram(f.A.double(), wide=True) for f in matrix.factors.values()] for matrix in matrices]
@@ -308,7 +308,7 @@ def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> N
         for factors, G in zip(matrix.factors.values(), of_matrix, strict=True):
             r = G.shape[0]
             if fresh or float(G.square().sum()) > 1.01 * r or float(G.trace()) < r / 2:
-                ((lower, inverse),) = gauges([G], damping)
+                ((lower, inverse),) = gauges([G], damping if fresh else 0.0)
                 factors.A.copy_(inverse @ factors.A.double())
                 factors.B.copy_(factors.B.double() @ lower)
 
