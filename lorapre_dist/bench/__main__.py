@@ -10,11 +10,13 @@ from lorapre_dist.config import ConfigError
 
 BENCHES = {
     "quality": "validation loss after equal training, against AdamW and GaLore",
+    "gauges": "validation loss and condition of the factors under other gauges than the optimizer's",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
     "experts": "time of a step on many small matrices, stacked and one by one",
     "muon": "bytes sent and time of a distributed LoRAPreMuon step, against one process",
     "memory": "bytes of optimizer state and workspace per rank",
     "checkpoint": "memory and time of saving, loading and consolidating",
+    "soak": "does the optimizer's state stay sound over 50,000 steps of every kind of gradient",
 }
 USAGE = "usage: python -m lorapre_dist.bench NAME [options]   (NAME --help lists the options)\n\n" + "\n".join(
     f"  {name:<11} {what}" for name, what in BENCHES.items()

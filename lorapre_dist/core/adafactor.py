@@ -7,14 +7,16 @@ that are cut between ranks. ``R`` lies with the rows, ``C`` (q numbers) on every
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from . import exchange, regression
 from .adam import Hyper, apply, decay_rms, workspace_bytes
 from .adamw import bias
 from .comm import Comm
 from .exchange import Item, Work
+from .guard import broadcast
 from .regression import Block, addmm
 from .workspace import Workspace
 
@@ -38,7 +40,7 @@ def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> 
         if not hyper.stable:
             regression.row_grams(work, workspace)
         _decay_columns(work, hyper)
-        biases = [bias(beta, work.matrix.taken).to(work.m.A.dtype)[..., None, None] for beta in hyper.betas]
+        biases = [bias(beta, work.matrix.taken, work.item.go, work.m.A.dtype) for beta in hyper.betas]
         for block in regression.blocks(work, workspace):
             _update_block(work, block, biases, hyper, workspace)
         if hyper.stable:
@@ -66,11 +68,12 @@ def _decay_columns(work: Work, hyper: Hyper) -> None:
     decay_rms(work.matrix.vectors["rms_col"], norms, hyper.betas[1], work.matrix.interval.shape[0], work.item.go)
 
 
-def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, workspace: Workspace) -> None:
+def _update_block(work: Work, block: Block, biases: list[Any], hyper: Hyper, workspace: Workspace) -> None:
     """One block: its rows' statistics, the update of theta, then the factors' rows."""
     matrix, size, go = work.matrix, work.size, work.item.go
     A, B = work.m.A[..., block.held], work.m.factors.B[block.rows]
-    (beta1, beta2), (bias1, bias2), dtype = hyper.betas, biases, A.dtype
+    (beta1, beta2), dtype = hyper.betas, A.dtype
+    bias1 = broadcast(biases[0], 2)
     g = regression.gradient(work, block)
     Y = regression.regress(g, work.m, block, "Y", workspace)
     m, w = (workspace.take(label, g.shape, A) for label in "mw")
@@ -87,7 +90,7 @@ def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, 
     tiny = torch.finfo(dtype).tiny
     most = columns.amax(-1, keepdim=True).clamp_min(tiny)
     level = (most * (columns / most).square_().mean(-1, keepdim=True).sqrt_()).clamp_min_(tiny)
-    down = rows / (bias2[..., 0].sqrt() * level)
+    down = rows * broadcast(biases[1], 1) ** -0.5 / level
     torch.mul(down[..., None], columns[..., None, block.columns], out=w).add_(max(hyper.eps, tiny))
     apply(block.theta, m, w, hyper, go)
     regression.refresh_rows(work, work.m, block, g, Y, hyper.gammas[0], hyper, workspace)

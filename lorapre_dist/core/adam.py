@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from . import exchange, regression
 from .adamw import bias
 from .comm import Comm
 from .exchange import Item, Work
-from .guard import Go
+from .guard import Go, broadcast
 from .regression import Block, addmm, workspace_bytes
 from .workspace import Workspace
 
@@ -65,7 +66,7 @@ def _step(items: list[Item], hyper: Hyper, comm: Comm, workspace: Workspace) -> 
     for work in works:
         if not hyper.stable:
             regression.row_grams(work, workspace)
-        biases = [bias(beta, work.matrix.taken).to(work.m.A.dtype)[..., None, None] for beta in hyper.betas]
+        biases = [bias(beta, work.matrix.taken, work.item.go, work.m.A.dtype) for beta in hyper.betas]
         for block in regression.blocks(work, workspace):
             _update_block(work, block, biases, hyper, workspace)
         if hyper.stable:
@@ -87,12 +88,13 @@ def _edge_sums(work: Work, hyper: Hyper, workspace: Workspace) -> None:
         work.v.Y[block.lines] += g.abs() @ work.v.A[:, block.held].T
 
 
-def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, workspace: Workspace) -> None:
+def _update_block(work: Work, block: Block, biases: list[Any], hyper: Hyper, workspace: Workspace) -> None:
     """One block: the update of theta, then both moments' rows. ``biases``: ``1 - beta^t`` of both."""
     matrix, size, go = work.matrix, work.size, work.item.go
     A, vA = work.m.A[..., block.held], work.v.A[..., block.held]
     B, vB = work.m.factors.B[block.rows], work.v.factors.B[block.rows]
-    (beta1, beta2), (bias1, bias2), dtype = hyper.betas, biases, A.dtype
+    (beta1, beta2), dtype = hyper.betas, A.dtype
+    bias1, bias2 = (broadcast(bias, 2) for bias in biases)
     m, w, a = (workspace.take(label, block.grad.shape, A) for label in "mwa")
     g = regression.gradient(work, block)
     torch.abs(g, out=a)
@@ -114,7 +116,7 @@ def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, 
         # not those of the product.
         edge = None if block.lines is None else work.edge[block.lines]
         row = matrix.vectors["rms_row"][block.rows]
-        shrink, floor = _calibrate(work, w, scaled, edge, row, hyper, bias2[..., 0])
+        shrink, floor = _calibrate(work, w, scaled, edge, row, hyper, broadcast(biases[1], 1))
         torch.mul(B, shrink * keep, out=left).addcmul_(Y, shrink, value=-hyper.residual)
         addmm(torch.mul(g, shrink * fresh, out=m), left, A, beta=1)
         _root_plus(w, floor)
@@ -129,7 +131,7 @@ def _update_block(work: Work, block: Block, biases: list[Tensor], hyper: Hyper, 
 
 
 def _calibrate(
-    work: Work, w: Tensor, g: Tensor, edge: Tensor | None, row: Tensor, hyper: Hyper, bias2: Tensor
+    work: Work, w: Tensor, g: Tensor, edge: Tensor | None, row: Tensor, hyper: Hyper, bias2: Any
 ) -> tuple[Tensor, Tensor]:
     """Update the rows' root mean squares ``s``; ``1 / sqrt(f)`` and ``eps / sqrt(f)`` (n x 1) of ``sqrt(v_hat) + eps``.
 
@@ -144,7 +146,7 @@ def _calibrate(
     # Where all of w is 0, any positive number may stand for 1 / sqrt(f), as it scales numerator and denominator. With
     # this one s / sqrt(bias2) / sqrt(f) is sqrt(tiny / q), which is nothing in all other rows.
     tiny = torch.finfo(row.dtype).tiny
-    shrink = ((sum_w + tiny) / q).sqrt_() / (row / bias2.sqrt()).clamp_min_(tiny)
+    shrink = ((sum_w + tiny) / q).sqrt_() / (row * bias2**-0.5).clamp_min_(tiny)
     floor = (shrink * hyper.eps).add_(math.sqrt(tiny / q))
     return shrink[..., None], floor[..., None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,14 @@ def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
     return Vector(zeros, zeros.clone(), torch.zeros((), device=device, dtype=torch.float64))
 
 
-def bias(decay: float, taken: Tensor) -> Tensor:
-    """``1 - decay^t``, of a first step where none has been taken."""
-    return -torch.expm1(taken.clamp_min(1) * (math.log(decay) if decay else -math.inf))
+def bias(decay: float, taken: Tensor, go: Go, dtype: torch.dtype) -> Any:
+    """``1 - decay^t``, of a first step where none has been taken: a number where the host knows it."""
+    rate = math.log(decay) if decay else -math.inf
+    if go.sure and taken.device.type == "cpu":
+        least, most = (float(taken.min()), float(taken.max())) if taken.ndim else (float(taken),) * 2
+        if least == most:
+            return -math.expm1(max(1.0, most) * rate)
+    return -torch.expm1(taken.clamp_min(1) * rate).to(dtype)
 
 
 def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int, go: Go) -> None:
@@ -67,9 +73,9 @@ def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes:
     dtype = vector.exp_avg.dtype
     fresh, fresh_sq = go.of(1 - beta1, dtype), go.of(1 - beta2, dtype)
     decay = go.keep(1 - hyper.lr * hyper.weight_decay, dtype)
-    bias_sq = bias(beta2, vector.taken).to(dtype)
-    # theta -= lr / bias * exp_avg / denom, as one quotient: of infinity where no step is taken.
-    slow = (bias(beta1, vector.taken) / (go.value * hyper.lr)).to(dtype)
+    bias1, bias2 = (bias(beta, vector.taken, go, dtype) for beta in hyper.betas)
+    # theta -= lr / bias1 * exp_avg / denom, as one quotient: by infinity where no step is taken.
+    slow = bias1 / torch.as_tensor(go.of(hyper.lr, dtype), dtype=dtype, device=go.value.device)
     size = max(1, block_bytes // vector.exp_avg.element_size())
     for at in range(0, theta.numel(), size):
         part = slice(at, at + size)
@@ -80,7 +86,7 @@ def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes:
             g = g.nan_to_num_(0.0)
         exp_avg.lerp_(g, fresh)
         exp_avg_sq.lerp_(g.square_(), fresh_sq)
-        denom = (exp_avg_sq / bias_sq).sqrt_().add_(max(hyper.eps, torch.finfo(dtype).tiny)).mul_(slow)
+        denom = (exp_avg_sq / bias2).sqrt_().add_(max(hyper.eps, torch.finfo(dtype).tiny)).mul_(slow)
         wide.mul_(decay).addcdiv_(exp_avg, denom, value=-1)
         if theta.dtype != dtype:
             theta[part].copy_(wide)

@@ -191,18 +191,22 @@ def _lent(item: Item) -> list[Factors]:
 
 def _looks(items: list[Item]) -> list[Tensor]:
     """What this rank knows of each matrix, see :func:`lorapre_dist.core.guard.sizes`."""
-    factors = [[f.B for f in item.matrix.factors.values()] for item in items]
-    parts = [B.unbind() if B.ndim == 3 else (B,) for some in factors for B in some]
-    found = iter(bounds([part for some in parts for part in some]))
-    held = iter([torch.stack([next(found) for _ in some]) for some in parts])
-    looks = []
-    for item, some in zip(items, factors, strict=True):
-        grad, (at, slots), dtype = item.grad, item.matrix.sampled or ((), ()), item.matrix.dtype
-        sampled = grad.new_zeros(*grad.shape[:-1], SAMPLES, dtype=dtype)
-        sampled[..., slots] = grad[..., at].abs().to(dtype)
-        state = torch.stack([next(held) for _ in some], dim=-1).view(*grad.shape[:-1], -1)
-        looks.append(torch.cat([sampled, state, item.largest.to(dtype)[..., None]], dim=-1))
-    return looks
+    if not items:
+        return []
+    factors = [f.B for item in items for f in item.matrix.factors.values()]
+    parts = [part for B in factors for part in (B.unbind() if B.ndim == 3 else (B,))]
+    lead = items[0].grad.shape[:-1]
+    state = torch.stack(bounds(parts)).view(len(items), -1, *lead).movedim(1, -1)
+    largest = torch.stack([item.largest for item in items])[..., None]
+    sampled = torch.stack([_sampled(item) for item in items]).abs_()
+    here = torch.stack([item.matrix.sampled[1] for item in items])  # type: ignore[index]
+    sampled.mul_(here[:, None] if lead else here)
+    return list(torch.cat([sampled.to(state.dtype), state, largest.to(state.dtype)], dim=-1).unbind())
+
+
+def _sampled(item: Item) -> Tensor:
+    at, _ = item.matrix.sampled or ((), ())
+    return item.grad[..., at] if item.grad.shape[-1] else item.grad.new_zeros(*item.grad.shape[:-1], SAMPLES)
 
 
 def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> Work:

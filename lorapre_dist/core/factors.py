@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guard import sample
+from .guard import SAMPLES, sample
 from .interval import Range, RowInterval, column_block, cut_rows
 
 #: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
@@ -68,7 +68,7 @@ class Matrix:
         taken: number of updates so far (0-d, fp64), on the device, where it is known whether one is taken.
         optimizer, variant: by which the state is stepped.
         before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
-        sampled: places in this rank's piece, and in :func:`lorapre_dist.core.guard.sample`, of what is in both.
+        sampled: places in this rank's piece of what :func:`lorapre_dist.core.guard.sample` names, and which are here.
     """
 
     interval: RowInterval
@@ -165,10 +165,10 @@ def allocate(
 
 
 def _sampled(interval: RowInterval, device: torch.device) -> tuple[Tensor, Tensor]:
-    places = [(interval.place(*element), k) for k, element in enumerate(sample(interval.shape))]
-    held = [(at, k) for at, k in places if at is not None]
-    at, k = torch.tensor(held, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-    return at, k
+    places = [interval.place(*element) for element in sample(interval.shape)]
+    places += [None] * (SAMPLES - len(places))
+    at = torch.tensor([place or 0 for place in places], device=device)
+    return at, torch.tensor([place is not None for place in places], device=device)
 
 
 def state_shapes(shape: tuple[int, int], ranks: dict[str, int], vectors: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -49,6 +49,11 @@ class Go:
         return factor if self.sure else (1 - self.value * (1 - factor)).to(dtype)
 
 
+def broadcast(x: Any, dims: int) -> Any:
+    """A number as it is; of a tensor (0-d, of a stack k) one with ``dims`` more dimensions."""
+    return x[(..., *[None] * dims)] if isinstance(x, Tensor) else x
+
+
 def taken_for_granted(device: torch.device) -> Go:
     """For gradients that somebody else has looked at."""
     return Go(torch.ones((), dtype=torch.float64, device=device), sure=True)
@@ -60,12 +65,12 @@ def bounds(tensors: list[Tensor]) -> list[Tensor]:
     if not full:
         return [x.new_zeros(()) for x in tensors]
     if full[0].device.type != "cpu":
-        found = torch._foreach_norm(full, float("inf"))
-    else:  # another norm takes a tenth of the time; its squares may leave the range
-        found = torch._foreach_norm(full, 2)
+        found = list(torch._foreach_norm(full, float("inf")))
+    else:  # another norm takes a tenth of the time; where its squares leave the range it says nothing
+        found = list(torch._foreach_norm(full, 2))
         norms = torch.stack([norm.double() for norm in found])
-        if not ((norms > 1e-15) & (norms < 1e15)).all():
-            found = [x.abs().amax() for x in full]
+        for k in ((norms > 1e-15) & (norms < 1e15)).logical_not().nonzero().view(-1).tolist():
+            found[k] = full[k].abs().amax()
     each = iter(found)
     return [next(each) if x.numel() else x.new_zeros(()) for x in tensors]
 

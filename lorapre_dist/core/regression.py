@@ -20,7 +20,7 @@ from .comm import Comm
 from .exchange import Item, Moment, Work
 from .factors import Factors, Matrix
 from .interval import Segment
-from .newton_schulz import gram
+from .newton_schulz import ROWS, gram, stripes
 from .refresh import CHUNK, damped_inverses, gauges
 from .workspace import Workspace
 
@@ -288,11 +288,17 @@ def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace)
 
 
 def _change_gauge(factors: Factors, lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
+    """``A <- L^-1 A`` and ``B <- B L``, of both triangles in stripes without most of the zeros."""
     A, B = factors.A, factors.B
-    A.copy_(torch.matmul(inverse, A, out=workspace.take("gauged A", A.shape, A)))
-    rows = workspace.rows(max(1, B.shape[-2]), B.shape[-1], B) if B.ndim == 2 else B.shape[-2]
+    r = lower.shape[-1]
+    found = workspace.take("gauged A", A.shape, A)
+    for low, high in stripes(r, ROWS):
+        torch.matmul(inverse[..., low:high, :high], A[..., :high, :], out=found[..., low:high, :])
+    A.copy_(found)
+    rows = workspace.rows(max(1, B.shape[-2]), r, B) if B.ndim == 2 else B.shape[-2]
     for part in B.split(rows, dim=-2):
-        part.copy_(torch.matmul(part, lower, out=workspace.take("gauged B", part.shape, B)))
+        for low, high in stripes(r, ROWS):  # each reads columns that only later ones change
+            part[..., low:high].copy_(part[..., low:] @ lower[..., low:, low:high])
 
 
 def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> None:
@@ -329,8 +335,8 @@ def conditions(matrices: list[Matrix], comm: Comm) -> list[dict[str, Condition]]
     grams = []
     for matrix in matrices:
         owned = slice(matrix.interval.first_owned, None)
-        pairs = [(f.A.double(), f.B[owned].double()) for f in matrix.factors.values()]
-        grams.append([G for A, B in pairs for G in (gram(A, wide=True), gram(B, wide=False))])
+        wide = [(f.A.double(), f.B[owned].double()) for f in matrix.factors.values()]
+        grams.append([G for A, B in wide for G in (gram(A, wide=True), gram(B, wide=False))])
     exchange.sum_grams(holders, grams, comm)
 
     def of(G: Tensor) -> tuple[float, float]:
