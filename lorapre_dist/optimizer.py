@@ -16,7 +16,7 @@ from torch import Tensor
 from . import awaiting
 from . import param_groups as naming
 from .config import ConfigError, LoRAPreConfig, LowRankConfig
-from .core import adam, adamw, regression
+from .core import adam, adamw, gauge
 from .core.comm import Comm
 from .core.exchange import Item
 from .core.factors import Matrix, allocate
@@ -166,7 +166,7 @@ class LowRankOptimizer(StatefulOptimizer):
             # A plan has no elements, or peers without a group.
             ready = [m for m in matrices if not m.taken.is_meta and (m.peers is None or m.peers.group is not None)]
             if config.variant == "stable" and ready:
-                regression.settle(ready, config.resolved_damping, Comm(), fresh)  # no part of a step
+                gauge.settle(ready, config.resolved_damping, Comm(), fresh)  # no part of a step
 
     def settle(self) -> None:
         """After factors were loaded: bring those that are not in the optimizer's gauge into it; a collective."""
@@ -435,14 +435,14 @@ class LowRankOptimizer(StatefulOptimizer):
         return {b.piece.name: b.state.tensors() for b in self.bound() if isinstance(b.state, Matrix)}
 
     @torch.no_grad()
-    def conditions(self) -> dict[str, dict[str, regression.Condition]]:
+    def conditions(self) -> dict[str, dict[str, gauge.Condition]]:
         """How the factors stand, by parameter name and moment: norms and condition numbers; a collective.
 
         In ``stable`` the condition of ``A A^T`` is near 1 by the gauge, and that of ``B^T B`` is of the momentum's
         directions. Factors that drift, or a rank that is far too large, show here first.
         """
         held = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
-        return {m.interval.name: c for m, c in zip(held, regression.conditions(held, Comm()), strict=True)}
+        return {m.interval.name: c for m, c in zip(held, gauge.conditions(held, Comm()), strict=True)}
 
     def memory_report(self) -> MemoryReport:
         """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""

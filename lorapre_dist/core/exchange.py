@@ -113,6 +113,11 @@ def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
     return list(found.values())
 
 
+def by_moment(works: list[Work]) -> list[list[Moment]]:
+    """First moments, then second moments."""
+    return [list(moments) for moments in zip(*(work.moments for work in works), strict=True)]
+
+
 def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
     """``A`` of every moment, whole, and the matrices' sizes: one all-gather a group.
 

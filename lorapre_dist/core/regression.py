@@ -1,7 +1,6 @@
 """The phases that all optimizers share: regress factors on the gradient, block by block of this rank's rows.
 
-Notation as in ``reference.py``. Everything here is local; ``exchange.py`` sums
-between the phases.
+Notation as in ``reference.py``. Most here is local; ``exchange.py`` sums between the phases.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import exchange, stacks
+from . import exchange, gauge, stacks
 from .comm import Comm
-from .exchange import Item, Moment, Work
-from .factors import Factors, Matrix
+from .exchange import Item, Moment, Work, by_moment
+from .factors import Matrix
 from .interval import Segment
-from .newton_schulz import ROWS, gram, stripes
-from .refresh import CHUNK, damped_inverses, gauges
+from .newton_schulz import gram
+from .refresh import CHUNK, damped_inverses
 from .workspace import Workspace
 
 _T = TypeVar("_T")
@@ -170,16 +169,9 @@ def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator
             yield Block(theta[low:high], grad[low:high], slice(first + low, first + high), columns, held, lines, at)
 
 
-def grams_of_A(works: list[Work]) -> None:
-    """This rank's part of ``A A^T``."""
-    for work in works:
-        for moment in work.moments:
-            moment.gram = gram(moment.factors.A, wide=True)
-
-
 def invert(works: list[Work], hyper: Any) -> None:
     """Invert the damped Grams of ``A``, where it has no orthonormal rows; the cut rows' Y is solved here."""
-    for moments in _by_moment(works):
+    for moments in by_moment(works):
         inverses = damped_inverses([moment.gram for moment in moments], hyper.damping, relative=False)
         for moment, inverse in zip(moments, inverses, strict=True):
             moment.inverse = inverse
@@ -190,7 +182,7 @@ def invert(works: list[Work], hyper: Any) -> None:
 def edges(works: list[Work], hyper: Any, comm: Comm) -> None:
     """Sum over the ranks what a step needs of cut rows; in ``paper`` invert the Grams of ``A``."""
     if not hyper.stable:
-        grams_of_A(works)
+        gauge.grams_of_A(works)
     exchange.sum_edges(works, comm, grams=not hyper.stable)
     if not hyper.stable:
         invert(works, hyper)
@@ -260,7 +252,7 @@ def refresh_rows(
 
 def refresh_columns(works: list[Work], gammas: tuple[float, ...], hyper: Any, comm: Comm, workspace: Workspace) -> None:
     """``A <- (1 - gamma) A + gamma target (S + d)^-1 Z`` on this rank's columns; in ``stable`` back to the gauge."""
-    for moments, gamma in zip(_by_moment(works), gammas, strict=True):
+    for moments, gamma in zip(by_moment(works), gammas, strict=True):
         inverses = damped_inverses([moment.S for moment in moments], hyper.damping, hyper.stable)
         for work, moment, inverse in zip(works, moments, inverses, strict=True):
             go, A = work.item.go, moment.factors.A
@@ -268,93 +260,7 @@ def refresh_columns(works: list[Work], gammas: tuple[float, ...], hyper: Any, co
             kept, weight = go.keep(1 - gamma, A.dtype), go.of(gamma * hyper.target, A.dtype)
             addmm(A, work.size.scaled(inverse), moment.Z, beta=kept, alpha=weight)
     if hyper.stable:
-        regauge(works, hyper.damping, comm, workspace)
-
-
-def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace) -> None:
-    """``(B, A) <- (B L, L^-1 A)`` with ``L L^T = A A^T + d``: the same product, and rows of A that are orthonormal.
-
-    Only ``B A`` means something. Left to themselves A grows and B shrinks by a factor ``1 + gamma`` a step under noise.
-    """
-    grams_of_A(works)
-    exchange.sum_grams(works, [[moment.gram for moment in work.moments] for work in works], comm)
-    for moments in _by_moment(works):
-        found = gauges([moment.gram for moment in moments], damping)
-        for work, moment, (lower, inverse) in zip(works, moments, found, strict=True):
-            if not work.item.go.sure:  # without a step not a bit may change
-                eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-                lower, inverse = (torch.where(work.item.go.value > 0, x, eye) for x in (lower, inverse))
-            _change_gauge(moment.factors, lower, inverse, workspace)
-
-
-def _change_gauge(factors: Factors, lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
-    """``A <- L^-1 A`` and ``B <- B L``, of both triangles in stripes without most of the zeros."""
-    A, B = factors.A, factors.B
-    r = lower.shape[-1]
-    found = workspace.take("gauged A", A.shape, A)
-    for low, high in stripes(r, ROWS):
-        torch.matmul(inverse[..., low:high, :high], A[..., :high, :], out=found[..., low:high, :])
-    A.copy_(found)
-    rows = workspace.rows(max(1, B.shape[-2]), r, B) if B.ndim == 2 else B.shape[-2]
-    for part in B.split(rows, dim=-2):
-        for low, high in stripes(r, ROWS):  # each reads columns that only later ones change
-            part[..., low:high].copy_(part[..., low:] @ lower[..., low:, low:high])
-
-
-def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> None:
-    """Bring factors of any size, as drawn or as saved by others, into the gauge; in fp64. A collective over peers.
-
-    Args:
-        fresh: all, with the damping of a step; else those whose A is not as orthonormal rows are, without.
-    """
-    holders = [_Holder(matrix) for matrix in matrices]
-    grams = [[gram(f.A.double(), wide=True) for f in matrix.factors.values()] for matrix in matrices]
-    exchange.sum_grams(holders, grams, comm)
-    for matrix, of_matrix in zip(matrices, grams, strict=True):
-        for factors, G in zip(matrix.factors.values(), of_matrix, strict=True):
-            r = G.shape[0]
-            if fresh or float(G.square().sum()) > 1.01 * r or float(G.trace()) < r / 2:
-                ((lower, inverse),) = gauges([G], damping if fresh else 0.0)
-                factors.A.copy_(inverse @ factors.A.double())
-                factors.B.copy_(factors.B.double() @ lower)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """How one moment's factors stand: Frobenius norms, and condition numbers of ``A A^T`` and ``B^T B``."""
-
-    norm_A: float
-    norm_B: float
-    cond_A: float
-    cond_B: float
-
-
-def conditions(matrices: list[Matrix], comm: Comm) -> list[dict[str, Condition]]:
-    """Of each matrix, by moment; in fp64. A collective over peers."""
-    holders = [_Holder(matrix) for matrix in matrices]
-    grams = []
-    for matrix in matrices:
-        owned = slice(matrix.interval.first_owned, None)
-        wide = [(f.A.double(), f.B[owned].double()) for f in matrix.factors.values()]
-        grams.append([G for A, B in wide for G in (gram(A, wide=True), gram(B, wide=False))])
-    exchange.sum_grams(holders, grams, comm)
-
-    def of(G: Tensor) -> tuple[float, float]:
-        values = torch.linalg.eigvalsh(G)
-        least = values[0].clamp_min(torch.finfo(G.dtype).tiny)
-        return float(G.trace().sqrt()), float(values[-1] / least)
-
-    found = []
-    for matrix, some in zip(matrices, grams, strict=True):
-        stated = [of(G) for G in some]
-        pairs = zip(matrix.factors, stated[::2], stated[1::2], strict=True)
-        found.append({moment: Condition(a[0], b[0], a[1], b[1]) for moment, a, b in pairs})
-    return found
-
-
-@dataclass
-class _Holder:
-    matrix: Matrix
+        gauge.regauge(works, hyper.damping, comm, workspace)
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any = 1.0, start: Tensor | None = None) -> Tensor:
@@ -363,8 +269,3 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any = 1.0, start:
         start, a, beta, alpha = (out if start is None else start).mul_(beta), a * alpha, 1.0, 1.0
     add = torch.addmm if out.ndim == 2 else torch.baddbmm
     return add(out if start is None else start, a, b, beta=beta, alpha=alpha, out=out)
-
-
-def _by_moment(works: list[Work]) -> list[list[Moment]]:
-    """First moments, then second moments."""
-    return [list(moments) for moments in zip(*(work.moments for work in works), strict=True)]

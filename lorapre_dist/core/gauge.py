@@ -1,0 +1,112 @@
+"""The gauge of the factors: of all ``(B R, R^-1 A)``, which have one product, that where A's rows are orthonormal.
+
+Only ``B A`` means something. Left to themselves A grows and B shrinks by a factor ``1 + gamma`` a step under noise: the
+new B is correlated with the noise that has just gone into it, so that ``B^+ g`` comes to ``2 A``, until fp32 overflows.
+In the gauge ``A^+`` is ``A^T``, and A's condition is 1. Each rank holds a block of A's columns and some rows of B: the
+Gram of A is summed over the ranks, and all of them work out the same r x r factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import exchange
+from .comm import Comm
+from .exchange import Work, by_moment
+from .factors import Factors, Matrix
+from .newton_schulz import ROWS, gram, stripes
+from .refresh import gauges
+from .workspace import Workspace
+
+
+def grams_of_A(works: list[Work]) -> None:
+    """This rank's part of ``A A^T``."""
+    for work in works:
+        for moment in work.moments:
+            moment.gram = gram(moment.factors.A, wide=True)
+
+
+def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace) -> None:
+    """``(B, A) <- (B L, L^-1 A)`` with ``L L^T = A A^T + d``: the same product, and rows of A that are orthonormal."""
+    grams_of_A(works)
+    exchange.sum_grams(works, [[moment.gram for moment in work.moments] for work in works], comm)
+    for moments in by_moment(works):
+        found = gauges([moment.gram for moment in moments], damping)
+        for work, moment, (lower, inverse) in zip(works, moments, found, strict=True):
+            if not work.item.go.sure:  # without a step not a bit may change
+                eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+                lower, inverse = (torch.where(work.item.go.value > 0, x, eye) for x in (lower, inverse))
+            _change_gauge(moment.factors, lower, inverse, workspace)
+
+
+def _change_gauge(factors: Factors, lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
+    """``A <- L^-1 A`` and ``B <- B L``, of both triangles in stripes without most of the zeros."""
+    A, B = factors.A, factors.B
+    r = lower.shape[-1]
+    found = workspace.take("gauged A", A.shape, A)
+    for low, high in stripes(r, ROWS):
+        torch.matmul(inverse[..., low:high, :high], A[..., :high, :], out=found[..., low:high, :])
+    A.copy_(found)
+    rows = workspace.rows(max(1, B.shape[-2]), r, B) if B.ndim == 2 else B.shape[-2]
+    for part in B.split(rows, dim=-2):
+        for low, high in stripes(r, ROWS):  # each reads columns that only later ones change
+            part[..., low:high].copy_(part[..., low:] @ lower[..., low:, low:high])
+
+
+def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> None:
+    """Bring factors of any size, as drawn or as saved by others, into the gauge; in fp64. A collective over peers.
+
+    Args:
+        fresh: all, with the damping of a step; else those whose A is not as orthonormal rows are, without.
+    """
+    holders = [_Holder(matrix) for matrix in matrices]
+    grams = [[gram(f.A.double(), wide=True) for f in matrix.factors.values()] for matrix in matrices]
+    exchange.sum_grams(holders, grams, comm)
+    for matrix, of_matrix in zip(matrices, grams, strict=True):
+        for factors, G in zip(matrix.factors.values(), of_matrix, strict=True):
+            r = G.shape[0]
+            if fresh or float(G.square().sum()) > 1.01 * r or float(G.trace()) < r / 2:
+                ((lower, inverse),) = gauges([G], damping if fresh else 0.0)
+                factors.A.copy_(inverse @ factors.A.double())
+                factors.B.copy_(factors.B.double() @ lower)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How one moment's factors stand: Frobenius norms, and condition numbers of ``A A^T`` and ``B^T B``."""
+
+    norm_A: float
+    norm_B: float
+    cond_A: float
+    cond_B: float
+
+
+def conditions(matrices: list[Matrix], comm: Comm) -> list[dict[str, Condition]]:
+    """Of each matrix, by moment; in fp64. A collective over peers."""
+    holders = [_Holder(matrix) for matrix in matrices]
+    grams = []
+    for matrix in matrices:
+        owned = slice(matrix.interval.first_owned, None)
+        wide = [(f.A.double(), f.B[owned].double()) for f in matrix.factors.values()]
+        grams.append([G for A, B in wide for G in (gram(A, wide=True), gram(B, wide=False))])
+    exchange.sum_grams(holders, grams, comm)
+
+    def of(G: Tensor) -> tuple[float, float]:
+        values = torch.linalg.eigvalsh(G)
+        least = values[0].clamp_min(torch.finfo(G.dtype).tiny)
+        return float(G.trace().sqrt()), float(values[-1] / least)
+
+    found = []
+    for matrix, some in zip(matrices, grams, strict=True):
+        stated = [of(G) for G in some]
+        pairs = zip(matrix.factors, stated[::2], stated[1::2], strict=True)
+        found.append({moment: Condition(a[0], b[0], a[1], b[1]) for moment, a, b in pairs})
+    return found
+
+
+@dataclass
+class _Holder:
+    matrix: Matrix
