@@ -202,16 +202,17 @@ def _looks(items: list[Item]) -> list[Tensor]:
     parts = [part for B in factors for part in (B.unbind() if B.ndim == 3 else (B,))]
     lead = items[0].grad.shape[:-1]
     state = torch.stack(bounds(parts)).view(len(items), -1, *lead).movedim(1, -1)
-    largest = torch.stack([item.largest for item in items])[..., None]
+    largest = torch.stack([item.largest.to(state.dtype) for item in items])[..., None]
     sampled = torch.stack([_sampled(item) for item in items]).abs_()
     here = torch.stack([item.matrix.sampled[1] for item in items])  # type: ignore[index]
     sampled.mul_(here[:, None] if lead else here)
-    return list(torch.cat([sampled.to(state.dtype), state, largest.to(state.dtype)], dim=-1).unbind())
+    return list(torch.cat([sampled, state, largest], dim=-1).unbind())
 
 
 def _sampled(item: Item) -> Tensor:
     at, _ = item.matrix.sampled or ((), ())
-    return item.grad[..., at] if item.grad.shape[-1] else item.grad.new_zeros(*item.grad.shape[:-1], SAMPLES)
+    grad = item.grad[..., at] if item.grad.shape[-1] else item.grad.new_zeros(*item.grad.shape[:-1], SAMPLES)
+    return grad.to(item.matrix.dtype)
 
 
 def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> Work:

@@ -146,6 +146,9 @@ class Skips:
     seen: tuple[int, int] = (0, 0)
     _copy: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:  # an event of the device cannot be copied
+        return {**self.__dict__, "_copy": None}
+
     def record(self, go: Tensor) -> None:
         """Count a step that was taken (1) or not (0)."""
         skipped = 1 - go

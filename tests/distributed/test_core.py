@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from lorapre_dist.bench.muon import bytes_rank, closed_form
+from lorapre_dist.optimizers import OPTIMIZERS
 
 from .cases import core_case
 from .harness import run_ranks
@@ -165,3 +166,13 @@ def test_muon_sends_what_the_closed_form_says(shape):
     results = run_ranks(4, bytes_rank, shape=shape, rank=8)
     sent = {purpose: sum(result[purpose] for result in results) for purpose in results[0]}
     assert sent == closed_form(shape, 8, 4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_200_steps_in_fp32_stay_near_the_reference(optimizer):
+    """Long enough that without the gauge A would be 1e4 times what it was."""
+    options = {"rank": 2, "lr": 0.001 if optimizer == "LoRAPreLion" else 0.01}
+    arguments = {"options": options, "steps": 200, "dtype": "float32", "optimizer": optimizer}
+    for result in run_ranks(2, core_case, matrices=matrices(2), **arguments):
+        theta = {name: error for name, error in result["errors"].items() if "." not in name}
+        assert max(theta.values(), default=0) <= 1e-4, theta
