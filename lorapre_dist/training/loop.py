@@ -29,7 +29,7 @@ from lorapre_dist.training.settings import RunSettings
 
 
 class DivergedError(RuntimeError):
-    """Loss or gradient are no numbers any more, and the optimizer steps on; every rank raises it at the same step."""
+    """The loss is no number any more, and not because of one batch; every rank raises it at the same step."""
 
 
 @dataclass
@@ -101,6 +101,9 @@ class Trainer:
                 row |= self.evaluate() | self._conditions()
                 self._restart_clock()
             self._write(row)
+            if not math.isfinite(row.get("eval_loss", 0.0)):  # the weights, not a batch, are no good any more
+                text = f"the validation loss is {row['eval_loss']} at step {self.step}"
+                raise DivergedError(f"{text}; lower the lr or warm up longer")
             bar.set_postfix_str(_summary(row), refresh=False)
         bar.update()
         if not self.stopped and (last or (settings.save_every and self.step % settings.save_every == 0)):
