@@ -39,13 +39,26 @@ def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace)
             if not work.item.go.sure:  # without a step not a bit may change
                 eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
                 lower, inverse = (torch.where(work.item.go.value > 0, x, eye) for x in (lower, inverse))
-            _change_gauge(moment.factors, lower, inverse, workspace)
+            _change_gauge(moment.factors, _replicas(work.matrix), lower, inverse, workspace)
 
 
-def _change_gauge(factors: Factors, lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
-    """``A <- L^-1 A`` and ``B <- B L``, of both triangles in stripes without most of the zeros."""
+def _replicas(matrix: Matrix) -> list[int]:
+    """Rows of B that other ranks hold as well, though not among the same rows: cut ones at the ends of an interval."""
+    if matrix.peers is None or matrix.peers.columns is not None:
+        return []
+    first, rows = matrix.interval.first_row, matrix.interval.rows
+    return [row - first for row in matrix.peers.cut_rows(matrix.interval.shape) if 0 <= row - first < rows]
+
+
+def _change_gauge(factors: Factors, replicas: list[int], lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
+    """``A <- L^-1 A`` and ``B <- B L``, of both triangles in stripes without most of the zeros.
+
+    A product rounds a row as its place among the others has it. ``replicas`` are multiplied by themselves, so that all
+    ranks that hold one have the same bits, and a resumed run, which loads one of them, does not differ.
+    """
     A, B = factors.A, factors.B
     r = lower.shape[-1]
+    alike = [(row, B[row] @ lower) for row in replicas]
     found = workspace.take("gauged A", A.shape, A)
     for low, high in stripes(r, ROWS):
         torch.matmul(inverse[..., low:high, :high], A[..., :high, :], out=found[..., low:high, :])
@@ -54,6 +67,8 @@ def _change_gauge(factors: Factors, lower: Tensor, inverse: Tensor, workspace: W
     for part in B.split(rows, dim=-2):
         for low, high in stripes(r, ROWS):  # each reads columns that only later ones change
             part[..., low:high].copy_(part[..., low:] @ lower[..., low:, low:high])
+    for row, product in alike:
+        B[row] = product
 
 
 def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> None:
@@ -71,7 +86,10 @@ def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> N
             if fresh or float(G.square().sum()) > 1.01 * r or float(G.trace()) < r / 2:
                 ((lower, inverse),) = gauges([G], damping if fresh else 0.0)
                 factors.A.copy_(inverse @ factors.A.double())
+                alike = [(row, factors.B[row].double() @ lower) for row in _replicas(matrix)]
                 factors.B.copy_(factors.B.double() @ lower)
+                for row, product in alike:
+                    factors.B[row] = product
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def run(
 
 def _quiet() -> None:
     """Leave the terminal to the table and the progress bar."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # in one line, as our own
     # DeepSpeed calls torch.distributed by names that newer torch deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -93,4 +93,12 @@ def core_case(
         rows = slice(first, first + held["m_B"].shape[0])
         for key in held.keys() & {"m_B", "v_B"}:
             errors[f"{piece.name}.{key}"] = float((held[key].double() - state[key][rows]).norm() / state[key].norm())
-    return {"errors": errors, "bytes": dict(stepper.comm.bytes), "calls": dict(stepper.comm.calls)}
+    held = {
+        (b.piece.name, key, b.state.interval.first_row + k): row.clone()
+        for b in stepper.bound()
+        if hasattr(b.state, "interval")
+        for key, tensor in b.state.tensors().items()
+        if key.endswith(("_B", "_row"))
+        for k, row in enumerate(tensor)
+    }
+    return {"errors": errors, "rows": held, "bytes": dict(stepper.comm.bytes), "calls": dict(stepper.comm.calls)}

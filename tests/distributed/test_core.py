@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from lorapre_dist.bench.muon import bytes_rank, closed_form
 from lorapre_dist.optimizers import OPTIMIZERS
@@ -176,3 +177,18 @@ def test_200_steps_in_fp32_stay_near_the_reference(optimizer):
     for result in run_ranks(2, core_case, matrices=matrices(2), **arguments):
         theta = {name: error for name, error in result["errors"].items() if "." not in name}
         assert max(theta.values(), default=0) <= 1e-4, theta
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_ranks_that_hold_a_row_together_have_the_same_bits(optimizer):
+    """A checkpoint holds one of them, and a resumed run may not differ from one that went on."""
+    some = [("wide", (61, 90), cuts(61 * 90, 1855, 3640)), ("tall", (90, 61), cuts(90 * 61, 1830, 3700))]
+    arguments = {"options": {"rank": 24}, "steps": 30, "dtype": "float32", "optimizer": optimizer}
+    results = run_ranks(3, core_case, matrices=some, **arguments)
+    shared = 0
+    for one in results:
+        for other in results:
+            for key in one["rows"].keys() & other["rows"].keys() if one is not other else ():
+                assert torch.equal(one["rows"][key], other["rows"][key]), key
+                shared += 1
+    assert shared

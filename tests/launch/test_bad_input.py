@@ -30,7 +30,8 @@ class Case:
 
     def check(self, result: dict[str, Any]) -> None:
         """One line on stderr with all the words, and the exit code."""
-        lines = [line for line in result["stderr"].splitlines() if line.strip()]
+        said = [line for line in result["stderr"].splitlines() if line.strip()]
+        lines = [line for line in said if not line.startswith("warning: a gradient is not finite")]
         assert result["code"] == self.code, result["stderr"]
         assert len(lines) == 1, result["stderr"]
         assert lines[0].startswith("error: ")
