@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guard import ADAMW_LARGEST, Go
+from .guard import ADAMW_LARGEST, Counted, Go
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,12 @@ class Hyper:
 
 
 @dataclass
-class Vector:
-    """State of one parameter's local piece: ``exp_avg`` and ``exp_avg_sq``, both 1-D of the piece's length.
-
-    ``taken`` is the number of updates so far (0-d, fp64), on the device.
-    """
+class Vector(Counted):
+    """State of one parameter's local piece: ``exp_avg`` and ``exp_avg_sq``, both 1-D of the piece's length."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
     taken: Tensor
-
-    @property
-    def step(self) -> int:
-        """Number of updates so far."""
-        return int(self.taken)
-
-    @step.setter
-    def step(self, value: int) -> None:
-        self.taken.fill_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """State by ``torch.optim.AdamW``'s names."""

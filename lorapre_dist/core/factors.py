@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guard import SAMPLES, sample
+from .guard import SAMPLES, Counted, sample
 from .interval import Range, RowInterval, column_block, cut_rows
 
 #: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
@@ -57,7 +57,7 @@ class Factors:
 
 
 @dataclass
-class Matrix:
+class Matrix(Counted):
     """One low-rank matrix as this rank holds it.
 
     Attributes:
@@ -65,7 +65,7 @@ class Matrix:
         peers: the ranks that share it; None if this rank holds it whole.
         factors: by moment: ``m``, and in some optimizers ``v``, that of ``|g|``.
         vectors: statistics by name: ``*_row`` of the touched rows, ``*_col`` of all columns, on every rank.
-        taken: number of updates so far (0-d, fp64), on the device, where it is known whether one is taken.
+        taken: number of updates so far.
         optimizer, variant: by which the state is stepped.
         before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
         sampled: places in this rank's piece of what :func:`lorapre_dist.core.guard.sample` names, and which are here.
@@ -80,15 +80,6 @@ class Matrix:
     variant: str = "stable"
     before: tuple[int, int, int] = (0, 0, 0)
     sampled: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def step(self) -> int:
-        """Number of updates so far."""
-        return int(self.taken)
-
-    @step.setter
-    def step(self, value: int) -> None:
-        self.taken.fill_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""

@@ -49,6 +49,21 @@ class Go:
         return factor if self.sure else (1 - self.value * (1 - factor)).to(dtype)
 
 
+class Counted:
+    """State with a count of updates: ``taken`` (0-d, fp64) lies on the device, where it is known whether one is."""
+
+    taken: Tensor
+
+    @property
+    def step(self) -> int:
+        """Number of updates so far."""
+        return int(self.taken)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.taken.fill_(value)
+
+
 def broadcast(x: Any, dims: int) -> Any:
     """A number as it is; of a tensor (0-d, of a stack k) one with ``dims`` more dimensions."""
     return x[(..., *[None] * dims)] if isinstance(x, Tensor) else x
