@@ -204,14 +204,17 @@ def _looks(items: list[Item]) -> list[Tensor]:
     state = torch.stack(bounds(parts)).view(len(items), -1, *lead).movedim(1, -1)
     largest = torch.stack([item.largest.to(state.dtype) for item in items])[..., None]
     sampled = torch.stack([_sampled(item) for item in items]).abs_()
-    here = torch.stack([item.matrix.sampled[1] for item in items])  # type: ignore[index]
+    here = torch.stack([item.matrix.sampled for item in items]) >= 0  # type: ignore[misc]
     sampled.mul_(here[:, None] if lead else here)
     return list(torch.cat([sampled, state, largest], dim=-1).unbind())
 
 
 def _sampled(item: Item) -> Tensor:
-    at, _ = item.matrix.sampled or ((), ())
-    grad = item.grad[..., at] if item.grad.shape[-1] else item.grad.new_zeros(*item.grad.shape[:-1], SAMPLES)
+    grad = (
+        item.grad[..., item.matrix.sampled]
+        if item.grad.shape[-1]
+        else item.grad.new_zeros(*item.grad.shape[:-1], SAMPLES)
+    )
     return grad.to(item.matrix.dtype)
 
 

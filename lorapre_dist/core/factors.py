@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Matrix(Counted):
         taken: number of updates so far.
         optimizer, variant: by which the state is stepped.
         before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
-        sampled: places in this rank's piece of what :func:`lorapre_dist.core.guard.sample` names, and which are here.
+        sampled: places in this rank's piece of what :func:`lorapre_dist.core.guard.sample` names; -1: not here.
     """
 
     interval: RowInterval
@@ -79,7 +80,7 @@ class Matrix(Counted):
     optimizer: str = "LoRAPre"
     variant: str = "stable"
     before: tuple[int, int, int] = (0, 0, 0)
-    sampled: tuple[Tensor, Tensor] | None = None
+    sampled: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
@@ -152,14 +153,17 @@ def allocate(
     sizes = {name: p if name.endswith("_row") else q for name in vectors}
     zeros = {name: torch.zeros(size, device=device, dtype=dtype) for name, size in sizes.items()}
     taken = torch.zeros((), device=device, dtype=torch.float64)
-    return Matrix(interval, peers, held, zeros, taken, optimizer, variant, before, _sampled(interval, device))
+    return Matrix(
+        interval, peers, held, zeros, taken, optimizer, variant, before, _sampled(replace(interval, name=""), device)
+    )
 
 
-def _sampled(interval: RowInterval, device: torch.device) -> tuple[Tensor, Tensor]:
+@functools.lru_cache(maxsize=4096)
+def _sampled(interval: RowInterval, device: torch.device) -> Tensor:
+    """Places of an interval (without name), shared by all matrices that are cut alike."""
     places = [interval.place(*element) for element in sample(interval.shape)]
-    places += [None] * (SAMPLES - len(places))
-    at = torch.tensor([place or 0 for place in places], device=device)
-    return at, torch.tensor([place is not None for place in places], device=device)
+    held = [-1 if place is None else place for place in places]
+    return torch.tensor(held + [-1] * (SAMPLES - len(held)), device=device)
 
 
 def state_shapes(shape: tuple[int, int], ranks: dict[str, int], vectors: Iterable[str]) -> dict[str, tuple[int, ...]]:
