@@ -6,7 +6,6 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +15,15 @@ from torch import Tensor
 from . import awaiting
 from . import param_groups as naming
 from .config import ConfigError, LoRAPreConfig, LowRankConfig
-from .core import adam, adamw, gauge
+from .core import adamw, batching, gauge
+from .core.adam import Adam
 from .core.comm import Comm
 from .core.exchange import Item
 from .core.factors import Matrix, allocate
 from .core.guard import Go, Skips, bounds, taken_for_granted
 from .core.interval import RowInterval
+from .core.regression import Regression
+from .core.step import Rule, step
 from .core.workspace import Workspace
 from .gather import full_state, load_full_state
 from .layouts import detect, whole
@@ -68,14 +70,13 @@ class LowRankOptimizer(StatefulOptimizer):
     Where the parameters lie (FSDP2, FSDP1, tensor parallel, DDP, one device) is found out at the first step.
     ``shard_state`` deals the state out among the ranks of DDP; with False each of them keeps all of it.
 
-    A subclass names its settings' class and the core that steps its matrices, and says what a step needs of a group.
+    A subclass names its settings' class, and says by which rule a group's matrices are stepped.
 
     Raises:
         ConfigError: a bad option, duplicate names, or no parameter that is low-rank.
     """
 
     config_class: ClassVar[type[LowRankConfig]]
-    core: ClassVar[ModuleType]
     workspace_limits: ClassVar[Workspace] = Workspace()
     #: On a CPU too, let the device decide whether a step is taken; for tests.
     _decides_on_device: ClassVar[bool] = False
@@ -274,8 +275,8 @@ class LowRankOptimizer(StatefulOptimizer):
         return cls.config_class(**given)
 
     @staticmethod
-    def matrix_hyper(config: Any) -> Any:
-        """The numbers that the core needs from a group's settings."""
+    def rule(config: Any) -> Rule:
+        """How a group's matrices are stepped, from its settings."""
         raise NotImplementedError
 
     @staticmethod
@@ -314,7 +315,7 @@ class LowRankOptimizer(StatefulOptimizer):
                 items.append(Item(state, piece.theta, piece.grad, piece.largest, taken))
             else:
                 adamw.step(state, piece.theta, piece.grad, vectors, self.workspace.block, taken)
-        self.core.step(items, self.matrix_hyper(config), self.comm, self.workspace)
+        step(items, self.rule(config), self.comm, self.workspace)
         for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
             held.copy_(copied.view(held.shape))
 
@@ -335,7 +336,7 @@ class LowRankOptimizer(StatefulOptimizer):
         home = next(iter(devices), torch.device("cpu"))
         bad = torch.zeros((), dtype=torch.float64, device=home)
         for device in devices:
-            largest = torch.stack([piece.largest.double() for piece in pieces if piece.theta.device == device])
+            largest = torch.stack([piece.largest for piece in pieces if piece.theta.device == device])
             bad += (~largest.isfinite()).sum().to(home)
         for group in self.layout.spread_over:
             self.comm.all_reduce(bad, group, "finite")()
@@ -454,8 +455,10 @@ class LowRankOptimizer(StatefulOptimizer):
 
     def workspace_bytes(self, matrices: list[Matrix]) -> int:
         """Bound on what a step on these matrices allocates for itself."""
-        bytes: int = self.core.workspace_bytes(matrices, self.workspace)
-        return bytes
+        if not matrices:
+            return 0
+        outlines, device = [matrix.outline for matrix in matrices], matrices[0].taken.device
+        return batching.workspace_bytes(outlines, self.workspace, device)
 
     def full_state_dict(self) -> dict[str, dict[str, Any]]:
         """The whole state in host memory of rank 0, ``{}`` on the others; a collective, streamed tensor by tensor.
@@ -483,7 +486,6 @@ class LoRAPre(LowRankOptimizer):
     """
 
     config_class = LoRAPreConfig
-    core = adam
 
     def __init__(
         self,
@@ -499,25 +501,30 @@ class LoRAPre(LowRankOptimizer):
         super().__init__(params, shard_state=shard_state, **options)
 
     @staticmethod
-    def matrix_hyper(config: LoRAPreConfig) -> adam.Hyper:
-        """The numbers that the core needs from a group's settings."""
-        return adam.Hyper(
-            lr=config.lr,
-            betas=config.betas,
-            gammas=config.resolved_gammas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            scale=config.scale,
-            residual=config.resolved_residual,
-            damping=config.resolved_damping,
-            max_update=config.resolved_max_update,
-            stable=config.variant == "stable",
-        )
+    def rule(config: LoRAPreConfig) -> Rule:
+        """How a group's matrices are stepped, from its settings."""
+        return adam_rule(Adam, config)
 
     @staticmethod
     def vector_hyper(config: LoRAPreConfig, group: dict[str, Any]) -> adamw.Hyper:
         """The numbers that AdamW needs for the group's other parameters."""
         return adamw.Hyper(config.lr, config.betas, config.eps, config.weight_decay)
+
+
+def adam_rule(of: type[Adam], config: LoRAPreConfig) -> Adam:
+    """Adam's rule, or one of its kind, from a group's settings."""
+    return of(
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        scale=config.scale,
+        residual=config.resolved_residual,
+        max_update=config.resolved_max_update,
+        regression=Regression(
+            config.resolved_gammas[: len(config.ranks)], config.resolved_damping, config.variant == "stable"
+        ),
+    )
 
 
 _UNNAMED = "unnamed."

@@ -12,6 +12,8 @@ BENCHES = {
     "quality": "validation loss after equal training, against AdamW and GaLore",
     "gauges": "validation loss and condition of the factors under other gauges than the optimizer's",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
+    "scaling": "time of one rank's step as ranks are added, and whether they wait in a chain",
+    "launches": "operations that a step starts on a device, and times the host waits for it",
     "experts": "time of a step on many small matrices, stacked and one by one",
     "muon": "bytes sent and time of a distributed LoRAPreMuon step, against one process",
     "memory": "bytes of optimizer state and workspace per rank",

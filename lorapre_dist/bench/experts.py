@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from lorapre_dist.core import stacks
+from lorapre_dist.core import batching
 from lorapre_dist.optimizer import LoRAPre
 
 from .step import synchronize
@@ -60,7 +60,9 @@ def measure(
             optimizer.workspace = replace(optimizer.workspace, block=block)
         optimizers.append(optimizer)
     matrices = [bound.state for bound in optimizers[0].bound()]
-    found = stacks.of(matrices, optimizers[0].workspace.block_on(device))
+    limits = batching.Limits.of(optimizers[0].workspace, device)
+    waves = batching.plan([matrix.outline for matrix in matrices], limits)
+    found = [len(run) for wave in waves for bucket in wave for run in bucket]
     times: list[list[float]] = [[], []]
     for repeat in range(repeats + 2):
         for optimizer, seconds in zip(optimizers, times, strict=True):
@@ -70,4 +72,4 @@ def measure(
             synchronize(device)
             if repeat > 1:
                 seconds.append(time.perf_counter() - begin)
-    return max(map(len, found), default=1), times[0], times[1]
+    return max(found), times[0], times[1]

@@ -14,31 +14,29 @@ machine that speak gloo.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lorapre_dist import reference
 from lorapre_dist.config import ConfigError, LoRAPreMuonConfig
 from lorapre_dist.core.factors import Peers
 from lorapre_dist.core.guard import SAMPLES
 from lorapre_dist.core.interval import column_block
-from lorapre_dist.core.newton_schulz import NewtonSchulz, gram, packed_numel, polynomial
+from lorapre_dist.core.linalg import gram, packed_numel
+from lorapre_dist.core.newton_schulz import NewtonSchulz, polynomial
 from lorapre_dist.core.orthogonal import cost
 from lorapre_dist.core.workspace import Workspace
 from lorapre_dist.layouts import ddp, whole
 from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.optimizers import LoRAPreMuon
 
+from .ranks import spawn
 from .shapes import projections
 
 PARTS = ("accuracy", "bytes", "time")
@@ -108,7 +106,7 @@ def through_grams(x: torch.Tensor, config: LoRAPreMuonConfig) -> torch.Tensor:
     """A matrix of norm 1 orthogonalised as a step does it, in the matrix's dtype."""
     settings = NewtonSchulz(config.ns_coefficients, config.ns_steps, config.eps)
     for steps in settings.segments():
-        x = polynomial(gram(x, True), steps, settings.coefficients) @ x
+        x = (polynomial(gram(x, True)[None], steps, settings.coefficients) @ x)[0]
     return x
 
 
@@ -159,8 +157,10 @@ def closed_form(shape: tuple[int, int], rank: int, size: int) -> dict[str, int]:
     elements = {
         "gather A": away * size * (block * rank + SAMPLES + 2),
         "reduce Z": away * size * block * rank,
-        "Gram of B": 2 * away * rank**2,
-        "Gram of A": 2 * away * rank**2,
+        "reduce Gram of B": away * rank**2,
+        "send inverse of B": rank**2,
+        "reduce Gram of A": away * rank**2,
+        "send gauge": rank**2,
         "move m": moved,
         "norm": 2 * away,
         "reduce Gram": 2 * away * packed,
@@ -253,22 +253,3 @@ def rows(named: Named, rank: int, index: int, size: int) -> tuple[LoRAPreMuon, t
     optimizer.param_groups[0]["params"] = [flat]
     optimizer.bind(Layout("rows", [Unit(flat, 0, pieces)], size))
     return optimizer, flat
-
-
-# ranks ----------------------------------------------------------------------------------------------------------
-
-
-def spawn(size: int, work: Callable[..., Any], **arguments: Any) -> list[Any]:
-    """``work(index, size, **arguments)`` on ``size`` new gloo ranks, one thread each; the results in order of rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (size, folder, work, arguments), nprocs=size)
-        return [json.loads((Path(folder) / str(index)).read_text()) for index in range(size)]
-
-
-def _run(index: int, size: int, folder: str, work: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=size)
-    result = work(index, size, **arguments)
-    (Path(folder) / str(index)).write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()

@@ -43,12 +43,11 @@ def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
 
 def bias(decay: float, taken: Tensor, go: Go, dtype: torch.dtype) -> Any:
     """``1 - decay^t``, of a first step where none has been taken: a number where the host knows it."""
-    rate = math.log(decay) if decay else -math.inf
     if go.sure and taken.device.type == "cpu":
         least, most = (float(taken.min()), float(taken.max())) if taken.ndim else (float(taken),) * 2
         if least == most:
-            return -math.expm1(max(1.0, most) * rate)
-    return -torch.expm1(taken.clamp_min(1) * rate).to(dtype)
+            return -math.expm1(max(1.0, most) * math.log(decay)) if decay else 1.0
+    return (1 - torch.pow(decay, taken.clamp_min(1))).to(dtype)
 
 
 def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int, go: Go) -> None:

@@ -96,8 +96,7 @@ class Comm:
         for work, sent, back, tensors, sends in waits:
             work.wait()
             if not sends:
-                for tensor, result in zip(tensors, back(sent).split([t.numel() for t in tensors]), strict=True):
-                    tensor.copy_(result)
+                _unpack(back(sent), tensors)
 
     def all_to_all(
         self, leaving: list[list[Tensor]], arriving: list[list[Tensor]], group: Any, purpose: str
@@ -140,6 +139,13 @@ def _packed(parts: list[tuple[int, Tensor]], limit: int) -> Iterator[tuple[int, 
                 run = []
             run.append(tensor)
         yield owner, run
+
+
+def _unpack(line: Tensor, tensors: list[Tensor]) -> None:
+    """Fill tensors (1-D) from what lies behind each other in ``line``."""
+    if tensors:
+        sizes = [t.numel() for t in tensors]
+        torch._foreach_copy_(tensors, list(line[: sum(sizes)].split(sizes)))
 
 
 def _staged(tensor: Tensor, group: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

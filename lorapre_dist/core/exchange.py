@@ -1,8 +1,11 @@
-"""What moves between the ranks that share a matrix: packing, three exchanges, unpacking. No arithmetic."""
+"""What moves between the ranks that share a matrix: packing, exchanges, unpacking. No arithmetic.
+
+Every item is a stack of k matrices that are alike (``batching.py``), mostly of one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -10,15 +13,16 @@ import torch
 from torch import Tensor
 
 from .comm import Comm
-from .factors import Factors, Matrix
+from .factors import Factors, Matrix, Peers
 from .guard import SAMPLES, Go, Size, bounds, sizes
+from .interval import column_block
 
 
 @dataclass
 class Item:
     """One matrix in a step: its state, and the local pieces of the parameter and gradient (1-D, same length).
 
-    Of a stack of k matrices (``stacks.py``) both are k x n, and all state has a dimension more, too.
+    Of a stack of k matrices both are k x n, and all state has a dimension more, too.
 
     Attributes:
         largest: a bound on the gradient's elements here (0-d; k).
@@ -34,22 +38,21 @@ class Item:
 
 @dataclass
 class Moment:
-    """What the phases of a step pass along for one moment of one matrix.
+    """What the phases of a step pass along for one moment of a stack of k matrices.
 
     Attributes:
-        factors: this rank's state.
-        A: r x q, of the step before: whole, or this rank's block if it needs no more (:attr:`Matrix.lends`).
-        Y: per row that is cut between ranks, the regression of the whole row on the old A (r numbers).
-        gram: ``A A^T``, r x r.
-        inverse: of the damped ``gram``; None where A has orthonormal rows.
-        Z: ``B^T g``, r x q (padded to whole blocks); after the reduction, r x this rank's columns. Of a scaled B, as S.
-        S: ``B^T B``, r x r.
+        factors: this rank's state: ``B`` k x rows x r, ``A`` k x r x columns.
+        A: k x r x q, of the step before: whole, or this rank's block if it needs no more (:attr:`Matrix.lends`).
+        Y: per row that is cut between ranks, the regression of the whole row on the old A (k x rows x r).
+        inverse: of the damped ``A A^T`` (k x r x r); None where A has orthonormal rows.
+        Z: ``B^T g``, k x r x q (padded to whole blocks); after the reduction, k x r x this rank's columns. Of a scaled
+            B, as S.
+        S: ``B^T B``, k x r x r.
     """
 
     factors: Factors
     A: Tensor
     Y: Tensor
-    gram: Tensor = field(init=False)
     inverse: Tensor | None = field(init=False, default=None)
     Z: Tensor = field(init=False)
     S: Tensor = field(init=False)
@@ -57,19 +60,20 @@ class Moment:
     @property
     def rank(self) -> int:
         """Rank of the factors."""
-        return self.A.shape[-2]
+        return self.factors.A.shape[-2]
 
 
 @dataclass
 class Work:
-    """One matrix on its way through the phases of a step.
+    """One stack of matrices on its way through the phases of a step.
 
     Attributes:
         moments: one, or two in the order m, v.
         size: what is squared is scaled by it first.
         cut: line in ``edge`` of each row that is cut between ranks.
-        edge: per cut row, sums that the optimizer needs (first), then each moment's ``Y``.
+        edge: k x cut rows x sums that the optimizer needs (first), then each moment's ``Y``.
         column_sums: numbers to be summed over the ranks beside ``edge``; None where there are none.
+        context: what the optimizer's rule keeps from block to block.
     """
 
     item: Item
@@ -78,11 +82,18 @@ class Work:
     cut: dict[int, int]
     edge: Tensor
     column_sums: Tensor | None = None
+    context: Any = None
 
     @property
     def matrix(self) -> Matrix:
-        """The matrix's state."""
+        """The matrices' state."""
         return self.item.matrix
+
+    def release(self) -> None:
+        """Let go of what only the update of theta needs."""
+        for moment in self.moments:
+            moment.A = moment.factors.A
+        self.context = None
 
     @property
     def m(self) -> Moment:
@@ -101,6 +112,8 @@ class _HasMatrix(Protocol):
 
 
 _T = TypeVar("_T", bound=_HasMatrix)
+Solve = Callable[[Tensor], Tensor]
+Names = tuple[str, str]
 
 
 def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
@@ -111,11 +124,6 @@ def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
         if matrix.peers is not None:
             found.setdefault(id(matrix.peers.group), (matrix.peers.group, []))[1].append(work)
     return list(found.values())
-
-
-def by_moment(works: list[Work]) -> list[list[Moment]]:
-    """First moments, then second moments."""
-    return [list(moments) for moments in zip(*(work.moments for work in works), strict=True)]
 
 
 def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
@@ -130,7 +138,7 @@ def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
     waits = []
     for group, shared in by_group(items):
         blocks = [_padded(f.A, x.matrix.block_size) for x in shared for f in _lent(x)]
-        packed = torch.cat([*blocks, *(looks[id(x)] for x in shared)])
+        packed = torch.cat([*blocks, *(looks[id(x)].reshape(-1) for x in shared)])
         waits.append((comm.all_gather(packed, group, "gather A"), shared))
     whole: dict[int, list[Tensor]] = {}
     for wait, shared in waits:
@@ -138,55 +146,150 @@ def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
         for item in shared:
             q, width = item.matrix.interval.shape[1], item.matrix.block_size
             for factors in _lent(item):
-                r = factors.A.shape[0]
-                block = gathered[:, at : at + width * r].view(-1, r, width)
-                whole.setdefault(id(item), []).append(block.transpose(0, 1).reshape(r, -1)[:, :q])
-                at += width * r
+                k, r = factors.A.shape[:2]
+                block = gathered[:, at : at + k * r * width].view(-1, k, r, width)
+                whole.setdefault(id(item), []).append(block.permute(1, 2, 0, 3).reshape(k, r, -1)[..., :q])
+                at += k * r * width
         for item in shared:
-            count = looks[id(item)].shape[0]
+            look = looks[id(item)]
             # Each sample lies on one rank, and is 0 on the others.
-            looks[id(item)] = gathered[:, at : at + count].amax(0)
-            at += count
-    found = sizes(torch.stack([looks[id(item)] for item in items]), items[0].go) if items else []
+            looks[id(item)] = gathered[:, at : at + look.numel()].amax(0).view_as(look)
+            at += look.numel()
+    found = sizes([looks[id(item)] for item in items], items[0].go) if items else []
     return [_work(item, size, whole.get(id(item)), sums) for item, size in zip(items, found, strict=True)]
 
 
-def sum_edges(works: list[Work], comm: Comm, grams: bool) -> None:
-    """Sum the rows that are cut between ranks (and with ``grams`` those of ``A``): one all-reduce a group."""
+def sum_edges(works: list[Work], comm: Comm) -> None:
+    """Sum what the optimizer needs of rows that are cut between ranks: one all-reduce a group."""
     tensors = []
     for group, shared in by_group(works):
-        parts: list[Tensor] = []
-        for work in shared:
-            parts += [work.edge] if work.edge.numel() else []
-            parts += [moment.gram for moment in work.moments] if grams else []
-            parts += [] if work.column_sums is None else [work.column_sums]
-        tensors.append((group, parts))
-    _all_reduce(tensors, comm, "edge rows and Gram of A" if grams else "edge rows")
+        parts = [work.edge for work in shared if work.edge.numel()]
+        tensors.append((group, [*parts, *(w.column_sums for w in shared if w.column_sums is not None)]))
+    _all_reduce(tensors, comm, "edge rows")
 
 
 def reduce(works: list[Work], comm: Comm) -> None:
-    """Sum Z into each rank's block of columns, and S everywhere: a reduce-scatter and an all-reduce a group."""
+    """Sum Z into each rank's block of columns: one reduce-scatter a group."""
     waits = []
     for group, shared in by_group(work for work in works if not work.matrix.lends):
         blocks = _blocks([moment.Z for work in shared for moment in work.moments], shared[0].matrix.parts)
         waits.append((comm.reduce_scatter(blocks, group, "reduce Z"), shared))
-    grams = [(g, [moment.S for work in shared for moment in work.moments]) for g, shared in by_group(works)]
-    _all_reduce(grams, comm, "Gram of B")
     for wait, shared in waits:
         mine, at = wait(), 0
         for work in shared:
             width = work.matrix.block_size
             for moment in work.moments:
-                block = mine[at : at + width * moment.rank].view(moment.rank, width)
-                moment.Z = block[:, : moment.factors.A.shape[1]]
-                at += width * moment.rank
+                k, r = moment.Z.shape[:2]
+                block = mine[at : at + k * r * width].view(k, r, width)
+                moment.Z = block[..., : moment.factors.A.shape[-1]]
+                at += k * r * width
+
+
+def deal_out(
+    works: Sequence[Work], grams: list[list[Tensor]], solve: Solve, receive: Solve, comm: Comm, names: Names, limit: int
+) -> list[list[Tensor]]:
+    """Of each Gram (k x r x r; one for each moment of a work) what ``solve`` makes of its sum over the ranks.
+
+    No Gram is solved twice in a group: it is summed on one rank, and what that makes of it is sent to all, which is as
+    many bytes as an all-reduce of it. Ranks get equally many of each r.
+
+    Args:
+        solve: of n x r x r as many matrices.
+        receive: done to these (n x r x r) on all ranks; what this makes of them (n x ...) is returned.
+        names: purposes of the reduction and of the answers.
+        limit: bytes of a collective that has one receiver or sender, at most.
+    """
+    found: dict[tuple[int, int], Tensor] = {}
+    alone = [k for k, work in enumerate(works) if work.matrix.peers is None]
+    for places, batch in _by_side(alone, grams):
+        _deal_back(found, places, grams, receive(solve(batch)))
+    index = {id(work): k for k, work in enumerate(works)}
+    for _, shared in by_group(works):
+        peers = shared[0].matrix.peers
+        assert peers is not None
+        sides = _by_side([index[id(work)] for work in shared], grams)
+        if evenly_dealt([len(batch) for _, batch in sides], len(peers.ranges)):
+            answers = _scattered([batch for _, batch in sides], peers, solve, comm, names)
+        else:
+            answers = _one_by_one([batch for _, batch in sides], peers, solve, comm, names, limit)
+        for (places, _), answer in zip(sides, answers, strict=True):
+            _deal_back(found, places, grams, receive(answer))
+    return [[found[k, m] for m in range(len(some))] for k, some in enumerate(grams)]
+
+
+def evenly_dealt(numbers: Sequence[int], ranks: int) -> bool:
+    """Whether so many Grams (of each r) are enough for all ranks, so that little of what is sent is padding."""
+    return all(-(-n // ranks) * ranks <= 2 * n for n in numbers)
+
+
+def owned(number: int, ranks: int, index: int) -> tuple[int, int]:
+    """From where to where a rank solves ``number`` Grams of one side."""
+    return column_block(number, ranks, index)
+
+
+def _by_side(places: Sequence[int], grams: list[list[Tensor]]) -> list[tuple[list[tuple[int, int]], Tensor]]:
+    """Grams of some works by their side: place and moment of each stack, and all of them (n x r x r)."""
+    sides: dict[int, list[tuple[int, int]]] = {}
+    for k in places:
+        for m, gram in enumerate(grams[k]):
+            sides.setdefault(gram.shape[-1], []).append((k, m))
+    return [(some, _joined([grams[k][m] for k, m in some])) for some in sides.values()]
+
+
+def _deal_back(
+    found: dict[tuple[int, int], Tensor], places: list[tuple[int, int]], grams: list[list[Tensor]], every: Tensor
+) -> None:
+    sizes = [len(grams[k][m]) for k, m in places]
+    found.update(zip(places, every.split(sizes), strict=True))
+
+
+def _scattered(batches: list[Tensor], peers: Peers, solve: Solve, comm: Comm, names: Names) -> list[Tensor]:
+    """Equally many to each rank: a reduce-scatter, and an all-gather of the answers."""
+    ranks, index = len(peers.ranges), peers.index
+    each = [-(-len(batch) // ranks) for batch in batches]
+    lines = []
+    for batch, chunk in zip(batches, each, strict=True):
+        missing = ranks * chunk - len(batch)
+        padded = torch.cat([batch, batch.new_zeros(missing, *batch.shape[1:])]) if missing else batch
+        lines.append(padded.reshape(ranks, -1))
+    mine = comm.reduce_scatter(_joined(lines, 1), peers.group, names[0])()
+    sizes = [line.shape[1] for line in lines]
+    answers = []
+    for batch, part in zip(batches, mine.split(sizes), strict=True):
+        low, high = owned(len(batch), ranks, index)
+        part = part.view(-1, *batch.shape[1:])
+        solved = solve(part[: high - low]) if high > low else part[:0]
+        answers.append(
+            torch.cat([solved, part[high - low :]]).reshape(-1) if high - low < len(part) else solved.reshape(-1)
+        )
+    gathered = comm.all_gather(_joined(answers), peers.group, names[1])()
+    found = gathered.split(sizes, dim=1)
+    return [part.reshape(-1, *batch.shape[1:])[: len(batch)] for batch, part in zip(batches, found, strict=True)]
+
+
+def _one_by_one(
+    batches: list[Tensor], peers: Peers, solve: Solve, comm: Comm, names: Names, limit: int
+) -> list[Tensor]:
+    """A reduction and a broadcast for each rank that solves some, in place."""
+    parts = []
+    for batch in batches:
+        for owner in range(len(peers.ranges)):
+            low, high = owned(len(batch), len(peers.ranges), owner)
+            parts += [(owner, batch[low:high])] if low < high else []
+    flat = [(owner, part.reshape(-1)) for owner, part in parts]
+    comm.reduce(flat, peers.group, names[0], limit)
+    for owner, part in parts:
+        if owner == peers.index:
+            part.copy_(solve(part))
+    comm.broadcast(flat, peers.group, names[1], limit)
+    return batches
 
 
 def sum_grams(holders: Sequence[_HasMatrix], grams: Sequence[Sequence[Tensor]], comm: Comm) -> None:
-    """Sum the Grams of blocks of ``A`` (r x r; some for each of ``holders``) over the ranks, in place."""
+    """Sum Grams of what ranks hold of a matrix (some for each of ``holders``) over the ranks, in place, on all."""
     of = {id(one): some for one, some in zip(holders, grams, strict=True)}
     by = [(group, [gram for one in shared for gram in of[id(one)]]) for group, shared in by_group(holders)]
-    _all_reduce(by, comm, "Gram of A")
+    _all_reduce(by, comm, "Grams")
 
 
 def _lent(item: Item) -> list[Factors]:
@@ -195,38 +298,36 @@ def _lent(item: Item) -> list[Factors]:
 
 
 def _looks(items: list[Item]) -> list[Tensor]:
-    """What this rank knows of each matrix, see :func:`lorapre_dist.core.guard.sizes`."""
-    if not items:
-        return []
-    factors = [f.B for item in items for f in item.matrix.factors.values()]
-    parts = [part for B in factors for part in (B.unbind() if B.ndim == 3 else (B,))]
-    lead = items[0].grad.shape[:-1]
-    state = torch.stack(bounds(parts)).view(len(items), -1, *lead).movedim(1, -1)
-    largest = torch.stack([item.largest.to(state.dtype) for item in items])[..., None]
-    sampled = torch.stack([_sampled(item) for item in items]).abs_()
-    here = torch.stack([item.matrix.sampled for item in items]) >= 0  # type: ignore[misc]
-    sampled.mul_(here[:, None] if lead else here)
-    return list(torch.cat([sampled, state, largest], dim=-1).unbind())
+    """What this rank knows of each matrix (k x n), see :func:`lorapre_dist.core.guard.sizes`."""
+    parts = [B for item in items for f in item.matrix.factors.values() for B in f.B.unbind()]
+    state = iter(bounds(parts))
+    found = []
+    for item in items:
+        number = len(item.theta)
+        of_moments = torch.stack([next(state) for _ in item.matrix.factors for _ in range(number)]).view(-1, number).T
+        largest = item.largest[:, None].to(of_moments.dtype)
+        found.append(torch.cat([_sampled(item), of_moments, largest], dim=1))
+    return found
 
 
 def _sampled(item: Item) -> Tensor:
-    grad = (
-        item.grad[..., item.matrix.sampled]
-        if item.grad.shape[-1]
-        else item.grad.new_zeros(*item.grad.shape[:-1], SAMPLES)
-    )
-    return grad.to(item.matrix.dtype)
+    """The gradients' elements that are looked at, absolute; 0 where they lie elsewhere."""
+    places = item.matrix.sampled
+    assert places is not None
+    if not item.grad.shape[-1]:
+        return item.grad.new_zeros(len(item.grad), SAMPLES, dtype=item.matrix.dtype)
+    return item.grad[:, places].to(item.matrix.dtype).abs_().mul_(places >= 0)
 
 
 def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> Work:
     matrix = item.matrix
     wholes = gathered or [factors.A for factors in matrix.factors.values()]
     rows = matrix.peers.cut_rows(matrix.interval.shape) if matrix.peers else ()
-    edge = wholes[0].new_zeros(len(rows), sums + sum(A.shape[-2] for A in wholes))
+    edge = wholes[0].new_zeros(len(item.theta), len(rows), sums + sum(A.shape[1] for A in wholes))
     moments, at = [], sums
     for factors, A in zip(matrix.factors.values(), wholes, strict=True):
-        moments.append(Moment(factors, A, edge[:, at : at + A.shape[-2]]))
-        at += A.shape[-2]
+        moments.append(Moment(factors, A, edge[..., at : at + A.shape[1]]))
+        at += A.shape[1]
     if matrix.variant == "paper":  # as printed; its damping is absolute
         size = replace(size, inverse=None)
     return Work(item, moments, size, {row: line for line, row in enumerate(rows)}, edge)
@@ -247,15 +348,22 @@ def _all_reduce(by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: s
             at += tensor.numel()
 
 
+def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Behind each other; the tensor itself where there is one."""
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
+
+
 def _padded(block: Tensor, columns: int) -> Tensor:
-    """A block of ``A`` (r x columns), flat, with zero columns appended up to ``columns``."""
-    return torch.nn.functional.pad(block, (0, columns - block.shape[1])).reshape(-1)
+    """Blocks of ``A`` (k x r x columns), flat, with zero columns appended up to ``columns``."""
+    missing = columns - block.shape[-1]
+    return (torch.nn.functional.pad(block, (0, missing)) if missing else block).reshape(-1)
 
 
 def _blocks(wholes: list[Tensor], parts: int) -> Tensor:
-    """Equal blocks of the columns of each of ``wholes`` (r x q), those of rank k in line k."""
+    """Equal blocks of the columns of each of ``wholes`` (k x r x q), those of rank j in line j."""
     sizes = [Z.numel() // parts for Z in wholes]
     lines = wholes[0].new_empty(parts, sum(sizes))
     for block, Z in zip(lines.split(sizes, dim=1), wholes, strict=True):
-        block.view(parts, len(Z), -1).copy_(Z.view(len(Z), parts, -1).transpose(0, 1))
+        k, r, _ = Z.shape
+        block.view(parts, k, r, -1).copy_(Z.view(k, r, parts, -1).permute(2, 0, 1, 3))
     return lines

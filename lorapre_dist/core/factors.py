@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,21 +27,42 @@ class Peers:
         ranges: the row-major interval of each, in order of group rank; they tile the matrix, some may be empty.
         index: this rank's place among them.
         columns: of whole rows (``ranges``), the columns that each of them holds; None where rows are not split so.
+        turn: matrices of few ranks are stepped in two turns. Where each rank shares one with the rank before it and one
+            with the next, the pairs that begin with an even rank go first: in one order all would wait in a chain.
     """
 
     group: Any
     ranges: tuple[Range, ...]
     index: int
     columns: tuple[Range, ...] | None = None
+    turn: int = 0
 
     def own_columns(self, shape: tuple[int, int]) -> bool:
         """Whether every rank has all rows of a p x q matrix and just the columns that are its block of ``A``."""
+        if self.columns is None:
+            return False
         blocks = tuple(column_block(shape[1], len(self.ranges), k) for k in range(len(self.ranges)))
         return self.columns == blocks and set(self.ranges) == {(0, shape[0] * shape[1])}
 
+    def largest(self, shape: tuple[int, int]) -> int:
+        """Elements of the largest piece of a p x q matrix that one of these ranks holds."""
+        if self.columns is None:
+            return max(stop - start for start, stop in self.ranges)
+        pairs = zip(self.ranges, self.columns, strict=True)
+        return max((stop - start) // shape[1] * (last - first) for (start, stop), (first, last) in pairs)
+
     def cut_rows(self, shape: tuple[int, int]) -> Sequence[int]:
         """Rows of a p x q matrix that more than one of these ranks holds a part of, in order."""
-        return cut_rows(self.ranges, shape[1]) if self.columns is None else range(shape[0])
+        if self.columns is not None:
+            return range(shape[0])
+        if shape not in self._cut:
+            self._cut[shape] = cut_rows(self.ranges, shape[1])
+        return self._cut[shape]
+
+    @functools.cached_property
+    def _cut(self) -> dict[tuple[int, int], Sequence[int]]:
+        """Rows by shape: a step asks for them again and again."""
+        return {}
 
 
 @dataclass
@@ -55,6 +76,46 @@ class Factors:
 
     B: Tensor
     A: Tensor
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What decides how a matrix goes through a step (``batching.py``), its elements apart.
+
+    Attributes:
+        shape: of the whole matrix.
+        rows: touched on this rank.
+        ranks: of the factors of each moment.
+        statistics: numbers of state beside the factors.
+        itemsize: bytes of a number.
+        parts: ranks that share the matrix.
+        lends: see :attr:`Matrix.lends`.
+        largest: bytes of the largest piece that any rank holds.
+        alike: the same for matrices that can be one stack: of one shape, that lie alike on the same ranks.
+        turn: see :class:`Peers`.
+        before: see :class:`lorapre_dist.layouts.base.Piece`.
+    """
+
+    shape: tuple[int, int]
+    rows: int
+    ranks: tuple[int, ...]
+    statistics: int
+    itemsize: int
+    parts: int
+    lends: bool
+    largest: int
+    alike: Hashable
+    turn: int
+    before: tuple[int, int, int]
+
+    @property
+    def block_size(self) -> int:
+        """Columns in every rank's block of ``A``, the last ones padded."""
+        return -(-self.shape[1] // self.parts)
+
+    def bytes(self, columns: int, squares: int) -> int:
+        """Bytes of so many columns of ``A``, or rows of ``B``, and so many r x r matrices, of all moments."""
+        return (columns * sum(self.ranks) + squares * sum(r * r for r in self.ranks)) * self.itemsize
 
 
 @dataclass
@@ -119,6 +180,32 @@ class Matrix(Counted):
         """Columns in every rank's block of ``A``, the last ones padded."""
         return -(-self.interval.shape[1] // self.parts)
 
+    @functools.cached_property
+    def starts_whole(self) -> bool:
+        """Whether the first row that is touched is held whole."""
+        segments = self.interval.segments()
+        return bool(segments) and segments[0].col_stop - segments[0].col == self.interval.shape[1]
+
+    @functools.cached_property
+    def outline(self) -> Outline:
+        """What decides how it goes through a step."""
+        peers, shape = self.peers, self.interval.shape
+        largest = self.interval.numel if peers is None else peers.largest(shape)
+        lying = peers and (id(peers.group), peers.ranges, peers.columns)
+        return Outline(
+            shape=shape,
+            rows=self.interval.rows,
+            ranks=tuple(self.ranks.values()),
+            statistics=sum(vector.numel() for vector in self.vectors.values()),
+            itemsize=self.dtype.itemsize,
+            parts=self.parts,
+            lends=self.lends,
+            largest=largest * self.dtype.itemsize,
+            alike=(shape, lying, *self.ranks.items(), self.dtype, self.variant, *self.vectors),
+            turn=peers.turn if peers else 0,
+            before=self.before,
+        )
+
 
 def allocate(
     interval: RowInterval,
@@ -145,8 +232,7 @@ def allocate(
 
     def factors(moment: str, r: int) -> Factors:
         whole = initial_A(interval.name, moment, r, q, init_std, seed)
-        block = torch.empty(r, columns[1] - columns[0], device=device, dtype=dtype)
-        block.copy_(whole[:, columns[0] : columns[1]])
+        block = whole[:, columns[0] : columns[1]].to(device, dtype).contiguous()
         return Factors(torch.zeros(p, r, device=device, dtype=dtype), block)
 
     held = {moment: factors(moment, r) for moment, r in ranks.items()}

@@ -3,7 +3,7 @@
 Only ``B A`` means something. Left to themselves A grows and B shrinks by a factor ``1 + gamma`` a step under noise: the
 new B is correlated with the noise that has just gone into it, so that ``B^+ g`` comes to ``2 A``, until fp32 overflows.
 In the gauge ``A^+`` is ``A^T``, and A's condition is 1. Each rank holds a block of A's columns and some rows of B: the
-Gram of A is summed over the ranks, and all of them work out the same r x r factor.
+Gram of A is summed on one rank, and the r x r factor that this works out is sent to all.
 """
 
 from __future__ import annotations
@@ -15,31 +15,38 @@ from torch import Tensor
 
 from . import exchange
 from .comm import Comm
-from .exchange import Work, by_moment
+from .exchange import Work
 from .factors import Factors, Matrix
-from .newton_schulz import ROWS, gram, stripes
-from .refresh import gauges
+from .linalg import ROWS, gram, mm, stripes
+from .refresh import gauges, unpacked
 from .workspace import Workspace
 
+NAMES = "reduce Gram of A", "send gauge"
 
-def grams_of_A(works: list[Work]) -> None:
-    """This rank's part of ``A A^T``."""
-    for work in works:
-        for moment in work.moments:
-            moment.gram = gram(moment.factors.A, wide=True)
+
+def grams_of_A(works: list[Work]) -> list[list[Tensor]]:
+    """This rank's part of ``A A^T`` of each work and moment."""
+    return [[gram(moment.factors.A, wide=True) for moment in work.moments] for work in works]
 
 
 def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace) -> None:
     """``(B, A) <- (B L, L^-1 A)`` with ``L L^T = A A^T + d``: the same product, and rows of A that are orthonormal."""
-    grams_of_A(works)
-    exchange.sum_grams(works, [[moment.gram for moment in work.moments] for work in works], comm)
-    for moments in by_moment(works):
-        found = gauges([moment.gram for moment in moments], damping)
-        for work, moment, (lower, inverse) in zip(works, moments, found, strict=True):
-            if not work.item.go.sure:  # without a step not a bit may change
-                eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-                lower, inverse = (torch.where(work.item.go.value > 0, x, eye) for x in (lower, inverse))
-            _change_gauge(moment.factors, _replicas(work.matrix), lower, inverse, workspace)
+    go = works[0].item.go
+
+    def received(packed: Tensor) -> Tensor:
+        both = unpacked(packed)
+        if go.sure:
+            return both
+        eye = torch.eye(both.shape[-1], dtype=both.dtype, device=both.device)
+        return torch.where(go.value > 0, both, eye)  # without a step not a bit may change
+
+    def solved(grams: Tensor) -> Tensor:
+        return gauges(grams, damping)
+
+    found = exchange.deal_out(works, grams_of_A(works), solved, received, comm, NAMES, workspace.bucket)
+    for work, both in zip(works, found, strict=True):
+        for moment, one in zip(work.moments, both, strict=True):
+            _change_gauge(moment.factors, _replicas(work.matrix), one[:, 0], one[:, 1], workspace)
 
 
 def _replicas(matrix: Matrix) -> list[int]:
@@ -51,24 +58,25 @@ def _replicas(matrix: Matrix) -> list[int]:
 
 
 def _change_gauge(factors: Factors, replicas: list[int], lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
-    """``A <- L^-1 A`` and ``B <- B L``, of both triangles in stripes without most of the zeros.
+    """``A <- L^-1 A`` and ``B <- B L``; of a large matrix's triangles in stripes, without most of the zeros.
 
     A product rounds a row as its place among the others has it. ``replicas`` are multiplied by themselves, so that all
     ranks that hold one have the same bits, and a resumed run, which loads one of them, does not differ.
     """
     A, B = factors.A, factors.B
     r = lower.shape[-1]
-    alike = [(row, B[row] @ lower) for row in replicas]
+    alike = [(row, B[:, row, None] @ lower) for row in replicas]
     found = workspace.take("gauged A", A.shape, A)
-    for low, high in stripes(r, ROWS):
-        torch.matmul(inverse[..., low:high, :high], A[..., :high, :], out=found[..., low:high, :])
+    parts = stripes(r, ROWS) if len(A) == 1 else [(0, r)]
+    for low, high in parts:
+        mm(inverse[:, low:high, :high], A[:, :high], out=found[:, low:high])
     A.copy_(found)
-    rows = workspace.rows(max(1, B.shape[-2]), r, B) if B.ndim == 2 else B.shape[-2]
-    for part in B.split(rows, dim=-2):
-        for low, high in stripes(r, ROWS):  # each reads columns that only later ones change
-            part[..., low:high].copy_(part[..., low:] @ lower[..., low:, low:high])
+    rows = workspace.rows(max(1, B.shape[1]), r, B) if len(B) == 1 else max(1, B.shape[1])
+    for part in B.split(rows, dim=1):
+        for low, high in parts:  # each reads columns that only later ones change
+            part[..., low:high].copy_(mm(part[..., low:], lower[:, low:, low:high]))
     for row, product in alike:
-        B[row] = product
+        B[:, row, None] = product
 
 
 def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> None:
@@ -84,7 +92,7 @@ def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> N
         for factors, G in zip(matrix.factors.values(), of_matrix, strict=True):
             r = G.shape[0]
             if fresh or float(G.square().sum()) > 1.01 * r or float(G.trace()) < r / 2:
-                ((lower, inverse),) = gauges([G], damping if fresh else 0.0)
+                lower, inverse = unpacked(gauges(G[None], damping if fresh else 0.0))[0]
                 factors.A.copy_(inverse @ factors.A.double())
                 alike = [(row, factors.B[row].double() @ lower) for row in _replicas(matrix)]
                 factors.B.copy_(factors.B.double() @ lower)

@@ -39,14 +39,22 @@ class Go:
 
     value: Tensor
     sure: bool = False
+    _made: dict[tuple[float, float, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, factor: float, dtype: torch.dtype) -> Any:
         """``factor`` if the step is taken, else 0: a number where the host knows it."""
-        return factor if self.sure else (self.value * factor).to(dtype)
+        return factor if self.sure else self._between(factor, 0.0, dtype)
 
     def keep(self, factor: float, dtype: torch.dtype) -> Any:
         """``factor`` if the step is taken, else 1: what state is decayed by."""
-        return factor if self.sure else (1 - self.value * (1 - factor)).to(dtype)
+        return factor if self.sure else self._between(factor, 1.0, dtype)
+
+    def _between(self, taken: float, skipped: float, dtype: torch.dtype) -> Tensor:
+        """One number or the other; made once in a step, for all matrices."""
+        key = taken, skipped, dtype
+        if key not in self._made:
+            self._made[key] = (self.value * (taken - skipped) + skipped).to(dtype)
+        return self._made[key]
 
 
 class Counted:
@@ -98,7 +106,7 @@ def sample(shape: tuple[int, int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Size:
-    """How large a matrix's gradient and momentum are (of a stack: k x 1 x 1 tensors).
+    """How large the gradients and momenta of a stack's matrices are (k x 1 x 1).
 
     Attributes:
         inverse: what is squared is multiplied by this power of two first; None: by 1, as the host knows.
@@ -109,9 +117,13 @@ class Size:
     inverse: Tensor | None
     largest: Tensor | None
 
+    def of(self, k: int) -> Size:
+        """That of one matrix, as of a stack of one."""
+        return Size(*(None if x is None else x[k : k + 1] for x in (self.inverse, self.largest)))
+
     def cleaned(self, g: Tensor) -> Tensor:
         """A gradient without elements that count as 0; itself if there are none."""
-        return g if self.largest is None else torch.where(g.abs() <= self.largest, g, torch.zeros_like(g))
+        return g if self.largest is None else torch.where(g.abs() <= self.largest, g, 0.0)
 
     def scaled(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """``x`` by ``inverse``; x itself where that is 1."""
@@ -122,31 +134,33 @@ class Size:
         return x if self.inverse is None else x / self._like(x)
 
     def _like(self, x: Tensor) -> Tensor:
-        """``inverse`` to broadcast with x, whose first dimension is that of the stack if there is one."""
+        """``inverse`` to broadcast with x, whose first dimension is that of the stack."""
         assert self.inverse is not None
-        return self.inverse.view(-1, *[1] * (x.ndim - 1)) if self.inverse.ndim and x.ndim else self.inverse
+        return self.inverse.view(-1, *[1] * (x.ndim - 1))
 
 
-def sizes(looks: Tensor, go: Go) -> list[Size]:
-    """The size of each matrix.
+def sizes(looks: list[Tensor], go: Go) -> list[Size]:
+    """The size of each stack of k matrices.
 
     Args:
-        looks: a line for each: ``SAMPLES`` absolute values of the gradient, bounds on the factors ``B``, and one on all
-            of the gradient (m x n; for stacks of k matrices m x k x n).
+        looks: of each k lines: ``SAMPLES`` absolute values of the gradient, bounds on the factors ``B``, and one on all
+            of the gradient.
     """
-    sampled, state, largest = looks[..., :SAMPLES], looks[..., SAMPLES:-1], looks[..., -1]
-    typical = sampled.topk(2).values[..., 1]
-    level = torch.maximum(torch.where(typical > 0, typical, largest), state.amax(-1))
-    allowed = torch.where(typical > 0, typical * OUTLIER, torch.finfo(typical.dtype).max)
-    outside = (level > 0) & ((level < CALM[0]) | (level > CALM[1]))
-    known = go.sure and looks.device.type == "cpu"
-    if known and not (outside | (largest > allowed)).any():
-        return [Size(None, None)] * len(looks)
-    exponent = torch.where(outside, level, torch.ones_like(level)).log2().floor().clamp(-120, 120)
-    wide = (len(looks), *(looks.shape[1:-1] and (-1, 1, 1)))
-    inverse = torch.exp2(-exponent).view(wide)
-    allowed = (allowed * go.value.to(allowed.dtype)).view(wide)
-    return [Size(one, most) for one, most in zip(inverse, allowed, strict=True)]
+    every = torch.cat(looks) if len(looks) > 1 else looks[0]
+    sampled, state, largest = every[:, :SAMPLES], every[:, SAMPLES:-1], every[:, -1]
+    typical = sampled.topk(2).values[:, 1]
+    some = typical > 0
+    level = torch.maximum(torch.where(some, typical, largest), state.amax(-1))
+    allowed = torch.where(some, typical * OUTLIER, torch.finfo(typical.dtype).max)
+    if go.sure and every.device.type == "cpu":
+        outside = (level > 0) & ((level < CALM[0]) | (level > CALM[1]))
+        if not (outside | (largest > allowed)).any():
+            return [Size(None, None)] * len(looks)
+    # Of what is no number 1, so that nothing else becomes none.
+    inverse = level.log2_().floor_().nan_to_num_(0.0).clamp_(-120, 120).neg_().exp2_()
+    numbers = [len(look) for look in looks]
+    most = (allowed * go.of(1.0, allowed.dtype)).view(-1, 1, 1).split(numbers)
+    return [Size(*pair) for pair in zip(inverse.view(-1, 1, 1).split(numbers), most, strict=True)]
 
 
 @dataclass
@@ -178,6 +192,8 @@ class Skips:
 
     def look(self) -> tuple[int, int]:
         """What the host knows by now: total, and in a row."""
+        if self.total.device.type == "meta":  # where there are no numbers
+            return self.seen
         if self.total.device.type != "cuda":
             self.seen = int(self.total), int(self.in_row)
             return self.seen

@@ -25,7 +25,8 @@ from .exchange import by_group
 from .factors import Matrix, Peers
 from .guard import Size
 from .interval import column_block
-from .newton_schulz import NewtonSchulz, gram, iteration_dtype, packed, packed_numel, polynomial, unpacked
+from .linalg import gram, mm, packed, packed_numel, unpacked
+from .newton_schulz import NewtonSchulz, iteration_dtype, polynomial
 from .transfer import Rectangle, Transfer
 
 #: Flops that a rank does in the time of sending one byte: 5e12 a second beside 50 GB a second between GPUs (an H100 on
@@ -117,7 +118,10 @@ def transient_bytes(matrix: Matrix, segments: list[int], limit: int) -> int:
 
 @dataclass
 class Task:
-    """One matrix on its way: this rank's piece (1-D), its form, who iterates, and in that form X, and its Gram or Q.
+    """One matrix on its way, or k alike that this rank owns whole.
+
+    That is: this rank's pieces (k x n), its form, who iterates, and in that form X (k x rows x columns), and its Gram
+    or Q.
 
     Attributes:
         size: by which X is scaled before it is squared.
@@ -155,17 +159,18 @@ class Task:
 def orthogonalise(
     pieces: list[tuple[Matrix, Tensor, Size]], settings: NewtonSchulz, comm: Comm, limit: int, bucket: int
 ) -> None:
-    """Replace each rank's pieces (1-D) of its matrices by those of the orthogonalised matrices; a collective.
+    """Replace each rank's pieces (k x n) of its matrices by those of the orthogonalised matrices; a collective.
 
     Args:
         limit: bytes up to which a matrix may be assembled on one rank.
         bucket: bytes of a collective.
     """
-    tasks = [Task(matrix, piece, size) for matrix, piece, size in pieces]
+    tasks = [task for matrix, piece, size in pieces for task in _tasks(matrix, piece, size)]
     _plan(tasks, settings, limit)
     for task in tasks:
         shape = task.matrix.interval.shape if task.transfer is None else task.transfer.mine.shape
-        task.X = task.piece.new_empty(shape) if task.moved else task.piece.view(shape)
+        whole = len(task.piece), *shape
+        task.X = task.piece.new_empty(whole) if task.moved else task.piece.view(whole)
     _exchange(tasks, comm, back=False)
     # A group's matrices of which several ranks hold parts.
     shared = by_group([task for task in tasks if task.form != "whole"])
@@ -175,12 +180,19 @@ def orthogonalise(
             task.G = gram(task.X, task.wide).to(task.piece.dtype)
         _polynomials(tasks, shared, steps, settings, comm, bucket)
         for task in tasks:
-            task.X = task.G @ task.X if task.wide else task.X @ task.G
+            task.X = mm(task.G, task.X) if task.wide else mm(task.X, task.G)
     for task in tasks:
         task.X = task.X.to(task.piece.dtype)
         if not task.moved:
-            task.piece.copy_(task.X.reshape(-1))
+            task.piece.copy_(task.X.view_as(task.piece))
     _exchange(tasks, comm, back=True)
+
+
+def _tasks(matrix: Matrix, piece: Tensor, size: Size) -> list[Task]:
+    """A stack that this rank owns whole, or each matrix of a shared one, so that ranks can share the iterations."""
+    if matrix.peers is None:
+        return [Task(matrix, piece, size)]
+    return [Task(matrix, piece[k : k + 1], size.of(k)) for k in range(len(piece))]
 
 
 def _plan(tasks: list[Task], settings: NewtonSchulz, limit: int) -> None:
@@ -218,24 +230,24 @@ def _exchange(tasks: list[Task], comm: Comm, back: bool) -> None:
 def _parts(task: Task, tensor: Tensor, k: int) -> list[Tensor]:
     """What of this rank's piece, or X, lies on rank k in the other arrangement."""
     assert task.transfer is not None
-    return task.transfer.in_piece(tensor, k) if tensor is task.piece else task.transfer.in_target(tensor, k)
+    return task.transfer.in_piece(tensor[0], k) if tensor is task.piece else task.transfer.in_target(tensor[0], k)
 
 
 def _normalise(tasks: list[Task], shared: list[tuple[Any, list[Task]]], settings: NewtonSchulz, comm: Comm) -> None:
     """Divide by the Frobenius norm of the whole matrix: one number per matrix that is summed over the ranks."""
     for task in tasks:
         task.X = task.size.scaled(task.X)
-    squares = {id(task): torch.linalg.vector_norm(task.X).square_() for task in tasks}
+    squares = {id(task): torch.linalg.vector_norm(task.X, dim=(-2, -1)).square_() for task in tasks}
     waits = [
-        (comm.all_reduce(torch.stack([squares[id(t)] for t in some]), group, "norm"), some) for group, some in shared
+        (comm.all_reduce(torch.cat([squares[id(t)] for t in some]), group, "norm"), some) for group, some in shared
     ]
     for wait, some in waits:
-        squares.update({id(task): square for task, square in zip(some, wait(), strict=True)})
+        squares.update({id(task): square for task, square in zip(some, wait().split(1), strict=True)})
     for task in tasks:
         norm = squares[id(task)].sqrt()
         least = task.size.scaled(torch.full_like(norm, settings.eps)).clamp_min(torch.finfo(norm.dtype).tiny)
         scale = 1 / torch.maximum(norm, least)
-        task.X = (task.X * scale).to(iteration_dtype(task.X.device, task.X.dtype))
+        task.X = (task.X * scale[:, None, None]).to(iteration_dtype(task.X.device, task.X.dtype))
 
 
 def _polynomials(
@@ -252,7 +264,7 @@ def _polynomials(
         comm.reduce(parts, group, "reduce Gram", bucket)
         for task, (_, flat) in zip(some, parts, strict=True):
             if task.iterates:
-                task.G = unpacked(flat, task.side)
+                unpacked(flat, task.G)
     for task in tasks:
         if task.iterates:
             task.G = polynomial(task.G.to(task.X.dtype), steps, settings.coefficients)
@@ -261,4 +273,4 @@ def _polynomials(
         comm.broadcast(parts, group, "broadcast polynomial", bucket)
         for task, (_, flat) in zip(some, parts, strict=True):
             if not task.iterates:
-                task.G = unpacked(flat, task.side)
+                task.G = unpacked(flat, task.X.new_empty(1, task.side, task.side))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,32 +11,35 @@ from torch import Tensor
 CHUNK = 1 << 16
 
 
-def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list[Tensor]:
-    """``(G + d I)^-1`` of each Gram, in G's dtype; for ``d`` see :func:`damped_cholesky`.
+def damped_inverses(grams: Tensor, damping: float, relative: bool) -> Tensor:
+    """``(G + d I)^-1`` of n Grams (n x r x r), in G's dtype; for ``d`` see :func:`damped_cholesky`.
 
     A zero Gram with relative damping becomes the identity: what it multiplies is zero as well. The result multiplies as
     many rows as the matrix has: one GEMM, in a sixth of the time of triangular solves.
     """
-    found: list[Tensor] = []
-    for chunk in _chunks(grams):
-        inverse = torch.cholesky_inverse(damped_cholesky(chunk, damping, relative))
-        found += inverse.to(grams[0].dtype).unbind()
-    return _as_given(found, grams)
+    return _in_chunks(grams, lambda some: torch.cholesky_inverse(damped_cholesky(some, damping, relative)))
 
 
-def gauges(grams: list[Tensor], damping: float) -> list[tuple[Tensor, Tensor]]:
+def gauges(grams: Tensor, damping: float) -> Tensor:
     """``(L, L^-1)`` of each ``G = A A^T``, with ``L L^T = G + d I``, ``d`` relative: ``L^-1 A`` has orthonormal rows.
 
-    Up to damping, that is: in a direction of eigenvalue e they have the length ``sqrt(e / (e + d))``.
+    Up to damping, that is: in a direction of eigenvalue e they have the length ``sqrt(e / (e + d))``. Both are lower
+    triangular, and come as one matrix: L, and right of its diagonal the transpose of its inverse; see :func:`unpacked`.
     """
-    lowers: list[Tensor] = []
-    inverses: list[Tensor] = []
-    for chunk in _chunks(grams):
-        lower = damped_cholesky(chunk, damping, relative=True)
+
+    def packed(some: Tensor) -> Tensor:
+        lower = damped_cholesky(some, damping, relative=True)
         eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-        lowers += lower.to(grams[0].dtype).unbind()
-        inverses += torch.linalg.solve_triangular(lower, eye, upper=False).to(grams[0].dtype).unbind()
-    return list(zip(_as_given(lowers, grams), _as_given(inverses, grams), strict=True))
+        return torch.linalg.solve_triangular(lower, eye, upper=False).mT.triu(1).add_(lower)
+
+    return _in_chunks(grams, packed)
+
+
+def unpacked(gauge: Tensor) -> Tensor:
+    """``(L, L^-1)`` of what :func:`gauges` found (n x r x r): n x 2 x r x r."""
+    both = torch.stack([gauge, gauge.mT], dim=1).tril_()
+    both[:, 1].diagonal(dim1=-2, dim2=-1).reciprocal_()
+    return both
 
 
 def damped_cholesky(grams: Tensor, damping: float, relative: bool) -> Tensor:
@@ -64,16 +69,8 @@ def damped_cholesky(grams: Tensor, damping: float, relative: bool) -> Tensor:
     return torch.where((info == 0)[:, None, None], lower, instead)
 
 
-def _chunks(grams: list[Tensor]) -> list[Tensor]:
-    """Grams of one size (or stacks of them), stacked: a few at a time where the cache counts, all where launches do."""
-    single = [g for gram in grams for g in (gram.unbind() if gram.ndim == 3 else (gram,))]
-    if not single:
-        return []
-    size = max(1, CHUNK // single[0].numel()) if single[0].device.type == "cpu" else len(single)
-    return [torch.stack(single[k : k + size]) for k in range(0, len(single), size)]
-
-
-def _as_given(found: list[Tensor], grams: list[Tensor]) -> list[Tensor]:
-    """One result for each of ``grams``, stacked where that was a stack."""
-    each = iter(found)
-    return [torch.stack([next(each) for _ in gram]) if gram.ndim == 3 else next(each) for gram in grams]
+def _in_chunks(grams: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    """``solve`` of a few Grams at a time on a CPU, where the cache counts; of all at once where launches do."""
+    size = max(1, CHUNK // grams.shape[-1] ** 2) if grams.device.type == "cpu" else max(1, len(grams))
+    solved = [solve(chunk).to(grams.dtype) for chunk in grams.split(size)]
+    return torch.cat(solved) if len(solved) > 1 else solved[0]

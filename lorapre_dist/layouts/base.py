@@ -23,8 +23,8 @@ class Piece:
         shape: of the whole parameter.
         peers: the ranks that share the matrix (or stack of them), or None if this rank holds all of it.
         columns: of a matrix split by columns: those held here, of the whole rows from ``start`` to ``stop``.
-        before: number of matrices, of their columns and of their elements ahead of this one in the layout; the same on
-            every rank that shares it.
+        before: number of matrices, of their columns and of their elements ahead of this one in the layout, for one that
+            is shared; the same on every rank that does.
         owned: whether this rank keeps state and takes the step; if not, others do, and under DDP send the result.
         parameter: the parameter itself, if it is split by columns.
     """
@@ -83,6 +83,7 @@ class Layout:
         native: found out by the optimizer itself, not told by an engine.
         spread_over: groups of ranks that hold different gradients, all of which have to be finite.
         checks_gradients: an engine steps with finite gradients only, on all ranks alike.
+        lists_all: its units have every parameter, also those of which this rank holds nothing.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Layout:
     native: bool = False
     spread_over: list[Any] = field(default_factory=list)
     checks_gradients: bool = False
+    lists_all: bool = True
 
     def replaced(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a tensor of it is in none of an optimizer's groups any more, or on another device."""
@@ -163,4 +165,5 @@ class SubGroups:
                     self._made[holders] = made
         if self.rank not in holders:
             return None
-        return Peers(self._made[holders], tuple(ranges[k] for k in holders), holders.index(self.rank))
+        held = tuple(ranges[k] for k in holders)
+        return Peers(self._made[holders], held, holders.index(self.rank), turn=holders[0] % 2)

@@ -40,7 +40,9 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
                 size, parts = piece.shape[0], list(_experts(piece, peers))
             numel = math.prod(piece.shape) // size if q else 0
             for e, part in parts:
-                pieces.append(replace(part, before=(count + e, columns + e * q, elements + e * numel)))
+                # Neighbours share one matrix of a flat buffer, and each counts from its own first one.
+                ahead = (count + e, columns + e * q, elements + e * numel) if layout.lists_all else (0, 0, 0)
+                pieces.append(replace(part, before=ahead))
             count, columns, elements = count + size, columns + size * q, elements + size * numel
         unit.pieces = pieces
 
@@ -89,5 +91,6 @@ def _peers(stacks: dict[str, Piece]) -> dict[tuple[str, int], Peers]:
             if members not in made:
                 made[members] = dist.new_group(members)
             if dist.get_rank() in members:
-                found[name, e] = Peers(made[members], intervals, members.index(dist.get_rank()))
+                turn = ranks.index(members[0]) % 2 if len(members) < len(ranks) else 0
+                found[name, e] = Peers(made[members], intervals, members.index(dist.get_rank()), turn=turn)
     return found

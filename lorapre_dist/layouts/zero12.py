@@ -31,7 +31,7 @@ def flat_group(flat: torch.Tensor, group_index: int, placed: Placed, partition_s
 
 def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
     """The layout of a ``DeepSpeedZeroOptimizer`` (stages 1 and 2)."""
-    made = Layout(f"ZeRO-{2 if zero.partition_gradients else 1}")
+    made = Layout(f"ZeRO-{2 if zero.partition_gradients else 1}", lists_all=False)
     subgroups: dict[int, SubGroups] = {}
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):
         group = zero.real_dp_process_group[i]
@@ -45,7 +45,7 @@ def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
 
 def bf16_layout(bf16: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
     """The layout of a ``BF16_Optimizer`` (what DeepSpeed makes of ZeRO-1 with bf16 weights and fp32 gradients)."""
-    made = Layout("ZeRO-1 (bf16)")
+    made = Layout("ZeRO-1 (bf16)", lists_all=False)
     subgroups: dict[int, SubGroups] = {}
     for i, flat in enumerate(bf16.fp32_groups_flat_partition):
         group = bf16.real_dp_process_group[i]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..config import LoRAPreAdafactorConfig
-from ..core import adafactor
-from ..optimizer import LoRAPre, LowRankOptimizer
+from ..core.adafactor import Adafactor
+from ..core.step import Rule
+from ..optimizer import LoRAPre, LowRankOptimizer, adam_rule
 
 
 class LoRAPreAdafactor(LowRankOptimizer):
@@ -15,7 +16,10 @@ class LoRAPreAdafactor(LowRankOptimizer):
     """
 
     config_class = LoRAPreAdafactorConfig
-    core = adafactor
 
-    matrix_hyper = staticmethod(LoRAPre.matrix_hyper)
+    @staticmethod
+    def rule(config: LoRAPreAdafactorConfig) -> Rule:
+        """How a group's matrices are stepped, from its settings."""
+        return adam_rule(Adafactor, config)
+
     vector_hyper = staticmethod(LoRAPre.vector_hyper)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..config import LoRAPreLionConfig
-from ..core import momentum
-from .momentum import MomentumOptimizer
+from ..core.momentum import Momentum
+from ..core.step import Rule
+from .momentum import MomentumOptimizer, regression
 
 
 class LoRAPreLion(MomentumOptimizer):
@@ -17,18 +18,15 @@ class LoRAPreLion(MomentumOptimizer):
     config_class = LoRAPreLionConfig
 
     @staticmethod
-    def matrix_hyper(config: LoRAPreLionConfig) -> momentum.Hyper:
-        """The numbers that the core needs from a group's settings."""
+    def rule(config: LoRAPreLionConfig) -> Rule:
+        """How a group's matrices are stepped, from its settings."""
         beta1, _ = config.betas
-        return momentum.Hyper(
+        return Momentum(
             lr=lambda shape: config.lr,
             decay=config.lr * config.weight_decay,
             keep=beta1,
             fresh=1 - beta1,
             residual=config.resolved_residual,
-            gamma=config.resolved_gamma,
-            target=1.0,
-            damping=config.resolved_damping,
-            stable=config.variant == "stable",
+            regression=regression(config, 1.0),
             sign=True,
         )

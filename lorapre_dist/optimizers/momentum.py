@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import MomentumConfig
-from ..core import adamw, momentum
+from ..core import adamw
+from ..core.regression import Regression
 from ..optimizer import LowRankOptimizer
 
 
@@ -14,8 +15,6 @@ class MomentumOptimizer(LowRankOptimizer):
 
     Schedulers change ``lr`` alone; ``adamw_lr`` follows it in proportion to ``base_lr``, the group's first ``lr``.
     """
-
-    core = momentum
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults."""
@@ -28,3 +27,8 @@ class MomentumOptimizer(LowRankOptimizer):
         """The numbers that AdamW needs for the group's other parameters."""
         other = config.adamw(group["base_lr"])
         return adamw.Hyper(other.lr, other.betas, other.eps, other.weight_decay)
+
+
+def regression(config: MomentumConfig, target: float) -> Regression:
+    """How the momentum follows ``target`` times the gradient."""
+    return Regression((config.resolved_gamma,), config.resolved_damping, config.variant == "stable", target)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ..config import LoRAPreMuonConfig
-from ..core import momentum
+from ..core import batching, orthogonal
 from ..core.factors import Matrix
+from ..core.momentum import Momentum
 from ..core.newton_schulz import NewtonSchulz
+from ..core.step import Rule
 from ..core.workspace import Workspace
-from .momentum import MomentumOptimizer
+from .momentum import MomentumOptimizer, regression
 
 
 class LoRAPreMuon(MomentumOptimizer):
@@ -20,28 +22,35 @@ class LoRAPreMuon(MomentumOptimizer):
 
     config_class = LoRAPreMuonConfig
     #: Buckets large enough that all ranks have matrices to iterate on.
-    workspace_limits = Workspace(bucket=256 << 20)
+    workspace_limits = Workspace(bucket=256 << 20, accelerator_bucket=256 << 20)
 
     def workspace_bytes(self, matrices: list[Matrix]) -> int:
         """Bound on what a step allocates for itself."""
-        return momentum.workspace_bytes(matrices, self.workspace, _newton_schulz(self.config))
+        if not matrices:
+            return 0
+        device, segments = matrices[0].taken.device, _newton_schulz(self.config).segments()
+        limit = self.workspace.block_on(device)
+        return batching.workspace_bytes(
+            [matrix.outline for matrix in matrices],
+            self.workspace,
+            device,
+            orthogonal.PER_ELEMENT * matrices[0].dtype.itemsize,
+            [orthogonal.transient_bytes(matrix, segments, limit) for matrix in matrices],
+        )
 
     @staticmethod
-    def matrix_hyper(config: LoRAPreMuonConfig) -> momentum.Hyper:
-        """The numbers that the core needs from a group's settings."""
+    def rule(config: LoRAPreMuonConfig) -> Rule:
+        """How a group's matrices are stepped, from its settings."""
         mu = config.momentum
         # u = (1 - mu) m, or with Nesterov (1 - mu) (mu m + g): torch.optim.Muon's scale, hence its eps as well.
         keep, fresh = (mu**2, 1 + mu) if config.resolved_nesterov else (mu, 1.0)
-        return momentum.Hyper(
+        return Momentum(
             lr=config.adjusted_lr,
             decay=config.lr * config.weight_decay,
             keep=(1 - mu) * keep,
             fresh=(1 - mu) * fresh,
             residual=config.resolved_residual,
-            gamma=config.resolved_gamma,
-            target=1 / (1 - mu),
-            damping=config.resolved_damping,
-            stable=config.variant == "stable",
+            regression=regression(config, 1 / (1 - mu)),
             orthogonal=_newton_schulz(config),
         )
 

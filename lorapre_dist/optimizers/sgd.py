@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..config import LoRAPreSGDConfig
-from ..core import momentum
-from .momentum import MomentumOptimizer
+from ..core.momentum import Momentum
+from ..core.step import Rule
+from .momentum import MomentumOptimizer, regression
 
 
 class LoRAPreSGD(MomentumOptimizer):
@@ -17,17 +18,14 @@ class LoRAPreSGD(MomentumOptimizer):
     config_class = LoRAPreSGDConfig
 
     @staticmethod
-    def matrix_hyper(config: LoRAPreSGDConfig) -> momentum.Hyper:
-        """The numbers that the core needs from a group's settings."""
+    def rule(config: LoRAPreSGDConfig) -> Rule:
+        """How a group's matrices are stepped, from its settings."""
         mu = config.momentum
-        return momentum.Hyper(
+        return Momentum(
             lr=lambda shape: config.lr,
             decay=config.lr * config.weight_decay,
             keep=mu**2 if config.nesterov else mu,
             fresh=1 + mu if config.nesterov else 1.0,
             residual=config.resolved_residual / (1 - mu),
-            gamma=config.resolved_gamma,
-            target=1 / (1 - mu),
-            damping=config.resolved_damping,
-            stable=config.variant == "stable",
+            regression=regression(config, 1 / (1 - mu)),
         )

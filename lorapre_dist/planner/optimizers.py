@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
-from lorapre_dist.core import stacks
+from lorapre_dist.core import batching
+from lorapre_dist.core.batching import Limits
+from lorapre_dist.core.exchange import evenly_dealt, owned
+from lorapre_dist.core.factors import Outline
 from lorapre_dist.core.guard import SAMPLES
-from lorapre_dist.core.refresh import CHUNK
-from lorapre_dist.core.workspace import ACCELERATOR, Workspace
+from lorapre_dist.core.workspace import Workspace
 
 from .request import Request
 from .spread import Array, Spread
@@ -114,10 +116,12 @@ def lorapre(request: Request, spread: Spread) -> Costs:
         state += spread.total(share, FP32 * numbers)
     workspace = _zeros(spread)
     sent: dict[str, Array] = defaultdict(lambda: _zeros(spread))
-    for rank, matrices in _held(spread, int(np.argmax(state)), ranks).items():
+    device = torch.device("cpu" if request.cpu or request.offload else "cuda")
+    for rank, matrices in _held(spread, int(np.argmax(state)), ranks, energies).items():
         same = slice(None) if spread.uniform else slice(rank, rank + 1)
-        workspace[same] = _workspace(matrices, ranks, energies, request.cpu or request.offload)
-        for purpose, count in _sent(matrices, ranks, ours.variant == "paper").items():
+        outlines = [matrix.outline for matrix in matrices]
+        workspace[same] = batching.workspace_bytes(outlines, Workspace(), device)
+        for purpose, count in _sent(matrices, Limits.of(Workspace(), device), ours.variant == "paper").items():
             sent[purpose][same] += count
     if request.layout in ("fsdp2", "ddp") and request.world_size > 1:  # DeepSpeed's engine looks at gradients itself
         sent["finite"] += round(8 * 2 * (request.world_size - 1) / request.world_size)
@@ -145,117 +149,110 @@ class Held:
     """A matrix on one rank.
 
     Attributes:
-        rows: touched.
-        q: columns of the whole matrix.
-        parts: ranks that share it.
-        cut: rows cut between them.
+        outline: what decides how it goes through a step.
+        cut: rows cut between the ranks that share it.
         group: who they are.
+        index: this rank's place among them.
         call: of the optimizer, in which it is stepped.
-        bucket: in which its factors are exchanged.
     """
 
-    rows: int
-    q: int
-    parts: int
+    outline: Outline
     cut: int
     group: Any
+    index: int
     call: int
-    bucket: int
-
-    @property
-    def padded(self) -> int:
-        """Columns of ``A`` in the blocks of all ranks, the last ones padded."""
-        return -(-self.q // self.parts) * self.parts
 
 
-def _held(spread: Spread, fullest: int, ranks: tuple[int, ...]) -> dict[int, list[Held]]:
-    """The matrices of each rank in the order of the step; of the fullest rank alone where all send the same.
-
-    Buckets are cut by what is ahead of a matrix, as ``core/regression.py`` does.
-    """
+def _held(spread: Spread, fullest: int, ranks: tuple[int, ...], energies: int) -> dict[int, list[Held]]:
+    """The matrices of each rank in the order of the step; of the fullest rank alone where all hold about the same."""
     found: dict[int, list[Held]] = {rank: [] for rank in ([fullest] if spread.uniform else range(spread.ranks))}
-    start: dict[int, tuple[int, int]] = {}
     for share in spread.shares:
-        if not (share.low_rank or spread.own_order):
+        if not share.low_rank:
             continue
-        parts, held = len(share.held), share.held
-        group, cut = tuple(share.ranks.tolist()) if parts < spread.ranks else None, held.cut if share.low_rank else 0
-        pairs = zip(share.ranks.tolist(), held.rows.tolist(), strict=True)
-        for rank, rows in [(fullest, int(held.rows[fullest]))] if spread.uniform else pairs:
-            count, columns = start.setdefault(rank, share.first) if spread.own_order else (0, 0)
-            if share.low_rank:
-                ahead = _bytes(ranks, 5 * (share.ahead[1] - columns), 4 * (share.ahead[0] - count))
-                found[rank].append(Held(rows, held.q, parts, cut, group, share.call, ahead // Workspace.bucket))
+        held, (p, q) = share.held, share.parameter.shape
+        who, parts = share.ranks.tolist(), len(share.held)
+        group = tuple(who) if parts < spread.ranks else None
+        lying = (group, held.ranges) if parts > 1 else None
+        for index, rank in [(fullest, fullest)] if spread.uniform else enumerate(who):
+            rows = int(held.rows[index])
+            outline = Outline(
+                shape=(p, q),
+                rows=rows,
+                ranks=ranks,
+                statistics=energies * rows,
+                itemsize=FP32,
+                parts=parts,
+                lends=parts == 1,
+                largest=FP32 * int(held.numel.max()),
+                alike=((p, q), lying),
+                turn=who[0] % 2 if 1 < parts < spread.ranks else 0,
+                before=(0, 0, 0) if spread.own_order else (*share.ahead, 0),
+            )
+            found[rank].append(Held(outline, held.cut, group, index, share.call))
     return found
 
 
-def _runs(matrices: list[Held]) -> list[list[Held]]:
-    """Consecutive matrices of one bucket."""
-    return [list(run) for _, run in itertools.groupby(matrices, key=lambda matrix: matrix.bucket)]
-
-
-def _bytes(ranks: tuple[int, ...], columns: int, squares: int) -> int:
-    return FP32 * (columns * sum(ranks) + squares * sum(r * r for r in ranks))
-
-
-def _transient(matrix: Held, ranks: tuple[int, ...]) -> int:
-    return _bytes(ranks, (1 if matrix.parts == 1 else 5) * matrix.padded, 4)
-
-
-def _sent(matrices: list[Held], ranks: tuple[int, ...], paper: bool) -> dict[str, int]:
-    """Bytes that a rank sends, by the purposes of ``core/exchange.py``; for each bucket and group one collective.
+def _sent(matrices: list[Held], limits: Limits, paper: bool) -> dict[str, int]:
+    """Bytes that a rank sends, by the purposes of ``core/step.py``; for each bucket or wave and group one collective.
 
     Of a matrix over n ranks, with blocks of b = ceil(q / n) columns and c rows cut between ranks, in numbers of 4
-    bytes: gather A (n-1) (b (r + r_v) + 67), reduce Z (n-1) b (r + r_v); edge rows 2 (n-1)/n c (2 + r + r_v); Grams
-    of A and of B 2 (n-1)/n (r^2 + r_v^2) each, in ``paper`` that of A with the edge rows.
+    bytes: gather A (n-1) (b (r + r_v) + 67), reduce Z (n-1) b (r + r_v); edge rows 2 (n-1)/n c (2 + r + r_v); the Gram
+    of B and that of A to their owner and back, ``2 (r^2 + r_v^2)`` each at most.
     """
     found: dict[str, int] = defaultdict(int)
-    grams = sum(r * r for r in ranks)
+
+    def dealt(runs: list[list[Held]], *names: str) -> None:
+        for shared in _by_group(runs):
+            one, number = shared[0][0], sum(map(len, shared))
+            for name, count in zip(names, _dealt(one, number), strict=True):
+                found[name] += count
+
     for call in sorted({m.call for m in matrices}):
-        for run in _runs([m for m in matrices if m.call == call]):
-            groups: dict[Any, list[Held]] = {}
-            for matrix in run:
-                if matrix.parts > 1:
-                    groups.setdefault(matrix.group, []).append(matrix)
-            for shared in groups.values():
-                n = shared[0].parts
-                blocks = sum(m.padded for m in shared) * sum(ranks)
-                edges = sum(m.cut for m in shared) * (2 + sum(ranks))
-                looks = n * len(shared) * (SAMPLES + len(ranks) + 1)
-                summed = {"edge rows": edges, "Gram of A": len(shared) * grams, "Gram of B": len(shared) * grams}
+        some = [m for m in matrices if m.call == call]
+        for wave in batching.plan([m.outline for m in some], limits):
+            buckets = [[[some[k] for k in run] for run in bucket] for bucket in wave]
+            for bucket in buckets:
+                for shared in _by_group(bucket):
+                    for purpose, count in _exchanged([m for run in shared for m in run]).items():
+                        found[purpose] += count
                 if paper:
-                    summed["edge rows and Gram of A"] = summed.pop("edge rows") + summed.pop("Gram of A")
-                found["gather A"] += round((blocks + looks) * FP32 * ((n - 1) / n))
-                found["reduce Z"] += round(blocks * FP32 * ((n - 1) / n))
-                for purpose, numbers in summed.items():
-                    if numbers:
-                        found[purpose] += round(numbers * FP32 * (2 * (n - 1) / n))
+                    dealt(bucket, "reduce Gram of A", "send inverse of A")
+            every = [run for bucket in buckets for run in bucket]
+            dealt(every, "reduce Gram of B", "send inverse of B")
+            if not paper:
+                dealt(every, "reduce Gram of A", "send gauge")
     return dict(found)
 
 
-def _workspace(matrices: list[Held], ranks: tuple[int, ...], energies: int, cpu: bool) -> int:
-    """The bound that ``memory_report`` states, from numbers alone (``workspace_bytes`` of ``core/regression.py``)."""
-    if not matrices:
-        return 0
-    limit = Workspace.block * (1 if cpu else ACCELERATOR)
-    kinds = [(m.rows, m.q) if m.parts == 1 else None for m in matrices]
-    places = stacks.runs(kinds, [FP32 * m.rows * m.q for m in matrices], limit)
-    stacked = {k for run in places for k in run}
-    runs: list[tuple[list[Held], int, Any]]
-    runs = [(run, 0, max) for run in _runs([m for k, m in enumerate(matrices) if k not in stacked])]
-    for run in ([matrices[k] for k in run] for run in places):
-        numbers = sum(2 * m.rows * m.q + (m.rows + m.q) * sum(ranks) + energies * m.rows for m in run)
-        runs.append((run, FP32 * numbers, sum))
-    square = sum(r * r for r in ranks)
-    batch = square * max(len(run) for run, _, _ in runs)
-    if cpu:
-        batch = min(batch, max(CHUNK, square))
-    block = max(most(min(max(limit, m.q * FP32), m.rows * m.q * FP32) for m in run) for run, _, most in runs)
-    blocks = 4 * block + max(2 * block, 5 * Workspace.block)
-    rows = max(most(min(m.rows, max(1, limit // (m.q * FP32))) for m in run) for run, _, most in runs)
-    held = max(sum(_transient(m, ranks) for m in run) + copied for run, copied, _ in runs)
-    r = max(ranks)
-    gauged = [
-        most(r * (m.padded // m.parts + min(m.rows, max(1, limit // (r * FP32)))) for m in run) for run, _, most in runs
-    ]
-    return held + 4 * batch * 8 + blocks + (4 * rows * sum(ranks) + max(gauged)) * FP32
+def _exchanged(shared: list[Held]) -> dict[str, int]:
+    """What a rank sends for the matrices of one group in a bucket, in a step's first half."""
+    n, ranks = shared[0].outline.parts, shared[0].outline.ranks
+    blocks = sum(m.outline.block_size * n for m in shared) * sum(ranks)
+    looks = n * len(shared) * (SAMPLES + len(ranks) + 1)
+    edges = sum(m.cut for m in shared) * (2 + sum(ranks))
+    return {
+        "gather A": round((blocks + looks) * FP32 * ((n - 1) / n)),
+        "reduce Z": round(blocks * FP32 * ((n - 1) / n)),
+        "edge rows": round(edges * FP32 * (2 * (n - 1) / n)),
+    }
+
+
+def _dealt(one: Held, number: int) -> tuple[int, int]:
+    """What a rank sends of the Grams of so many matrices, and of the answers (``deal_out`` of ``core/exchange.py``)."""
+    n, sides = one.outline.parts, Counter(one.outline.ranks)
+    numbers = {r: moments * number for r, moments in sides.items()}
+    if evenly_dealt(list(numbers.values()), n):
+        lines = sum(-(-count // n) * n * r * r for r, count in numbers.items())
+        return (round(FP32 * lines * ((n - 1) / n)),) * 2
+    low_high = {r: owned(count, n, one.index) for r, count in numbers.items()}
+    mine = FP32 * sum((high - low) * r * r for r, (low, high) in low_high.items())
+    return FP32 * sum(count * r * r for r, count in numbers.items()) - mine, mine
+
+
+def _by_group(runs: list[list[Held]]) -> list[list[list[Held]]]:
+    """Stacks that ranks share, by who they are."""
+    groups: dict[Any, list[list[Held]]] = {}
+    for run in runs:
+        if run[0].outline.parts > 1:
+            groups.setdefault(run[0].group, []).append(run)
+    return list(groups.values())

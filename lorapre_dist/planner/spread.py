@@ -69,7 +69,6 @@ class Share:
         ranks: of those, in order; under ZeRO-3 and FSDP2 all, also with nothing.
         held: the interval of each.
         ahead: numbers of matrices and of their columns ahead of it, as ``layouts/matrices.py`` counts them.
-        first: those ahead of its parameter.
         call: in which of the optimizer's calls per step it is stepped (one for each sub-group of ZeRO-3).
     """
 
@@ -78,7 +77,6 @@ class Share:
     ranks: Array
     held: Intervals
     ahead: tuple[int, int]
-    first: tuple[int, int]
     call: int = 0
 
 
@@ -90,7 +88,7 @@ class Spread:
         ranks: how many of them differ; 1 where each rank holds the same.
         uniform: every rank takes part in every matrix, so that all of them send the same.
         shares: in the order in which they are stepped.
-        own_order: a rank counts what is ahead of a matrix from its own first parameter, not from the model's.
+        own_order: a rank knows of its own parameters alone, so that none counts what is ahead of them.
         partition: elements of master weights on each rank, padding included; 0 where there are no partitions.
         call_elements: of those, the largest share that one call of the optimizer steps.
     """
@@ -129,13 +127,13 @@ class _Shares:
         size = p.shape[0] if low_rank and len(p.shape) == 3 else pieces
         self._ahead = count + size, columns + size * q
         if not (low_rank and len(p.shape) == 3):
-            self.found.append(Share(p, low_rank, ranks, held, (count, columns), (count, columns), call))
+            self.found.append(Share(p, low_rank, ranks, held, (count, columns), call))
             return
         for e, parts in _experts(p.shape, ranks, held).items():
             matrix = Parameter(expert_name(p.name, e), p.shape[1:])
             intervals = Intervals(parts.values(), q)
             ahead = count + e, columns + e * q
-            self.found.append(Share(matrix, True, _array(parts), intervals, ahead, (count, columns), call))
+            self.found.append(Share(matrix, True, _array(parts), intervals, ahead, call))
 
     def spread(self, ranks: int, **rest: Any) -> Spread:
         """The layout; without ``uniform`` where there are stacks, whose matrices few ranks share."""

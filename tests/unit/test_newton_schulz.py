@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorapre_dist import LoRAPreMuonConfig, reference
-from lorapre_dist.core import newton_schulz, orthogonal
+from lorapre_dist.core import linalg, orthogonal
 from lorapre_dist.core.comm import Comm
 from lorapre_dist.core.factors import Peers, allocate
 from lorapre_dist.core.guard import Size
@@ -40,9 +40,17 @@ def matrix(shape, peers=None, start=0, stop=None, columns=None):
 
 
 def orthogonalised(x, settings=SETTINGS):
-    piece = x.reshape(-1).clone()
+    piece = x.reshape(1, -1).clone()
     orthogonal.orthogonalise([(matrix(tuple(x.shape)), piece, Size(None, None))], settings, Comm(), 0, 1 << 20)
     return piece.view(x.shape)
+
+
+def test_a_stack_is_its_matrices():
+    xs = torch.randn(3, P, Q, dtype=torch.float64)
+    piece = xs.reshape(3, -1).clone()
+    orthogonal.orthogonalise([(matrix((P, Q)), piece, Size(None, None))], SETTINGS, Comm(), 0, 1 << 20)
+    for x, found in zip(xs, piece.view(3, P, Q), strict=True):
+        assert distance(found, orthogonalised(x)) <= 1e-12
 
 
 def distance(x, wanted):
@@ -88,18 +96,18 @@ def test_a_zero_matrix_stays_zero():
 
 @pytest.mark.parametrize("n", [1, 7, 256, 301])
 def test_packed_symmetric_matrices(n):
-    x = torch.randn(n, n)
-    x = x + x.T
-    assert torch.equal(newton_schulz.unpacked(newton_schulz.packed(x), n), x)
-    assert newton_schulz.packed(x).numel() == newton_schulz.packed_numel(n) <= n * n * 5 / 8 + n
-    product = newton_schulz.symmetric_product(x, x)
-    assert torch.allclose(product, x @ x, rtol=1e-4, atol=1e-5 * n)
+    x = torch.randn(2, n, n)
+    x = x + x.mT
+    assert torch.equal(linalg.unpacked(linalg.packed(x), torch.empty(2, n, n)), x)
+    assert linalg.packed(x[:1]).numel() == linalg.packed_numel(n) <= n * n * 5 / 8 + n
+    product = linalg.symmetric_product(x[0], x[0])
+    assert torch.allclose(product, x[0] @ x[0], rtol=1e-4, atol=1e-5 * n)
     assert n < 256 or torch.equal(product, product.T)
 
 
 def test_the_cost_model_by_hand():
     """512 x 1376 on 4 ranks: elements sent per rank, and flops."""
-    packed = newton_schulz.packed_numel
+    packed = linalg.packed_numel
     rows = orthogonal.cost("rows", (512, 1376), 4, [3, 2], moved=False)
     columns = orthogonal.cost("columns", (512, 1376), 4, [3, 2], moved=True)
     gather = orthogonal.cost("gather", (512, 1376), 4, [3, 2], moved=False)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorapre_dist.core import stacks
+from lorapre_dist.core import batching
+from lorapre_dist.core.batching import Limits
 from lorapre_dist.core.exchange import Item
 from lorapre_dist.core.guard import taken_for_granted
 from lorapre_dist.optimizers import OPTIMIZERS
@@ -107,6 +108,12 @@ def test_factors_of_next_to_nothing(name):
         torch.testing.assert_close(whole[key], tensor, rtol=1e-8, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
 
 
+def stacks(matrices, block, others=()):
+    """Those of more than one matrix."""
+    waves = batching.plan([matrix.outline for matrix in matrices], Limits(1 << 30, block, 8), others)
+    return [run for wave in waves for bucket in wave for run in bucket if len(run) > 1]
+
+
 def test_only_what_is_alike_is_stacked():
     _, optimizer = trained("LoRAPre", BLOCKS[2], steps=3)
     matrices = [bound.state for bound in optimizer.bound() if hasattr(bound.state, "interval")]
@@ -119,21 +126,21 @@ def test_only_what_is_alike_is_stacked():
         return Item(matrix, empty, empty, torch.ones(()), taken_for_granted(empty.device))
 
     items = [item(matrix, torch.bfloat16 if k == 3 else torch.float32) for k, matrix in enumerate(matrices)]
-    (run,) = stacks.of(matrices, 1 << 20, [stacks.kind(item) for item in items])
+    (run,) = stacks(matrices, 1 << 20, [batching.kind(item) for item in items])
     # However many steps each has behind it; not the matrix of another shape, nor the one of another type.
     assert len(run) == 2 * EXPERTS - 1 and {matrices[k].step for k in run} == {2, 3} and 3 not in run
-    sizes = [len(run) for run in stacks.of(matrices, 8 * 12 * 10 * 8)]
+    sizes = [len(run) for run in stacks(matrices, 8 * 12 * 10 * 8)]
     assert sizes == [8, 6]
-    assert stacks.of(matrices, 7 * 12 * 10 * 8) == []
+    assert stacks(matrices, 7 * 12 * 10 * 8) == []
 
 
 def test_pieces_that_lie_behind_each_other_are_joined_by_a_view():
     pieces = list(torch.arange(24.0).view(4, 2, 3).unbind())
-    joined = stacks._joined(pieces)
+    joined = batching._joined(pieces)
     assert joined.shape == (4, 2, 3) and joined.data_ptr() == pieces[0].data_ptr()
     assert torch.equal(joined, torch.stack(pieces))
     for apart in ([pieces[0], pieces[2]], [pieces[1], pieces[0]], [t.T for t in pieces]):
-        joined = stacks._joined(apart)
+        joined = batching._joined(apart)
         assert joined.data_ptr() != apart[0].data_ptr() and torch.equal(joined, torch.stack(apart))
 
 
@@ -158,7 +165,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "LoRAPreMuon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_stack_takes_the_operations_of_one_matrix(name):
     def operations(experts, block=BLOCKS[2]):
         parameter = nn.Parameter(torch.zeros(experts, 12, 10))

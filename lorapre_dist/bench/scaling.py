@@ -1,0 +1,250 @@
+"""What a step costs one rank as ranks are added, and whether ranks wait for each other.
+
+    python -m lorapre_dist.bench scaling --model llama-60m --rank 128 --worlds 1 2 4 8 16 64
+
+``simulate``: the CPU time of one rank's step (``--index``) in worlds of any size, without the other ranks. Matrices
+lie in even row shards, as under FSDP2 and ZeRO-3. The arithmetic is real, collectives are copies in memory: of an
+all-gather this rank's own block for all others, of a reduce-scatter its own part. ``efficiency`` is the time of one
+process over N times that of the rank. Beside it the least that is left when all is dealt out evenly but what a rank
+must receive (``floor``): the time of one process over N, plus a copy of the ``r q`` numbers of every ``A``.
+
+``chain``: real gloo ranks of this machine with a flat buffer cut into equal parts, as under ZeRO-2: each shares one
+matrix with the rank before it and one with the next. Every row block sleeps, and every bucket holds one matrix. If
+ranks do not wait in a chain the step takes as long as the busiest rank's own blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorapre_dist.awaiting import building_under_engine
+from lorapre_dist.config import ConfigError
+from lorapre_dist.core import regression
+from lorapre_dist.core.comm import Comm
+from lorapre_dist.core.factors import Peers
+from lorapre_dist.layouts.base import Layout, Piece, SubGroups, Unit
+from lorapre_dist.layouts.zero12 import flat_group
+from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
+
+from .ranks import spawn
+from .shapes import projections
+
+PARTS = ("simulate", "chain")
+Shapes = list[tuple[str, tuple[int, int]]]
+
+
+def main(argv: list[str]) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        prog="lorapre_dist.bench scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--model", default="llama-60m")
+    parser.add_argument("--layers", type=int, help="of the model; default: all")
+    parser.add_argument("--rank", type=int, default=128, help="of the factors")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="LoRAPre")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--index", type=int, default=0, help="the rank that is timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--delay", type=float, default=0.05, help="seconds that a row block sleeps in chain")
+    args = parser.parse_args(argv)
+    if min(args.worlds) < 1 or not 0 <= args.index < min([n for n in args.worlds if n > 1] or [1]):
+        raise ConfigError(f"--worlds {args.worlds} --index {args.index}: worlds have at least one rank, and that one")
+    torch.set_num_threads(1)
+    if "simulate" in args.parts:
+        print_simulated(args)
+    if "chain" in args.parts:
+        print_chain(args.delay)
+
+
+# simulated worlds -----------------------------------------------------------------------------------------------
+
+
+def print_simulated(args: argparse.Namespace) -> None:
+    """CPU time of one rank's step in every world."""
+    shapes = projections(args.model)
+    layers = args.layers or len(shapes) // 7
+    shapes = shapes[: 7 * layers]
+    print(f"{args.optimizer}, {args.model} ({layers} layers, {len(shapes)} matrices), rank {args.rank}: CPU time")
+    print(f"of the step of rank {args.index} in row shards, collectives as copies, one thread, least of {args.repeats}")
+    print(f"  {'ranks':>6} {'ms':>10} {'speed-up':>9} {'efficiency':>11} {'floor':>7}")
+    copy = copying(args.optimizer, shapes, args.rank)
+    alone: float | None = None
+    for size in args.worlds:
+        seconds = simulated(args.optimizer, shapes, args.rank, size, min(args.index, size - 1), args.repeats)
+        alone = alone or seconds * size
+        least = alone / (alone + size * copy * (size > 1))
+        line = (
+            f"  {size:>6} {seconds * 1e3:>10.1f} {alone / seconds:>9.2f} {alone / seconds / size:>11.2f} {least:>7.2f}"
+        )
+        print(line, flush=True)
+
+
+def simulated(kind: str, shapes: Shapes, rank: int, size: int, index: int, repeats: int) -> float:
+    """Least CPU seconds of ``repeats`` steps of rank ``index`` of ``size``."""
+    with fake_world(size, index):
+        optimizer = row_shards(kind, shapes, rank, size, index)
+        start, times = [tensor.clone() for tensor in _state(optimizer)], []
+        for repeat in range(repeats + 1):
+            torch._foreach_copy_(_state(optimizer), start)  # what missing peers send is good for one step
+            begin = time.process_time()
+            optimizer.step()
+            times += [time.process_time() - begin] if repeat else []
+    return min(times)
+
+
+def _state(optimizer: LowRankOptimizer) -> list[Tensor]:
+    return [tensor for tensors in optimizer.factors().values() for tensor in tensors.values()]
+
+
+def row_shards(
+    kind: str,
+    shapes: Shapes,
+    rank: int,
+    size: int,
+    index: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LowRankOptimizer:
+    """An optimizer, with gradients, of one rank's rows of every matrix; its collectives are copies."""
+    generator, units, named = torch.Generator().manual_seed(index), [], []
+    for name, (p, q) in shapes:
+        rows = -(-p // size)
+        ranges = tuple((min(p, k * rows) * q, min(p, (k + 1) * rows) * q) for k in range(size))
+        start, stop = ranges[index]
+        drawn = torch.randn(2, stop - start, generator=generator).to(device, dtype)
+        piece = torch.nn.Parameter(drawn[0] * 0.02)
+        piece.grad = drawn[1] * 1e-3
+        peers = Peers(dist.group.WORLD, ranges, index) if size > 1 else None
+        units.append(Unit(piece, 0, [Piece(name, (p, q), start, stop, 0, peers)]))
+        named.append((name, piece))
+    with building_under_engine():
+        optimizer = OPTIMIZERS[kind]([piece for _, piece in named], lr=1e-5, rank=rank)
+    optimizer.bind(Layout("row shards", units, size))
+    for tensors in optimizer.factors().values():
+        for moment in optimizer.config.ranks:
+            B = tensors[f"{moment}_B"]
+            B.copy_(torch.randn(B.shape, generator=generator) * 1e-3)
+    optimizer.comm = Copies()
+    return optimizer
+
+
+class Copies(Comm):
+    """Collectives of a rank whose peers do not exist: what they would send is taken to be what it sends."""
+
+    def all_gather(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
+        """This rank's block, as often as there are ranks."""
+        out = local.expand(dist.get_world_size(group), -1).contiguous()
+        return lambda: out
+
+    def reduce_scatter(self, blocks: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
+        """This rank's part, as often as there are ranks."""
+        size = dist.get_world_size(group)
+        out = blocks.view(size, -1)[dist.get_rank(group)] * size
+        return lambda: out
+
+    def all_reduce(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
+        """Itself, as often as there are ranks."""
+        size = dist.get_world_size(group)
+        return lambda: local.mul_(size)
+
+    def reduce(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
+        """Each part as often as there are ranks."""
+        torch._foreach_mul_([tensor for _, tensor in parts], dist.get_world_size(group))
+
+    def all_to_all(
+        self, leaving: list[list[Tensor]], arriving: list[list[Tensor]], group: Any, purpose: str
+    ) -> Callable[[], None]:
+        """Small numbers; what leaves is packed."""
+        torch.cat([tensor.reshape(-1) for some in leaving for tensor in some] or [torch.empty(0)])
+        for tensor in (tensor for some in arriving for tensor in some):
+            tensor.fill_(1e-3)
+        return lambda: None
+
+    def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
+        """Others' parts as they are."""
+
+
+class fake_world:
+    """PyTorch's fake process group of any size, in one process."""
+
+    def __init__(self, size: int, index: int) -> None:
+        self.size, self.index = size, index
+
+    def __enter__(self) -> None:
+        # PyTorch's own tests use it so; it has no public name.
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        if self.size > 1:
+            dist.init_process_group("fake", rank=self.index, world_size=self.size, store=FakeStore())
+
+    def __exit__(self, *_: object) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def copying(kind: str, shapes: Shapes, rank: int) -> float:
+    """CPU seconds of copying every ``A`` once, which a rank must receive."""
+    ranks = OPTIMIZERS[kind].config_class(rank=rank).ranks.values()
+    blocks = [torch.randn(r, q) for _, (_, q) in shapes for r in ranks]
+    found = []
+    for _ in range(5):
+        begin = time.process_time()
+        for block in blocks:
+            block.clone()
+        found.append(time.process_time() - begin)
+    return min(found)
+
+
+# chains ---------------------------------------------------------------------------------------------------------
+
+
+def print_chain(delay: float, size: int = 4) -> None:
+    """Time of a step whose row blocks sleep, and the busiest rank's own sleep."""
+    results = spawn(size, chained, delay=delay)
+    wall, own = max(r["wall"] for r in results), max(r["own"] for r in results)
+    print(
+        f"\nZeRO-2's layout, {size} ranks, {results[0]['matrices']} matrices of one row block, a bucket each; a block"
+    )
+    print(f"sleeps {delay} s: a step takes {wall:.2f} s, the busiest rank's own blocks {own:.2f} s ({wall / own:.2f})")
+
+
+def chained(index: int, size: int, delay: float, each: int = 10) -> dict[str, float]:
+    """One rank: matrices in a flat buffer that is cut in the middle of some; the step's time and its own sleep."""
+    p, q, count = 8, 12, each * size + 1
+    placed = [(f"layers.{k}.q_proj.weight", (p, q), k * p * q) for k in range(count)]
+    part = -(-count * p * q // size)
+    flat = torch.nn.Parameter(torch.randn(min(part, count * p * q - index * part)))
+    with building_under_engine():
+        optimizer = OPTIMIZERS["LoRAPre"]([flat], lr=1e-5, rank=2)
+    unit = flat_group(flat, 0, placed, part, SubGroups(dist.group.WORLD))
+    optimizer.bind(Layout("ZeRO-2", [unit], size, lists_all=False))
+    optimizer.workspace = replace(optimizer.workspace, bucket=1, block=p * q * 4)  # no stacks, a block a matrix
+    slept = [0.0]
+    blocks = regression.blocks
+
+    def slow(work: Any, workspace: Any, cut_only: bool = False) -> Any:
+        for block in blocks(work, workspace, cut_only):
+            if not cut_only:
+                time.sleep(delay)
+                slept[0] += delay
+            yield block
+
+    regression.blocks = slow
+    wall = 0.0
+    for _ in range(3):
+        flat.grad = torch.randn_like(flat)
+        dist.barrier()
+        slept[0], begin = 0.0, time.perf_counter()
+        optimizer.step()
+        wall = time.perf_counter() - begin
+    regression.blocks = blocks
+    return {"wall": wall, "own": slept[0], "matrices": count}

@@ -1,0 +1,219 @@
+"""What goes through a step together: matrices that are alike as one stack, stacks in buckets, buckets in waves.
+
+    stack    matrices of one shape that lie alike on the same ranks: one tensor with a dimension more, in front, so that
+             an operation is done once for all of them; a matrix alone is a stack of one
+    bucket   stacks whose gathered factors and gradients of factors are in flight at a time; a stack that is not shared
+             is one by itself
+    wave     buckets whose Grams are solved together, each by one rank, so that all ranks have some to solve
+
+A rank's shared matrices come first: ranks wait for each other there, and a rank that had its own to do before would
+keep the others waiting. Peers have to find the same buckets, though each holds other matrices beside those that they
+share: a matrix's place follows from what is ahead of it in the layout (``before``), the same on all of them.
+
+All of this is decided by shapes; the planner asks here as well, with outlines of matrices that nobody holds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exchange import Item
+from .factors import Factors, Outline
+from .refresh import CHUNK
+from .workspace import Workspace
+
+Run = list[int]
+Bucket = list[Run]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much goes together.
+
+    Attributes:
+        bucket: bytes of a bucket, and of what a wave keeps.
+        block: bytes of a row block, and of a stack's weights.
+        fewest: matrices are stacked if so many of them fit in a block.
+        per_element: bytes per element of a matrix that a step keeps beside factors and Grams.
+    """
+
+    bucket: int
+    block: int
+    fewest: int
+    per_element: int = 0
+
+    @classmethod
+    def of(cls, workspace: Workspace, device: torch.device, per_element: int = 0) -> Limits:
+        """Those of a workspace on a device."""
+        return cls(workspace.bucket_on(device), workspace.block_on(device), workspace.fewest_on(device), per_element)
+
+
+def plan(outlines: Sequence[Outline], limits: Limits, others: Sequence[Hashable] = ()) -> Iterator[list[Bucket]]:
+    """The waves of a step in order: of each the buckets, of those the stacks, of those the places in ``outlines``.
+
+    Args:
+        others: what has to be the same of matrices in a stack beside :attr:`Outline.alike`.
+    """
+    kinds = [(one.alike, *others[k : k + 1]) for k, one in enumerate(outlines)]
+    shared: dict[tuple[int, int, int], Run] = defaultdict(list)
+    local: Run = []
+    for k, one in enumerate(outlines):
+        if one.parts > 1:
+            count, columns, _ = one.before
+            wave, bucket = (x // limits.bucket for x in (_kept(one, count, columns), _place(one, limits)))
+            shared[one.turn, wave, bucket].append(k)
+        else:
+            local.append(k)
+    waves: dict[tuple[int, int], list[Bucket]] = defaultdict(list)
+    for turn, wave, bucket in sorted(shared):
+        waves[turn, wave].append(_stacks(shared[turn, wave, bucket], kinds, outlines, limits))
+    yield from waves.values()
+    rest: dict[int, list[Bucket]] = defaultdict(list)
+    ahead = 0
+    for run in _stacks(local, kinds, outlines, limits):
+        one = outlines[run[0]]
+        rest[ahead // limits.bucket].append([run])
+        ahead += len(run) * _kept(one, 1, one.shape[1])
+    yield from rest.values()
+
+
+def _stacks(places: Run, kinds: list[Any], outlines: Sequence[Outline], limits: Limits) -> list[Run]:
+    equal: dict[Hashable, Run] = defaultdict(list)
+    for k in places:
+        equal[kinds[k]].append(k)
+    found = []
+    for run in equal.values():
+        size = limits.block // max(1, outlines[run[0]].largest)
+        size = size if size >= limits.fewest else 1
+        found += [run[k : k + size] for k in range(0, len(run), size)]
+    return sorted(found)
+
+
+def _place(one: Outline, limits: Limits) -> int:
+    """Bytes that the matrices ahead of this one would take if they were of its rank."""
+    count, columns, elements = one.before
+    return one.bytes(5 * columns, 4 * count) + limits.per_element * elements
+
+
+def _kept(one: Outline, count: int, columns: int) -> int:
+    """Bytes that a wave keeps of matrices with so many columns: Z, reduced if it is shared, and Grams."""
+    return one.bytes(-(-columns // one.parts), 5 * count)
+
+
+def transient_bytes(one: Outline) -> int:
+    """Bytes of one matrix in a step: gathered factors, their gradients, packed collectives, Grams and inverses."""
+    return one.bytes(one.block_size * (1 if one.lends else 5 * one.parts), 4)
+
+
+def workspace_bytes(
+    outlines: Sequence[Outline],
+    workspace: Workspace,
+    device: torch.device,
+    per_element: int = 0,
+    more: Sequence[int] | None = None,
+) -> int:
+    """Bound on what a step allocates: the largest wave, the buffers of one row block and of one batch of solves.
+
+    Args:
+        per_element: as in :class:`Limits`.
+        more: bytes of each matrix that its optimizer allocates beside what all do.
+    """
+    limits = Limits.of(workspace, device, per_element)
+    sizes = [transient_bytes(one) + (more[k] if more else 0) for k, one in enumerate(outlines)]
+    worst = 0
+    for wave in plan(outlines, limits):
+        held = max(sum(sizes[k] + _copied(outlines[k], run) for run in bucket for k in run) for bucket in wave)
+        runs = [[outlines[k] for k in run] for bucket in wave for run in bucket]
+        worst = max(worst, held + _buffers(runs, workspace, limits, device.type == "cpu"))
+    return worst
+
+
+def _buffers(runs: list[list[Outline]], workspace: Workspace, limits: Limits, cpu: bool) -> int:
+    """Bytes that a wave of stacks takes beside what each bucket's matrices do."""
+    size, block = runs[0][0].itemsize, limits.block
+    kept = sum(_kept(one, 1, one.shape[1]) for run in runs for one in run)
+    # In fp64: the stacked Grams, their Cholesky factors, the inverses, and a copy that the solver makes.
+    squares = [sum(r * r for r in run[0].ranks) for run in runs]
+    batch = sum(len(run) * square for run, square in zip(runs, squares, strict=True))
+    if cpu:
+        batch = min(batch, max(CHUNK, *squares))
+
+    def rows(run: list[Outline], columns: int) -> int:  # in a block
+        one = run[0]
+        return min(one.rows, max(1, block // (columns * size))) if len(run) == 1 else len(run) * one.rows
+
+    # Four temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
+    largest = max(rows(run, run[0].shape[1]) * run[0].shape[1] * size for run in runs)
+    blocks = 4 * largest + max(2 * largest, 5 * workspace.block)
+    beside = max(4 * rows(run, run[0].shape[1]) * sum(run[0].ranks) for run in runs)
+    gauged = max(r * (run[0].block_size * len(run) + rows(run, r)) for run in runs for r in run[0].ranks)
+    return kept + 4 * batch * 8 + blocks + (beside + gauged) * size
+
+
+def _copied(one: Outline, run: Run) -> int:
+    """Bytes that a matrix in a stack copies: weights, gradient and, once, its state."""
+    if len(run) == 1:
+        return 0
+    return 2 * one.largest + one.bytes(one.rows + one.block_size, 0) + one.statistics * one.itemsize
+
+
+def kind(item: Item) -> Hashable:
+    """What the matrices of a stack have in common in a step beside their outline: types of tensors."""
+    return tuple((t.dtype, t.device) for t in (item.theta, item.grad))
+
+
+def stacked(run: list[Item]) -> Item:
+    """One item for all of ``run``, which has been done to each of them once :func:`unstack` has been called.
+
+    The matrices' state is brought together once: from then on it lies in the stack, and theirs are views.
+    """
+    matrices = [item.matrix for item in run]
+    factors = {
+        moment: Factors(*(_lying_together([m.factors[moment] for m in matrices], side) for side in ("B", "A")))
+        for moment in matrices[0].factors
+    }
+    vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}
+    matrix = replace(matrices[0], factors=factors, vectors=vectors, taken=_lying_together(matrices, "taken"))
+    theta, grad = (_joined([getattr(item, of) for item in run]) for of in ("theta", "grad"))
+    return Item(matrix, theta, grad, _joined([item.largest for item in run]), run[0].go)
+
+
+def unstack(stack: Item, run: list[Item]) -> None:
+    """Copy the stack's weights to where they came from, unless they lie there."""
+    if not _shares(stack.theta, run[0].theta):
+        torch._foreach_copy_([item.theta for item in run], list(stack.theta.unbind()))
+
+
+def _lying_together(owners: list[Any], name: str) -> Tensor:
+    """The stack of the tensors that ``owners`` (objects or dicts) have by a name; they become views of it."""
+    get, put = (dict.__getitem__, dict.__setitem__) if isinstance(owners[0], dict) else (getattr, setattr)
+    pieces = [get(owner, name) for owner in owners]
+    stack = _joined(pieces)
+    if not _shares(stack, pieces[0]):
+        for owner, piece in zip(owners, stack.unbind(), strict=True):
+            put(owner, name, piece)
+    return stack
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Tensors of one shape in one, of a dimension more: a view where they lie behind each other, as experts do."""
+    first, size = pieces[0], pieces[0].numel()
+    if len(pieces) == 1:
+        return first[None]
+    start = first.storage_offset()
+    if all(
+        t.storage_offset() == start + k * size and t.is_contiguous() and _shares(t, first) for k, t in enumerate(pieces)
+    ):
+        return first.as_strided((len(pieces), *first.shape), (size, *first.stride()))
+    return torch.stack(pieces)
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one storage; fake tensors have no pointers to compare."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata

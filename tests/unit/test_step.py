@@ -1,0 +1,169 @@
+"""What a step costs: nothing waits for the device, few operations, and no Gram is solved by two ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorapre_dist.bench import launches, scaling
+from lorapre_dist.bench.shapes import projections
+from lorapre_dist.core import batching, exchange, refresh
+from lorapre_dist.core.batching import Limits
+from lorapre_dist.core.factors import Outline
+from lorapre_dist.optimizers import OPTIMIZERS
+
+MODEL = "llama-60m"
+MATRICES = len(projections(MODEL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_no_number_is_read_back_and_all_is_on_one_device(kind, size, dtype):
+    """On the device that has no numbers: reading one raises, by whatever name."""
+    with scaling.fake_world(size, 0):
+        found = launches.count(lambda: launches.ours(kind, MODEL, 128, size, dtype))
+    assert found.total > 100
+    assert found.waits == 0 and not found.mixed
+
+
+def test_what_is_looked_for_is_seen():
+    """A read of a number raises on that device, and one on another device is counted."""
+    x = torch.ones(3, device="meta")
+    with pytest.raises(RuntimeError):
+        x.sum().item()
+    with launches.Launches() as found, pytest.raises((RuntimeError, NotImplementedError)):
+        bool((x > 0).any())
+    assert found.waits == 1
+    with launches.Launches() as found:
+        x.add(2.0)
+        torch.where(x > 0, x, torch.ones(()))
+        assert not found.mixed
+        x.copy_(torch.ones(3))
+    assert found.mixed
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "most"),
+    [("LoRAPre", 1, 12), ("LoRAPreMuon", 1, 20), ("LoRAPreAdafactor", 1, 12), ("LoRAPre", 8, 16)],
+)
+def test_operations_a_matrix(kind, size, most):
+    with scaling.fake_world(size, 0):
+        found = launches.count(lambda: launches.ours(kind, MODEL, 128, size))
+    assert found.total / MATRICES <= most
+
+
+def solved(monkeypatch, size, index, layers=2):
+    """Sides of the Grams that a rank factors in a step."""
+    sides = []
+    cholesky = refresh.damped_cholesky
+
+    def counting(grams, *rest, **settings):
+        sides.extend([grams.shape[-1]] * len(grams))
+        return cholesky(grams, *rest, **settings)
+
+    with scaling.fake_world(size, index):
+        optimizer = scaling.row_shards("LoRAPre", projections(MODEL)[: 7 * layers], 16, size, index)
+        with monkeypatch.context() as patch:
+            patch.setattr(refresh, "damped_cholesky", counting)
+            optimizer.step()
+    return sides
+
+
+@pytest.mark.parametrize("size", [2, 4, 16, 40])
+def test_no_gram_is_solved_twice(monkeypatch, size):
+    """Fourteen matrices, each with a Gram of B and one of A for both moments; also on more ranks than there are."""
+    sides = [solved(monkeypatch, size, index) for index in range(size)]
+    every = sorted(side for some in sides for side in some)
+    assert every == sorted([16, 2] * 2 * 14)
+    most = max(len(some) for some in sides)
+    assert most == 4 * -(-14 // size)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("number", [1, 2, 7, 8, 9, 64, 100])
+def test_owners_have_each_gram_once(number, ranks):
+    parts = [exchange.owned(number, ranks, index) for index in range(ranks)]
+    assert [k for low, high in parts for k in range(low, high)] == list(range(number))
+    assert exchange.evenly_dealt([number], ranks) == (-(-number // ranks) * ranks <= 2 * number)
+
+
+# what goes together ---------------------------------------------------------------------------------------------
+
+
+def outline(parts=1, turn=0, before=(0, 0, 0), shape=(64, 32), alike=None, rows=None):
+    return Outline(
+        shape=shape,
+        rows=shape[0] if rows is None else rows,
+        ranks=(8, 1),
+        statistics=0,
+        itemsize=4,
+        parts=parts,
+        lends=parts == 1,
+        largest=4 * shape[0] * shape[1] // parts,
+        alike=(shape, parts) if alike is None else alike,
+        turn=turn,
+        before=before,
+    )
+
+
+def test_shared_matrices_come_first_and_neighbours_in_turns():
+    """Rank 1 of a flat buffer in four parts: its own, one shared with rank 0, one with rank 2."""
+    mine = [outline(2, turn=0, alike="with 0"), *[outline()] * 3, outline(2, turn=1, alike="with 2")]
+    waves = list(batching.plan(mine, Limits(1 << 30, 1, 8)))
+    assert waves[:2] == [[[[0]]], [[[4]]]]
+    assert sorted(k for bucket in waves[2] for run in bucket for k in run) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bucket", [1, 5_000, 20_000, 1 << 30])
+def test_peers_find_the_same_buckets_whatever_else_they_hold(bucket):
+    ahead = [(k, 32 * k, 0) for k in range(12)]
+    shared = [outline(4, before=place, alike=("x", k % 2)) for k, place in enumerate(ahead)]
+    names = [f"shared {k}" for k in range(12)]
+
+    def found(every):
+        limits = Limits(bucket, 1 << 20, 2)
+        waves = batching.plan([one for one, _ in every], limits)
+        named = [[[[every[k][1] for k in run] for run in bucket] for bucket in wave] for wave in waves]
+        kept = [[[run for run in bucket if run[0] in names] for bucket in wave] for wave in named]
+        return [[bucket for bucket in wave if bucket] for wave in kept if any(wave)]
+
+    plain = list(zip(shared, names, strict=True))
+    mixed = [pair for k, one in enumerate(plain) for pair in [(outline(), f"own {k}")] * (k % 3) + [one]]
+    assert found(plain) == found(mixed)
+    assert [n for wave in found(plain) for b in wave for run in b for n in run].sort() == names.sort()
+    if bucket == 1:
+        assert all(len(run) == 1 for wave in found(plain) for b in wave for run in b)
+
+
+def test_a_wave_keeps_no_more_than_a_bucket_holds():
+    many = [outline(before=(k, 32 * k, 0)) for k in range(50)]
+    limits = Limits(20_000, 1, 8)
+    waves = list(batching.plan(many, limits))
+    assert len(waves) > 1
+    for wave in waves:
+        kept = sum(many[k].bytes(32, 5) for bucket in wave for run in bucket for k in run)
+        assert kept <= 2 * limits.bucket
+
+
+# benches --------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_do_not_wait_in_a_chain():
+    """Four ranks with eleven row blocks each: all of them work at once."""
+    results = scaling.spawn(4, scaling.chained, delay=0.05)
+    own = max(result["own"] for result in results)
+    assert own >= 0.5
+    # A chain takes twice as long and more; what is left is for a busy machine.
+    assert min(result["wall"] for result in results) <= 1.4 * own
+
+
+def test_bench_scaling_and_launches_print_their_tables(capsys):
+    few = ["--layers", "1", "--worlds", "1", "2", "--repeats", "1", "--rank", "8", "--parts", "simulate"]
+    scaling.main(few)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["1", "2"]
+    assert 0 < float(lines[-1].split()[3]) < 1.2
+    launches.main(["--rank", "8", "--operations"])
+    out = capsys.readouterr().out
+    assert all(kind in out for kind in OPTIMIZERS) and "row shards, 8 ranks" in out
