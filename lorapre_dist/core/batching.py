@@ -146,7 +146,7 @@ def _buffers(runs: list[list[Outline]], workspace: Workspace, limits: Limits, cp
 
     def rows(run: list[Outline], columns: int) -> int:  # in a block
         one = run[0]
-        return min(one.rows, max(1, block // (columns * size))) if len(run) == 1 else len(run) * one.rows
+        return min(one.rows, max(1, block // (columns * size))) if len(run) == 1 else len(run) * _most_rows(one)
 
     # Four temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
     largest = max(rows(run, run[0].shape[1]) * run[0].shape[1] * size for run in runs)
@@ -160,7 +160,13 @@ def _copied(one: Outline, run: Run) -> int:
     """Bytes that a matrix in a stack copies: weights, gradient and, once, its state."""
     if len(run) == 1:
         return 0
-    return 2 * one.largest + one.bytes(one.rows + one.block_size, 0) + one.statistics * one.itemsize
+    return 2 * one.largest + one.bytes(_most_rows(one) + one.block_size, 0) + one.statistics * one.itemsize
+
+
+def _most_rows(one: Outline) -> int:
+    """Rows that a piece touches on any rank, at most; a stack's pieces may begin and end in the middle of one."""
+    p, q = one.shape
+    return min(p, -(-one.largest // (q * one.itemsize)) + 1)
 
 
 def kind(item: Item) -> Hashable:

@@ -254,15 +254,12 @@ def _scattered(batches: list[Tensor], peers: Peers, solve: Solve, comm: Comm, na
         lines.append(padded.reshape(ranks, -1))
     mine = comm.reduce_scatter(_joined(lines, 1), peers.group, names[0])()
     sizes = [line.shape[1] for line in lines]
-    answers = []
     for batch, part in zip(batches, mine.split(sizes), strict=True):
         low, high = owned(len(batch), ranks, index)
-        part = part.view(-1, *batch.shape[1:])
-        solved = solve(part[: high - low]) if high > low else part[:0]
-        answers.append(
-            torch.cat([solved, part[high - low :]]).reshape(-1) if high - low < len(part) else solved.reshape(-1)
-        )
-    gathered = comm.all_gather(_joined(answers), peers.group, names[1])()
+        own = part.view(-1, *batch.shape[1:])[: high - low]
+        if len(own):
+            own.copy_(solve(own))
+    gathered = comm.all_gather(mine, peers.group, names[1])()
     found = gathered.split(sizes, dim=1)
     return [part.reshape(-1, *batch.shape[1:])[: len(batch)] for batch, part in zip(batches, found, strict=True)]
 

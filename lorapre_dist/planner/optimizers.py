@@ -12,7 +12,7 @@ import torch
 
 from lorapre_dist.core import batching
 from lorapre_dist.core.batching import Limits
-from lorapre_dist.core.exchange import evenly_dealt, owned
+from lorapre_dist.core.exchange import evenly_dealt
 from lorapre_dist.core.factors import Outline
 from lorapre_dist.core.guard import SAMPLES
 from lorapre_dist.core.workspace import Workspace
@@ -152,14 +152,14 @@ class Held:
         outline: what decides how it goes through a step.
         cut: rows cut between the ranks that share it.
         group: who they are.
-        index: this rank's place among them.
+        index: this rank's place among them; all places where one rank's matrices stand for those of all.
         call: of the optimizer, in which it is stepped.
     """
 
     outline: Outline
     cut: int
     group: Any
-    index: int
+    index: Any
     call: int
 
 
@@ -175,6 +175,7 @@ def _held(spread: Spread, fullest: int, ranks: tuple[int, ...], energies: int) -
         lying = (group, held.ranges) if parts > 1 else None
         for index, rank in [(fullest, fullest)] if spread.uniform else enumerate(who):
             rows = int(held.rows[index])
+            place = np.arange(parts) if spread.uniform else index
             outline = Outline(
                 shape=(p, q),
                 rows=rows,
@@ -188,24 +189,24 @@ def _held(spread: Spread, fullest: int, ranks: tuple[int, ...], energies: int) -
                 turn=who[0] % 2 if 1 < parts < spread.ranks else 0,
                 before=(0, 0, 0) if spread.own_order else (*share.ahead, 0),
             )
-            found[rank].append(Held(outline, held.cut, group, index, share.call))
+            found[rank].append(Held(outline, held.cut, group, place, share.call))
     return found
 
 
-def _sent(matrices: list[Held], limits: Limits, paper: bool) -> dict[str, int]:
+def _sent(matrices: list[Held], limits: Limits, paper: bool) -> dict[str, Any]:
     """Bytes that a rank sends, by the purposes of ``core/step.py``; for each bucket or wave and group one collective.
 
     Of a matrix over n ranks, with blocks of b = ceil(q / n) columns and c rows cut between ranks, in numbers of 4
     bytes: gather A (n-1) (b (r + r_v) + 67), reduce Z (n-1) b (r + r_v); edge rows 2 (n-1)/n c (2 + r + r_v); the Gram
     of B and that of A to their owner and back, ``2 (r^2 + r_v^2)`` each at most.
     """
-    found: dict[str, int] = defaultdict(int)
+    found: dict[str, Any] = defaultdict(int)
 
     def dealt(runs: list[list[Held]], *names: str) -> None:
         for shared in _by_group(runs):
             one, number = shared[0][0], sum(map(len, shared))
             for name, count in zip(names, _dealt(one, number), strict=True):
-                found[name] += count
+                found[name] = found[name] + count
 
     for call in sorted({m.call for m in matrices}):
         some = [m for m in matrices if m.call == call]
@@ -237,15 +238,15 @@ def _exchanged(shared: list[Held]) -> dict[str, int]:
     }
 
 
-def _dealt(one: Held, number: int) -> tuple[int, int]:
+def _dealt(one: Held, number: int) -> tuple[Any, Any]:
     """What a rank sends of the Grams of so many matrices, and of the answers (``deal_out`` of ``core/exchange.py``)."""
     n, sides = one.outline.parts, Counter(one.outline.ranks)
     numbers = {r: moments * number for r, moments in sides.items()}
     if evenly_dealt(list(numbers.values()), n):
         lines = sum(-(-count // n) * n * r * r for r, count in numbers.items())
         return (round(FP32 * lines * ((n - 1) / n)),) * 2
-    low_high = {r: owned(count, n, one.index) for r, count in numbers.items()}
-    mine = FP32 * sum((high - low) * r * r for r, (low, high) in low_high.items())
+    each = {r: -(-count // n) for r, count in numbers.items()}
+    mine = FP32 * sum(np.clip(count - each[r] * one.index, 0, each[r]) * r * r for r, count in numbers.items())
     return FP32 * sum(count * r * r for r, count in numbers.items()) - mine, mine
 
 
