@@ -17,5 +17,6 @@ class LoRAPreAdafactor(LowRankOptimizer):
     config_class = LoRAPreAdafactorConfig
     core = adafactor
 
+    from_adamw = classmethod(LoRAPre.from_adamw.__func__)  # type: ignore[attr-defined]
     matrix_hyper = staticmethod(LoRAPre.matrix_hyper)
     vector_hyper = staticmethod(LoRAPre.vector_hyper)
