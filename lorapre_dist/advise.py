@@ -27,8 +27,8 @@ def of_missing_names(name: str, shapes: dict[str, Sequence[int]]) -> None:
     """
     place, (p, q) = max(shapes.items(), key=lambda item: max(item[1]) / min(item[1]))
     _warn(
-        f"the parameters have no names, so all {len(shapes)} matrices are low-rank, embeddings and output layer too "
-        f"(such as {place}, {p} x {q}); {name}(model, ...) leaves those to AdamW"
+        f"the parameters have no names, so all {len(shapes)} matrices are low-rank, embeddings and the output layer "
+        f"with them (is {place}, {p} x {q}, one?); {name}(model, ...) leaves those to AdamW"
     )
 
 

@@ -51,7 +51,7 @@ def projects(name: str) -> bool:
     It lies in a numbered block (``layers.3.``), or where none is under a usual name of attention and MLP; and from the
     block on, nothing in its name says that it embeds, shifts, is a head, normalises, routes or adapts.
     """
-    inside, numbered = _in_block(clean_name(parameter_name(name)).split("."))
+    inside, numbered = in_block(clean_name(parameter_name(name)).split("."))
     words = [[word.lower() for word in _WORD.findall(part)] for part in inside]
     flat = {word for part in words for word in part}
     if not (numbered or _PROJECTIONS.intersection(inside) or _BRIDGES & flat):
@@ -66,7 +66,7 @@ def projects(name: str) -> bool:
     return not (layer and layer[-1][-1] in _NORMS)
 
 
-def _in_block(parts: list[str]) -> tuple[list[str], bool]:
+def in_block(parts: list[str]) -> tuple[list[str], bool]:
     """The parts of a name from its innermost numbered block on, the name of the list of blocks first; all if none is.
 
     A number that ends the layer's own name (``to_out.0.weight``) is none of a block.
