@@ -25,7 +25,7 @@ def of_missing_names(name: str, shapes: dict[str, Sequence[int]]) -> None:
     Args:
         name: of the optimizer.
     """
-    place, (p, q) = max(shapes.items(), key=lambda item: max(item[1]) / min(item[1]))
+    place, (p, q) = max(shapes.items(), key=lambda item: max(item[1]))
     _warn(
         f"the parameters have no names, so all {len(shapes)} matrices are low-rank, embeddings and the output layer "
         f"with them (is {place}, {p} x {q}, one?); {name}(model, ...) leaves those to AdamW"

@@ -118,8 +118,14 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         if self._stepped():
             raise ConfigError("learn_types: must come before the first step")
-        self._other_layers = naming.other_layers(model)
+        self._other_layers = frozenset(naming.layer_kinds(model))
         self.layout, self._bound = None, {}
+
+    def low_rank_names(self, model: nn.Module) -> set[str]:
+        """Names of the trainable parameters of ``model`` that are low-rank by the settings of one of the groups."""
+        configs = [self.group_config(group) for group in self.param_groups]
+        named = [(naming.clean_name(n), naming.shape_of(p)) for n, p in model.named_parameters() if p.requires_grad]
+        return {n for n, shape in named if any(self._is_low_rank(n, shape, config) for config in configs)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults.

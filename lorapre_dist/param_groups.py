@@ -9,7 +9,7 @@ from typing import Any
 from .config import ConfigError, check_expression
 
 # The words of a part of a name: ``relative_attention_bias`` has three, ``EncDecAttention`` as well.
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # What looks up or shifts rather than projects, wherever in a layer's name it is said ...
 _TABLES = {"emb", "wte", "wpe", "bias", "biases"}
 # ... and what does so as the name of a parameter that is not called "weight": ``rel_pos_h``, ``A_log``.
@@ -52,7 +52,7 @@ def projects(name: str) -> bool:
     block on, nothing in its name says that it embeds, shifts, is a head, normalises, routes or adapts.
     """
     inside, numbered = in_block(clean_name(parameter_name(name)).split("."))
-    words = [[word.lower() for word in _WORD.findall(part)] for part in inside]
+    words = [_words(part) for part in inside]
     flat = {word for part in words for word in part}
     if not (numbered or _PROJECTIONS.intersection(inside) or _BRIDGES & flat):
         return False
@@ -62,7 +62,7 @@ def projects(name: str) -> bool:
         return False
     if inside[-1] != "weight":
         return not _NO_WEIGHTS.intersection(words[-1])
-    layer = [part for part in words[:-1] if part and not part[0].isdigit()]
+    layer = [part for part in words[:-1] if part]
     return not (layer and layer[-1][-1] in _NORMS)
 
 
@@ -83,13 +83,18 @@ def _is_head(words: list[str]) -> bool:
     return bool(words) and words[-1] in _HEADS and len(words[0]) > 1
 
 
+def _words(part: str) -> list[str]:
+    """``"norm_1"`` and ``"RMSNorm"`` both end in "norm"."""
+    return [word.lower() for word in _WORD.findall(part)]
+
+
 def is_stack(name: str, shape: Sequence[int]) -> bool:
     """Whether a 3-D parameter is so many matrices, as experts are, rather than one matrix with a side in two parts.
 
     ``d_model x heads x head_dim``, as XLNet has its projections, and the kernels of convolutions have more slices than
     a slice has rows or columns.
     """
-    words = {word.lower() for word in _WORD.findall(name)}
+    words = set(_words(name))
     return not words & {"conv", "convs"} and (shape[0] <= min(shape[1:]) or bool(words & {"expert", "experts", "moe"}))
 
 
@@ -153,7 +158,9 @@ def explain_no_match(
     known = ", ".join([name for name, _ in two_d[:4]] + ["..."] * (len(two_d) > 4))
     what = "the default target_modules" if target_modules is None else f"target_modules={target_modules!r}"
     there = f"{len(two_d)} 2-D or 3-D parameters: {known}" if two_d else "it has none"
-    return f"{what}: matches no matrix of this model ({there})"
+    adapters = target_modules is None and any(_ADAPTERS.intersection(name.split(".")) for name, _ in two_d)
+    hint = '; LoRA adapters take AdamW unless target_modules names them: ["lora_A", "lora_B"]' if adapters else ""
+    return f"{what}: matches no matrix of this model ({there}){hint}"
 
 
 def explain_no_match_of(pairs: list[tuple[str, Any, Any]], default: Any, unnamed: bool) -> str:
@@ -164,13 +171,16 @@ def explain_no_match_of(pairs: list[tuple[str, Any, Any]], default: Any, unnamed
     return explain_no_match(shapes.items(), config.rank, targets, config.resolved_rank_v)
 
 
-def other_layers(model: Any) -> frozenset[str]:
-    """Names of the parameters of ``model`` whose layers are, by their types, embeddings, convolutions, norms or heads.
+def layer_kinds(model: Any) -> dict[str, str]:
+    """Which parameters of ``model`` belong, by the types of their layers, to no projection, and to what instead.
 
-    What a name does not tell. Frozen and tied parameters count too.
+    What a name does not tell. Frozen and tied parameters are there too.
 
     Args:
         model: a ``torch.nn.Module``, wrapped or not.
+
+    Returns:
+        ``"embedding"``, ``"convolution"``, ``"norm"`` or ``"head"`` by name of the parameter.
     """
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
@@ -182,13 +192,24 @@ def other_layers(model: Any) -> frozenset[str]:
                 heads.add(id(module.get_output_embeddings()))
             except (AttributeError, NotImplementedError):  # a model that has none
                 continue
-    found = set()
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    found = {}
     for name, module in model.named_modules():
-        whole = isinstance(module, (nn.Embedding, nn.EmbeddingBag, _ConvNd)) or id(module) in heads
-        if whole or type(module).__name__.endswith("Norm"):  # weight_norm puts a kernel deeper; a norm may wrap a block
-            inner = module.named_parameters(recurse=whole)
-            found |= {clean_name(f"{name}.{own}" if name else own) for own, _ in inner}
-    return frozenset(found)
+        norm = type(module).__name__.endswith("Norm")
+        kinds = {"head": id(module) in heads, "convolution": isinstance(module, _ConvNd), "norm": norm}
+        kinds["embedding"] = isinstance(module, tables)
+        for kind in [kind for kind, true in kinds.items() if true]:
+            # weight_norm puts a kernel deeper, and a norm may wrap a block.
+            for own, _ in module.named_parameters(recurse=kind != "norm"):
+                found[clean_name(f"{name}.{own}" if name else own)] = kind
+    return found
+
+
+def is_table_or_head(name: str) -> bool:
+    """Whether a name speaks of an embedding or an output layer."""
+    words = [_words(part) for part in clean_name(name).split(".")]
+    embeds = any(word.startswith("embed") or word in ("wte", "wpe") for part in words for word in part)
+    return embeds or any(map(_is_head, words))
 
 
 def low_rank_parameters(model: Any, target_modules: str | Sequence[str] | None = None) -> list[tuple[str, Any]]:
@@ -198,7 +219,7 @@ def low_rank_parameters(model: Any, target_modules: str | Sequence[str] | None =
         model: a ``torch.nn.Module``.
         target_modules: as in :func:`matches`; then the types of the layers do not count.
     """
-    others = other_layers(model) if target_modules is None else frozenset()
+    others = layer_kinds(model) if target_modules is None else {}
     return [
         (name, p)
         for name, p in model.named_parameters()

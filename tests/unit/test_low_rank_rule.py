@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from lorapre_dist.param_groups import is_low_rank, low_rank_parameters, other_layers
+from lorapre_dist.param_groups import is_low_rank, layer_kinds, low_rank_parameters
 
 # Tried in this order; the first that knows a config builds it.
 AUTOS = (
@@ -185,7 +185,7 @@ def test_the_type_of_a_layer_decides_where_its_name_does_not():
     model = nn.ModuleDict({"blocks": nn.ModuleList([Block()])})
     names = [n for n, _ in low_rank_parameters(model)]
     assert names == ["blocks.0.up.weight", "blocks.0.pre.inner.weight"]
-    assert "blocks.0.lookup.weight" in by_name(model) and "blocks.0.lookup.weight" in other_layers(model)
+    assert "blocks.0.lookup.weight" in by_name(model) and layer_kinds(model)["blocks.0.lookup.weight"] == "embedding"
 
 
 @pytest.mark.exhaustive
