@@ -11,7 +11,7 @@ from .config import ConfigError, check_expression
 # The words of a part of a name: ``relative_attention_bias`` has three, ``EncDecAttention`` as well.
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # What looks up or shifts rather than projects, wherever in a layer's name it is said ...
-_TABLES = {"emb", "wte", "wpe", "bias", "biases"}
+_TABLES = {"emb", "wte", "wpe", "codebook", "bias", "biases"}
 # ... and what does so as the name of a parameter that is not called "weight": ``rel_pos_h``, ``A_log``.
 _NO_WEIGHTS = {"pos", "position", "table", "token", "tokens", "query", "queries", "latents", "log", "scale"}
 _HEADS = {"head", "heads", "classifier", "classifiers", "score", "logits"}
