@@ -28,7 +28,8 @@ def rows(model: Any, optimizer: Any) -> list[str]:
         if kinds.get(name) in ("embedding", "head") or is_table_or_head(name):
             apart += math.prod(shape_of(p))
         else:
-            sizes[re.sub(r"\.\d+(?=\.)", ".*", name)] += math.prod(shape_of(p))
+            vector = len(shape_of(p)) < 2
+            sizes["norms and biases" if vector else re.sub(r"\.\d+(?=\.)", ".*", name)] += math.prod(shape_of(p))
     share = sum(sizes.values()) / total
     adamw = f"embeddings and heads {apart / total:.1%}" + (
         f", {share:.1%} else: {_largest(sizes, total)}" * bool(sizes)

@@ -26,7 +26,8 @@ def test_of_a_llama_all_but_the_norms_and_what_is_apart(model):
     low_rank, apart = share(model, lambda n: "_proj" in n), share(model, lambda n: "embed" in n or "lm_head" in n)
     start = f"low-rank   {low_rank:.1%} of the trained parameters; AdamW: embeddings and heads {apart:.1%}, "
     assert row.startswith(start)
-    assert f"{1 - low_rank - apart:.1%} else: model.layers.*." in row
+    norms = f"{1 - low_rank - apart:.1%}"
+    assert row.endswith(f", {norms} else: norms and biases {norms}")
 
 
 def test_what_is_left_out_is_named_and_warned_of(model):
