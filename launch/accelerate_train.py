@@ -47,7 +47,7 @@ def main() -> None:
     model = LlamaForCausalLM(preset_config("llama-tiny", SEQ_LEN, VOCABULARY))
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     loader = DataLoader(rows, batch_size=args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
-    optimizer = LoRAPre(model.named_parameters(), lr=args.learning_rate, rank=16, rank_v=2, scale=0.1)
+    optimizer = LoRAPre(model, lr=args.learning_rate, rank=16, rank_v=2, scale=0.1)
     # A prepared schedule moves on once for each rank in every step.
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, args.max_steps * accelerator.num_processes)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)

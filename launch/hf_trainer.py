@@ -11,7 +11,7 @@ Every option of ``TrainingArguments`` works; ``--resume_from_checkpoint runs/hf/
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 import torch
@@ -24,6 +24,15 @@ from lorapre_dist.training.settings import default_cache
 from lorapre_dist.training.tokenizer import trained_tokenizer
 
 SEQ_LEN, VOCABULARY, DOCUMENTS = 128, 2048, 400
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """Trainer's own, but with a learning rate for LoRAPre, and the loss shown from the first step on."""
+
+    learning_rate: float = field(default=5e-3, metadata={"help": "times scale; Trainer's 5e-5 would learn nothing"})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between losses that are shown."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Show the first step's loss."})
 
 
 @dataclass
@@ -50,7 +59,7 @@ def main() -> None:
     """Train, and save at the end."""
     cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     cpu += ["--ddp_backend", "gloo"] if cpu and "LOCAL_RANK" in os.environ else []
-    parser = HfArgumentParser((TrainingArguments, Choice))
+    parser = HfArgumentParser((Arguments, Choice))
     arguments, choice = parser.parse_args_into_dataclasses([*sys.argv[1:], *cpu])
     rows, tokenizer = data(default_cache())
     torch.manual_seed(arguments.seed)

@@ -31,7 +31,7 @@ class LowRankConfig:
         residual: weight of the fresh gradient's part outside the tracked subspace.
         damping: of the r x r Gram solves; default 1e-4 times the mean eigenvalue, in ``paper`` 1e-6 absolute.
         init_std: standard deviation of the initial ``A`` factors; ``stable`` makes their rows orthonormal.
-        target_modules: which 2-D weights are low-rank, see :func:`lorapre_dist.param_groups.matches`.
+        target_modules: which weights are low-rank, see :func:`lorapre_dist.param_groups.matches`.
         seed: with the parameter's name, determines the initial factors.
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
 
@@ -50,9 +50,11 @@ class LowRankConfig:
     seed: int = 0
     max_skipped: int = 20
 
-    # No fields: the name of the optimizer, and its residual weight in ``stable`` (in ``paper`` it is 0).
+    # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
+    # below which next to nothing is learned from scratch: a fiftieth of what is usual.
     optimizer = "LoRAPre"
     default_residual = 0.3
+    least_step_size = 2e-5
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -103,6 +105,11 @@ class LowRankConfig:
         return asdict(self)
 
     @property
+    def step_size(self) -> float:
+        """What the normalised update of a matrix is multiplied by."""
+        return self.lr * getattr(self, "scale", 1.0)
+
+    @property
     def resolved_rank_v(self) -> int:
         """Rank of the second moment's factors; 0 where there are none."""
         return 0
@@ -137,7 +144,8 @@ class LoRAPreConfig(LowRankConfig):
     """Settings of :class:`lorapre_dist.LoRAPre` (arXiv 2602.24283, Algorithm 1, and its ``stable`` variant).
 
     Attributes:
-        lr: of every parameter.
+        lr: of every parameter; matrices take steps of ``lr * scale``, so who comes from AdamW gives four times its lr,
+            or ``scale=1`` (:meth:`lorapre_dist.LoRAPre.from_adamw`).
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the square root of the second moment.
         rank_v: rank of the second moment's factors; default ``max(1, rank // 8)``, in ``paper`` it is ``rank``.
@@ -298,6 +306,11 @@ class LoRAPreMuonConfig(MomentumConfig):
     optimizer = "LoRAPreMuon"
     default_residual = 0.0
 
+    @property
+    def least_step_size(self) -> float:  # type: ignore[override]
+        """Of an orthogonal update, whose usual lr is 0.02, or that of AdamW."""
+        return 2e-5 if self.adjust_lr_fn == "match_rms_adamw" else 4e-4
+
     def _check_numbers(self) -> None:
         super()._check_numbers()
         number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
@@ -344,6 +357,7 @@ class LoRAPreSGDConfig(MomentumConfig):
     nesterov: bool = False
 
     optimizer = "LoRAPreSGD"
+    least_step_size = 0.0  # the gradient's own size counts
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
@@ -370,6 +384,7 @@ class LoRAPreLionConfig(MomentumConfig):
 
     optimizer = "LoRAPreLion"
     default_residual = 0.0
+    least_step_size = 2e-6
 
     def _check_numbers(self) -> None:
         super()._check_numbers()

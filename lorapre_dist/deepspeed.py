@@ -30,7 +30,7 @@ from .config import ConfigError, LowRankConfig
 from .layouts import whole, zero3, zero12
 from .layouts.base import Layout
 from .optimizers import OPTIMIZERS, LowRankOptimizer
-from .param_groups import clean_name
+from .param_groups import clean_name, shape_of
 
 # Where in the JSON, when it is refused, and why.
 _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
@@ -147,8 +147,8 @@ def _binding(configure: Any) -> Any:
         optimizer = engine.basic_optimizer
         if isinstance(optimizer, LowRankOptimizer):
             trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
-            # Under zero.Init a parameter is empty and its shape is in ds_shape.
-            optimizer.check_matches([(n, tuple(getattr(p, "ds_shape", p.shape))) for p, n in trainable.items()])
+            optimizer.learn_types(engine.module)
+            optimizer.check_matches([(n, shape_of(p)) for p, n in trainable.items()])
             optimizer.bind(engine_layout(engine))
             _mend(engine, trainable)
             checkpoints.install(engine)

@@ -6,13 +6,13 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import awaiting
+from . import advise, awaiting
 from . import param_groups as naming
 from .config import ConfigError, LoRAPreConfig, LowRankConfig
 from .core import adamw, batching, gauge
@@ -32,6 +32,9 @@ from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import StatefulOptimizer, state_dtype
 from .tensors import flat, may_step, number, refuse_duplicates, send_stepped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -63,9 +66,10 @@ class NonFiniteError(RuntimeError):
 class LowRankOptimizer(StatefulOptimizer):
     """What all our optimizers share: where the parameters lie, whose state this rank keeps, saving and loading it.
 
-    ``params`` is ``model.named_parameters()``, or groups of such pairs; a group may override any option, and one
-    with ``"rank": 0`` takes AdamW. Bare tensors have no names to select by: then every 2-D tensor whose sides exceed
-    ``rank`` is low-rank. Under DeepSpeed the engine supplies names and layout.
+    ``params`` is the model (a ``torch.nn.Module``), ``model.named_parameters()``, or groups of such pairs; a group may
+    override any option, and one with ``"rank": 0`` takes AdamW. Bare tensors have no names to select by: then every 2-D
+    tensor whose sides exceed ``rank`` is low-rank, which is warned of. Under DeepSpeed the engine supplies names and
+    layout.
 
     Where the parameters lie (FSDP2, FSDP1, tensor parallel, DDP, one device) is found out at the first step.
     ``shard_state`` deals the state out among the ranks of DDP; with False each of them keeps all of it.
@@ -80,8 +84,10 @@ class LowRankOptimizer(StatefulOptimizer):
     workspace_limits: ClassVar[Workspace] = Workspace()
     #: On a CPU too, let the device decide whether a step is taken; for tests.
     _decides_on_device: ClassVar[bool] = False
+    #: Parameters that are no projections by the types of their layers, see :meth:`learn_types`.
+    _other_layers: frozenset[str] = frozenset()
 
-    def __init__(self, params: Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
+    def __init__(self, params: nn.Module | Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
         lr = options.get("lr", self.config_class.lr)
         self.config = self.config_class.from_params({**options, "lr": number(lr)})
         self.comm = Comm()
@@ -92,14 +98,35 @@ class LowRankOptimizer(StatefulOptimizer):
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
         self.awaiting_layout = awaiting.engine_is_building()
         self._bound: dict[int, list[Bound]] = {}
-        super().__init__(params, {**self.config.as_defaults(), "lr": lr})
+        given = params.named_parameters() if isinstance(params, nn.Module) else params
+        super().__init__(given, {**self.config.as_defaults(), "lr": lr})
+        if isinstance(params, nn.Module):
+            self.learn_types(params)
         detect.check(self.param_groups)
         # FSDP1 shows parameters as 1-D views; their shapes are found with the layout.
         if not self.awaiting_layout and not any(getattr(p, "_fsdp_flattened", False) for _, p, _ in self._named()):
             named = [(n, p, i) for n, p, i in self._named() if p.requires_grad]
-            # Under DeepSpeed's zero.Init the parameter itself is empty and its shape is in ds_shape.
-            shapes = [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p, _ in named]
-            self.check_matches(shapes, [i for _, _, i in named])
+            self.check_matches([(n, naming.shape_of(p)) for n, p, _ in named], [i for _, _, i in named])
+        advise.of_small_steps(self.config)
+
+    def learn_types(self, model: nn.Module) -> None:
+        """Let the types of a model's layers say what their names do not: which ones are no projections.
+
+        For optimizers that are built of groups: with the model itself, and under DeepSpeed, it is done already.
+
+        Raises:
+            ConfigError: steps have been taken.
+        """
+        if self._stepped():
+            raise ConfigError("learn_types: must come before the first step")
+        self._other_layers = frozenset(naming.layer_kinds(model))
+        self.layout, self._bound = None, {}
+
+    def low_rank_names(self, model: nn.Module) -> set[str]:
+        """Names of the trainable parameters of ``model`` that are low-rank by the settings of one of the groups."""
+        configs = [self.group_config(group) for group in self.param_groups]
+        named = [(naming.clean_name(n), naming.shape_of(p)) for n, p in model.named_parameters() if p.requires_grad]
+        return {n for n, shape in named if any(self._is_low_rank(n, shape, config) for config in configs)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults.
@@ -209,6 +236,8 @@ class LowRankOptimizer(StatefulOptimizer):
 
     def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> bool:
         targets: Any = ".*" if name.startswith(_UNNAMED) else config.target_modules
+        if targets is None and naming.parameter_name(name) in self._other_layers:
+            return False
         return naming.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
 
     def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
@@ -253,6 +282,7 @@ class LowRankOptimizer(StatefulOptimizer):
             self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
             found.native = True
             self.bind(found)
+            self._advise_names()
         elif self.layout.name == "one device":
             missing = [(n, p, i) for n, p, i in self._named() if may_step(p) and id(p) not in self._bound]
             added = whole.layout([] if self.layout.replaced(self.param_groups) else missing)
@@ -261,6 +291,14 @@ class LowRankOptimizer(StatefulOptimizer):
                 self.layout.units.append(unit)
                 self._bind_unit(unit)
             self._settle(added.units, fresh=True)
+
+    def _advise_names(self) -> None:
+        """Warn if matrices are low-rank for want of a name. Who gave a group ``"rank": 0`` has chosen."""
+        shapes = {n.removeprefix(_UNNAMED): p.shape for n, p, _ in self._named() if n.startswith(_UNNAMED)}
+        low_rank = {b.piece.name for b in self.bound() if isinstance(b.state, Matrix)}
+        taken = {f"parameter {n}": s for n, s in shapes.items() if f"{_UNNAMED}{n}" in low_rank}
+        if taken and all(group["rank"] for group in self.param_groups):
+            advise.of_missing_names(self.config.optimizer, taken)
 
     # settings ---------------------------------------------------------------------------------------------------
 
@@ -489,7 +527,7 @@ class LoRAPre(LowRankOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: nn.Module | Iterable[Any],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -499,6 +537,23 @@ class LoRAPre(LowRankOptimizer):
     ) -> None:
         options |= {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, shard_state=shard_state, **options)
+
+    @classmethod
+    def from_adamw(
+        cls,
+        params: nn.Module | Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Any,
+    ) -> Self:
+        """The optimizer for a program that had ``torch.optim.AdamW``, with the arguments and defaults of that.
+
+        ``scale`` is 1, so that matrices take updates of AdamW's size at AdamW's ``lr``. Other ``options`` are those of
+        the class.
+        """
+        return cls(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **{"scale": 1.0, **options})
 
     @staticmethod
     def rule(config: LoRAPreConfig) -> Rule:
@@ -529,4 +584,4 @@ def adam_rule(of: type[Adam], config: LoRAPreConfig) -> Adam:
 
 _UNNAMED = "unnamed."
 # What a copy of the optimizer takes along.
-_OWN = ("config", "comm", "layout", "awaiting_layout", "shard_state", "skips")
+_OWN = ("_other_layers", "config", "comm", "layout", "awaiting_layout", "shard_state", "skips")

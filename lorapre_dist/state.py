@@ -30,8 +30,10 @@ from .layouts.matrices import expert_name
 from .param_groups import clean_name
 from .torch_state import Exposed, Part, elsewhere, expose
 
-_SHAPING = ("rank", "rank_v", "variant", "target_modules")
+_SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer")
+# What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's.
+_PRESENT = ("target_modules",)
 _FLATTENED = "FSDP1"
 
 
@@ -201,7 +203,7 @@ def plain_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def restore_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
     """Set the options of parameter groups to what :func:`plain_groups` gave; each keeps its type."""
     for group, options in zip(groups, saved, strict=True):
-        group.update({k: _like(v, group.get(k)) for k, v in options.items() if k not in _OURS})
+        group.update({k: _like(v, group.get(k)) for k, v in options.items() if k not in (*_OURS, *_PRESENT)})
 
 
 def _plain(value: Any) -> Any:

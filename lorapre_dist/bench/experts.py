@@ -53,7 +53,7 @@ def measure(
     for stacked in (True, False):
         parameter = torch.nn.Parameter((torch.randn(experts, *shape, generator=generator) * 0.02).to(device))
         parameter.grad = (torch.randn(parameter.shape, generator=generator) * 1e-3).to(device)
-        optimizer = LoRAPre([("experts.up_proj", parameter)], lr=1e-5, rank=rank)
+        optimizer = LoRAPre([("experts.up_proj", parameter)], lr=1e-4, rank=rank)
         if not stacked:  # a block of one matrix
             limit = optimizer.workspace.block_on(device) // optimizer.workspace.block
             block = parameter[0].numel() * parameter.element_size() // limit

@@ -59,11 +59,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for p in params:
         p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
     named = list(zip(names, params, strict=True))
-    options = {"lr": 1e-5, "rank": args.rank, "rank_v": args.rank_v, "variant": args.variant}
+    options = {"lr": 1e-4, "rank": args.rank, "rank_v": args.rank_v, "variant": args.variant}
     optimizer = LoRAPre(named, **options)
     if args.block_bytes:
         optimizer.workspace = replace(optimizer.workspace, block=args.block_bytes)
-    adamw = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=1e-5, fused=True)
+    adamw = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], lr=1e-4, fused=True)
     for p, q in zip(adamw.param_groups[0]["params"], params, strict=True):
         p.grad = q.grad
     rank_v = optimizer.config.resolved_rank_v

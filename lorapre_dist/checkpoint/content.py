@@ -22,6 +22,7 @@ from typing import Any
 
 from ..core.factors import SQUARES, Matrix
 from ..optimizer import LowRankOptimizer
+from ..param_groups import in_block, is_low_rank, parameter_name
 from ..state import plain_groups
 from .folder import CheckpointError
 
@@ -89,23 +90,58 @@ def differences(saved: dict[str, Any], present: dict[str, dict[str, Any]], group
     With ``resize``, other ranks of the factors are no difference.
     """
     then = {name: entry for name, entry in saved["parameters"].items() if entry["kind"] != "untrained"}
-    roots = {square: root for root, square in SQUARES.items()}
-    found = [f"{name} is not in it" for name in sorted(present.keys() - then.keys())]
-    found += [f"{name} is in it, but no trained parameter here" for name in sorted(then.keys() - present.keys())]
+    was, now = _kinds(then), _kinds(present)
+    moved = {name for name in was.keys() & now.keys() if was[name] != now[name]}  # a stack has other names then
+    missing = [name for name in sorted(present.keys() - then.keys()) if parameter_name(name) not in moved]
+    superfluous = [name for name in sorted(then.keys() - present.keys()) if parameter_name(name) not in moved]
+    found = [f"{name} is not in it" for name in missing]
+    found += [f"{name} is in it, but no trained parameter here" for name in superfluous]
+    alike: dict[str, list[str]] = {}
+    for name in sorted(moved):
+        alike.setdefault(f"kind was {was[name]}, is {now[name]}", []).append(name)
     for name in sorted(then.keys() & present.keys()):
-        for key, now in present[name].items():
-            was = then[name].get(key)
-            if key == "optimizer":
-                was = was or "LoRAPre"  # the first versions had but one, and did not say so
-            elif key == "vectors":
-                was = [roots.get(square, square) for square in vectors(then[name])]
-            if key != "step" and was != now and not (resize and key in ("rank", "rank_v")):
-                hint = " (resize_rank would adapt it)" if key in ("rank", "rank_v") else ""
-                found.append(f"{name}: {key} was {was}, is {now}{hint}")
-                break
+        if parameter_name(name) not in moved and (text := _difference(then[name], present[name], resize)):
+            alike.setdefault(text, []).append(name)
+    found += [f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {text}" for text, names in alike.items()]
+    if moved and (targets := _targets(then)):
+        found.append(f"target_modules={json.dumps(targets)} selects what was low-rank in it")
     if len(saved["param_groups"]) != groups:
         found.append(f"it has {len(saved['param_groups'])} parameter groups, the optimizer {groups}")
     return found
+
+
+def _kinds(parameters: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {parameter_name(name): entry["kind"] for name, entry in parameters.items()}
+
+
+def _difference(then: dict[str, Any], present: dict[str, Any], resize: bool) -> str | None:
+    """The first difference between a parameter's entries, in words."""
+    roots = {square: root for root, square in SQUARES.items()}
+    for key, now in present.items():
+        was = then.get(key)
+        if key == "optimizer":
+            was = was or "LoRAPre"  # the first versions had but one, and did not say so
+        elif key == "vectors":
+            was = [roots.get(square, square) for square in vectors(then)]
+        if key != "step" and was != now and not (resize and key in ("rank", "rank_v")):
+            hint = " (resize_rank=True, or a program's --resize_rank, adapts it)" if key in ("rank", "rank_v") else ""
+            return f"{key} was {was}, is {now}{hint}"
+    return None
+
+
+def _targets(then: dict[str, dict[str, Any]]) -> list[str] | None:
+    """``target_modules`` that select what was low-rank in a checkpoint, if a few names do."""
+    low_rank = {name: entry for name, entry in then.items() if entry["kind"] == "lorapre"}
+    if len({ranks(entry) for entry in low_rank.values()}) != 1:
+        return None
+    rank, rank_v = ranks(next(iter(low_rank.values())))
+    targets = set()
+    for name in low_rank:
+        inside, numbered = in_block(parameter_name(name).split("."))
+        targets.add(".".join(inside[2 if numbered else 0 :]).removesuffix(".weight"))
+    listed = sorted(targets)
+    right = all((n in low_rank) == is_low_rank(n, e["shape"], rank, rank_v or 1, listed) for n, e in then.items())
+    return listed if right and len(listed) <= 40 else None
 
 
 def weight_differences(saved: dict[str, Any], present: dict[str, dict[str, Any]]) -> list[str]:

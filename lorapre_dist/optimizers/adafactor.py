@@ -17,6 +17,8 @@ class LoRAPreAdafactor(LowRankOptimizer):
 
     config_class = LoRAPreAdafactorConfig
 
+    from_adamw = classmethod(LoRAPre.from_adamw.__func__)  # type: ignore[attr-defined]
+
     @staticmethod
     def rule(config: LoRAPreAdafactorConfig) -> Rule:
         """How a group's matrices are stepped, from its settings."""

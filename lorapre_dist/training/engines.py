@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import lorapre_dist
 from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
-from lorapre_dist.training import models
+from lorapre_dist.training import models, selection
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import TrainingData
 from lorapre_dist.training.ds_json import ignored, precision
@@ -107,6 +107,7 @@ def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, 
         f"{plan.micro_batch} sequences x {accumulation} accumulation",
         f"data       {settings.dataset}, {what}",
         f"optimizer  {settings.ds_config['optimizer']['type']}{_trained(engine)}",
+        *selection.rows(engine.module, engine.basic_optimizer),
     ]
     unused = ignored(settings.ds_config) if settings.backend != "deepspeed" else []
     if unused:

@@ -62,7 +62,9 @@ class LoRAPreTrainer(Trainer):
                 groups.append({"params": named, "weight_decay": decay, f"{own}weight_decay": decay})
         betas = (self.args.adam_beta1, self.args.adam_beta2)
         options = {"lr": self.args.learning_rate, f"{own}betas": betas, f"{own}eps": self.args.adam_epsilon}
-        self.optimizer = self.optimizer_type(groups, **{**options, **self.lorapre})
+        optimizer = self.optimizer_type(groups, **{**options, **self.lorapre})
+        optimizer.learn_types(model)
+        self.optimizer = optimizer
         return self.optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -316,6 +316,28 @@ def client_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[
     return error, name
 
 
+class Lookup(torch.nn.Module):
+    """A block with a projection, and with an embedding whose name does not tell that it is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.places = torch.nn.Linear(8, 16), torch.nn.Embedding(12, 8)
+
+
+def types_case(rank: int, world_size: int, *, stage: int) -> list[set[str]]:
+    """What is low-rank on this rank by the JSON, and if the caller builds the optimizer of the model."""
+    config, found = ds_config(stage, "fp32", 1, 0.0, PARAMS), []
+    for client in (False, True):
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=stage == 3):
+            model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Lookup()])})
+        options = {k: v for k, v in config.items() if k != "optimizer"} if client else config
+        optimizer = lorapre_dist.LoRAPre(model, **PARAMS) if client else None
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=options)[0]
+        found.append(set(lorapre_dist.deepspeed.base_optimizer(engine).factors()))
+        engine.destroy()
+    return found
+
+
 class Projections(torch.nn.Module):
     """The projections of a model preset and nothing else."""
 

@@ -12,6 +12,7 @@ from .cases import (
     equality_case,
     refused_case,
     state_bytes_case,
+    types_case,
 )
 from .llama_cases import llama_case
 
@@ -39,6 +40,12 @@ def test_no_collective_for_matrices_owned_whole():
         once = ("gather A", "edge rows", "reduce Z")
         twice = ("reduce Gram of B", "send inverse of B", "reduce Gram of A", "send gauge")
         assert result[0]["calls"] == dict.fromkeys(once, steps) | dict.fromkeys(twice, 2 * steps)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_engine_knows_the_types_of_layers(stage):
+    for doors in zip(*run_ranks(2, types_case, stage=stage), strict=True):
+        assert set.union(*doors) == {"layers.0.up.weight"}
 
 
 @pytest.mark.parametrize("door", ["lorapre", "deepspeed"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.hf_trainer import LoRAPreTrainer
-from tests.launch.conftest import TINY_LLAMA
+from tests.launch.conftest import REPO, TINY_LLAMA
 
 
 @pytest.fixture
@@ -41,3 +44,22 @@ def test_a_name_that_is_none(model, arguments):
         LoRAPreTrainer(model, arguments, optimizer_type="Muon")
     with pytest.raises(ConfigError, match="scale"):
         LoRAPreTrainer(model, arguments, lorapre={"scale": 0.1}, optimizer_type="LoRAPreMuon").create_optimizer()
+
+
+def test_the_examples_own_learning_rate_learns(tmp_path, monkeypatch):
+    """Trainer's 5e-5, times ``scale``, does not; every option of ``TrainingArguments`` is there as well."""
+    monkeypatch.syspath_prepend(str(REPO / "launch"))
+    example = importlib.import_module("hf_trainer")
+    parser = HfArgumentParser((example.Arguments, example.Choice))
+    arguments, _ = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true"])
+    scale = json.loads((REPO / "ds_configs" / "hf_zero2.json").read_text())["optimizer"]["params"]["scale"]
+    assert arguments.learning_rate * scale >= 1e-4
+    assert arguments.logging_first_step and arguments.logging_steps <= 10
+    given, _ = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--learning_rate", "0.5"])
+    assert given.learning_rate == 0.5
+
+
+def test_a_learning_rate_that_learns_nothing_is_warned_of(model, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.warns(UserWarning, match=r"lr=5e-05 times scale=0\.25"):
+        LoRAPreTrainer(model, arguments, lorapre={"rank": 4}).create_optimizer()

@@ -214,9 +214,9 @@ def test_names_of_a_compiled_model_are_those_of_the_model():
     other.load_state_dict(optimizer.state_dict())
 
 
-def test_nothing_but_tensors_or_pairs_is_taken():
+def test_nothing_but_a_model_tensors_or_pairs_is_taken():
     with pytest.raises(TypeError):
-        LoRAPre(Toy(), **STABLE)
+        LoRAPre("model", **STABLE)
     with pytest.raises(ValueError, match="empty parameter list"):
         LoRAPre([], **STABLE)
 

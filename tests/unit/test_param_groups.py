@@ -83,6 +83,52 @@ def test_defaults_know_torch_transformers_and_metas_names():
     assert all(matches(f"layers.3.feed_forward.{w}.weight") for w in ("w1", "w2", "w3"))
 
 
+def test_lora_adapters_take_adamw_unless_asked():
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert not matches(name)
+    assert matches(name, ["lora_A"])
+    with pytest.raises(ConfigError, match=r"LoRA adapters take AdamW unless target_modules names them: \["):
+        LoRAPre([(name, nn.Parameter(torch.zeros(8, 16)))], rank=2)
+    LoRAPre([(name, nn.Parameter(torch.zeros(8, 16)))], rank=2, target_modules=["lora_A", "lora_B"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "low_rank"),
+    [
+        ((8, 64, 32), "mlp.input_linear.weight", True),
+        ((64, 16, 32), "mlp.experts.down_proj", True),  # many small experts
+        ((64, 16, 32), "mlp.input_linear.weight", False),
+        ((64, 4, 16), "rel_attn.q", False),  # d_model x heads x head_dim
+        ((32, 32, 16), "conv.weight", False),
+        ((8, 16, 16), "conv.weight", False),
+        ((8, 64), "mlp.experts.down_proj_bias", False),
+    ],
+)
+def test_three_dimensions_are_a_stack_or_no_matrix(shape, name, low_rank):
+    assert is_low_rank(f"layers.0.{name}", shape, 2, 1, None) is low_rank
+    assert is_low_rank(f"layers.0.{name}", shape, 2, 1, ".*")  # asked for
+    if low_rank:  # so is each of its matrices
+        assert is_low_rank(f"layers.0.{name}[3]", shape[1:], 2, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "low_rank"),
+    [
+        # A number that ends the layer's own name is none of a block.
+        *[("layers.0.mlp.2.weight", True), ("to_out.0.weight", False), ("embed_tokens.0.weight", False)],
+        *[("layers.0.norm.linear.weight", True), ("layers.0.norm.weight", False), ("layers.0.ln_1.weight", False)],
+        # What the list of blocks is called counts, and what lies above it does not.
+        *[("bbox_heads.0.layers.1.weight", False), ("embeddings.encoder.layers.0.fc.weight", True)],
+        *[("layers.0.attention.q_head.weight", True), ("layers.61.shared_head.head.weight", False)],
+        *[("layers.0.multi_head_attention.q.weight", True), ("layers.0.mlp.gate.weight", False)],
+        *[("layers.0.mlp.gate_proj.weight", True), ("layers.0.cross_attn_image_to_token.q_proj.weight", True)],
+        *[("layers.0.attn.rel_pos_h", False), ("layers.0.mixer.A_log", False), ("layers.0.in_proj", True)],
+    ],
+)
+def test_the_structure_of_a_name(name, low_rank):
+    assert matches(name) is low_rank
+
+
 def test_small_llama_by_number():
     """Seven matrices a block; embedding, head and norms under AdamW; k and v are too narrow for rank 16."""
     model = built(CAUSAL["llama"])

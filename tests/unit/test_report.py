@@ -91,7 +91,7 @@ def bound_and_peak(build):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_workspace_bounds_what_a_step_allocates(shapes, options, dtype):
-    named = [(f"{i}.q_proj", nn.Parameter(torch.zeros(shape, dtype=dtype))) for i, shape in enumerate(shapes)]
+    named = [(f"{i}.experts.q_proj", nn.Parameter(torch.zeros(shape, dtype=dtype))) for i, shape in enumerate(shapes)]
     for _, p in named:
         p.grad = torch.randn(p.shape).to(dtype)
     bound, peak = bound_and_peak(lambda: LoRAPre(named, **options))

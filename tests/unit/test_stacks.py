@@ -169,7 +169,7 @@ class Count(TorchDispatchMode):
 def test_a_stack_takes_the_operations_of_one_matrix(name):
     def operations(experts, block=BLOCKS[2]):
         parameter = nn.Parameter(torch.zeros(experts, 12, 10))
-        optimizer = optimizer_of(name, nn.ParameterDict({"up_proj": parameter}))
+        optimizer = optimizer_of(name, nn.ModuleDict({"experts": nn.ParameterDict({"up_proj": parameter})}))
         optimizer.workspace = replace(optimizer.workspace, block=block)
         parameter.grad = torch.randn(parameter.shape)
         optimizer.step()

@@ -148,7 +148,7 @@ def two_groups():
         (lambda: {"rank": 3}, "group 0: rank was 4, is 3"),
         (lambda: {"rank_v": 2}, "group 0: rank_v was None, is 2"),
         (lambda: {"variant": "paper"}, "group 0: variant was 'stable', is 'paper'"),
-        (lambda: {"target_modules": ["q_proj"]}, "group 0: target_modules was None, is"),
+        (lambda: {"target_modules": ["q_proj"]}, r"down_proj.weight: exp_avg was missing, is of shape \(8, 17\)"),
         (lambda: {"named": renamed()}, "k2_proj.weight: not in the saved state"),
         (lambda: {"named": renamed()}, "q_proj.weight: saved, but not a parameter here"),
         (lambda: {"named": list(Toy().named_parameters())[1:]}, "embed.weight: saved, but not a parameter here"),
