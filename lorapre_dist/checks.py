@@ -12,12 +12,27 @@ class ConfigError(ValueError):
     """Bad user input. The message is one line that names the value, what is allowed and what to do."""
 
 
+#: Characters of a value that a message shows.
+SHOWN = 200
+#: Numbers beyond it have products that are no fp32 numbers.
+LARGEST = 1e12
+
+
+def shown(value: Any) -> str:
+    """A value in a message: its ``repr`` in one line, the beginning of it where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of 5,000 digits, or an object of somebody else
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
 def check_expression(entry: str) -> None:
     """Raise a ConfigError if an entry of ``target_modules`` is not a regular expression (a name always is one)."""
     try:
         re.compile(entry)
-    except re.error as error:
-        raise ConfigError(f"target_modules={entry!r}: not a valid regular expression ({error})") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"target_modules={shown(entry)}: not a valid regular expression ({error})") from None
 
 
 def number(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor
@@ -34,9 +35,13 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1)
 
 
-def send_stepped(layout: Layout, comm: Comm, limit: int) -> None:
-    """Where each rank has stepped a part of the parameters: let all have all, by at most ``limit`` bytes at a time."""
-    sends = [s for s in layout.sends if s.tensor.grad is not None]
+def send_stepped(layout: Layout, stepped: Container[int], comm: Comm, limit: int) -> None:
+    """Where each rank has stepped a part of the parameters: let all have all, by at most ``limit`` bytes at a time.
+
+    Args:
+        stepped: ids of the parameters that some rank has stepped.
+    """
+    sends = [s for s in layout.sends if id(s.tensor) in stepped]
     if sends:
         flats = {id(s.tensor): flat(s.tensor) for s in sends}
         parts = [(s.owner, flats[id(s.tensor)][s.start : s.stop]) for s in sends]

@@ -30,7 +30,7 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
         if len(piece.shape) == 3 and is_low_rank(piece.name, piece.shape, unit.group)
     }
     peers = _peers(stacks) if layout.world_size > 1 and dist.is_initialized() else {}  # a plan of ranks has no group
-    count = columns = elements = 0
+    count, columns, elements = layout.numbered
     for unit in layout.units:
         pieces = []
         for piece in unit.pieces:
@@ -43,6 +43,7 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
                 pieces.append(replace(part, before=(count + e, columns + e * q, elements + e * numel)))
             count, columns, elements = count + size, columns + size * q, elements + size * numel
         unit.pieces = pieces
+    layout.numbered = count, columns, elements
 
 
 def expert_name(name: str, e: int) -> str:
