@@ -94,7 +94,9 @@ def of_parameters(
         placed = f", {p.placements} of {tuple(p.device_mesh.shape)}" if isinstance(p, DTensor) else ""
         trained = "trained" if may_step(p) else "frozen"
         kind = str(p.dtype).removeprefix("torch.")
-        facts[f"parameter {name!r}"] = f"{shape} {kind}{placed}, {trained}" + f", in group {group}" * (group is not None)
+        facts[f"parameter {name!r}"] = f"{shape} {kind}{placed}, {trained}" + f", in group {group}" * (
+            group is not None
+        )
     return facts | {f"parameter number {k}": repr(name) for k, (name, _, _) in enumerate(named)}
 
 

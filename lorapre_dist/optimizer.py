@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from collections.abc import Callable, Container, Iterable
@@ -23,7 +24,7 @@ from .core.factors import Matrix, allocate
 from .core.guard import Go, Skips, bounds, taken_for_granted
 from .core.interval import RowInterval
 from .core.workspace import Workspace
-from .gather import full_state, load_full_state
+from .gather import all_ranks, full_state, load_full_state
 from .layouts import detect
 from .layouts.base import Layout, Piece, Unit, local, local_gradient
 from .layouts.matrices import arrange
@@ -147,6 +148,14 @@ class LowRankOptimizer(StatefulOptimizer):
         units = self.layout.units if self.layout else []
         self._bound = {id(unit.tensor): b for unit, b in zip(units, bound, strict=True)}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
+        """A copy with parameters and state of its own, which belongs to the same process groups."""
+        for group in self.layout.groups() if self.layout is not None else ():
+            memo[id(group)] = group
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     # layout -----------------------------------------------------------------------------------------------------
 
     def bind(self, layout: Layout) -> None:
@@ -243,12 +252,8 @@ class LowRankOptimizer(StatefulOptimizer):
             unnamed = any(n.startswith(_UNNAMED) for n, _, _ in pairs)
             raise ConfigError(naming.explain_no_match_of(pairs, self.config, unnamed))
 
-    def _ensure_bound(self, also: Container[str] = ()) -> None:
-        """Find the layout, on first use, unless one was bound; parameters that come later are bound as well.
-
-        Args:
-            also: names of parameters that are not trained, but have state all the same.
-        """
+    def _ensure_bound(self) -> None:
+        """Find the layout, on first use, unless one was bound; parameters that come later are bound as well."""
         if self.awaiting_layout:
             raise ConfigError(
                 f"this {self.config.optimizer} optimizer waits for DeepSpeed's engine to tell where its parameters lie"
@@ -256,18 +261,33 @@ class LowRankOptimizer(StatefulOptimizer):
         if self.layout is not None and self.layout.replaced(self.param_groups) and not self._stepped():
             self.layout = None  # Accelerate looks at the state first, and then puts FSDP2's shards in
         if self.layout is None:
-            found = self._find(also)
+            found = self._find(lambda _, p: may_step(p))
             shapes = {piece.name: (piece.shape, unit.group) for unit in found.units for piece in unit.pieces}
             self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
-            found.native = True
             self.bind(found)
         elif self.layout.native and not self.layout.replaced(self.param_groups):
-            wanted = (p for group in self.param_groups for p in group["params"] if may_step(p))
-            if also or any(id(p) not in self._bound for p in wanted):
-                self._extend(self._find(also))
+            if any(id(p) not in self._bound and may_step(p) for group in self.param_groups for p in group["params"]):
+                self._extend(self._find(lambda _, p: may_step(p)))
 
-    def _find(self, also: Container[str]) -> Layout:
-        """The layout of what is trained (and of parameters named in ``also``) and not bound yet; a collective.
+    def bind_saved(self, names: Container[str]) -> None:
+        """Keep state for the parameters of these names, which have some saved, also where they are frozen here.
+
+        What is trained and has none comes behind them, so that they lie as they did; a collective.
+        """
+        self._ensure_bound()
+        assert self.layout is not None
+        ours = {name: id(p) in self._bound for name, p, _ in self._named()}
+        if not self.layout.native or all(bound == (name in names) for name, bound in ours.items()):
+            return
+        if not self._stepped() and any(name in names for name in ours):
+            self.layout = None
+            self.bind(self._find(lambda name, _: name in names))
+        else:
+            self._extend(self._find(lambda name, _: name in names))
+        self._ensure_bound()
+
+    def _find(self, wanted: Callable[[str, Tensor], bool]) -> Layout:
+        """The layout of those wanted (by name and tensor) that are not bound yet; a collective.
 
         Raises:
             ConfigError: the ranks do not agree on what they have built.
@@ -276,8 +296,10 @@ class LowRankOptimizer(StatefulOptimizer):
         if not place.alone:
             agreement.require(agreement.of_optimizer(self, place.shapes), place.group, place.shares)
         bound = self._bound if self.layout is not None else {}
-        wanted = [(n, p, i) for n, p, i in self._named() if (may_step(p) or n in also) and id(p) not in bound]
-        return detect.layout(place, wanted, self.shard_state, self._in_group)
+        named = [(n, p, i) for n, p, i in self._named() if wanted(n, p) and id(p) not in bound]
+        found = detect.layout(place, named, self.shard_state, self._in_group)
+        found.native = True
+        return found
 
     def _extend(self, added: Layout) -> None:
         """Bind more parameters: such as came with a group, or were frozen when the layout was bound."""
@@ -519,6 +541,7 @@ class LowRankOptimizer(StatefulOptimizer):
         Raises:
             ConfigError: on every rank: names, shapes or ranks differ; nothing has been loaded then.
         """
+        self.bind_saved({naming.parameter_name(name) for name in all_ranks(list(full))[0]})
         load_full_state(full, [(b.piece, b.state) for b in self.bound()])
         self.settle()
 

@@ -17,11 +17,13 @@ be read.
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from ..core.factors import SQUARES, Matrix
 from ..optimizer import LowRankOptimizer
+from ..param_groups import parameter_name
 from ..state import plain_groups
 from .folder import CheckpointError
 
@@ -83,15 +85,31 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def differences(saved: dict[str, Any], present: dict[str, dict[str, Any]], groups: int, resize: bool) -> list[str]:
+def trained(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was trained."""
+    return {name: entry for name, entry in saved["parameters"].items() if entry["kind"] != "untrained"}
+
+
+def differences(
+    saved: dict[str, Any],
+    present: dict[str, dict[str, Any]],
+    untrained: Container[str],
+    groups: int,
+    resize: bool,
+) -> list[str]:
     """How the optimizer (``present``: :func:`parameters`, of all ranks) differs from what was saved, in words.
 
-    With ``resize``, other ranks of the factors are no difference.
+    What was frozen then and is trained now begins with fresh state; what is frozen now (``untrained``) needs none. With
+    ``resize``, other ranks of the factors are no difference.
     """
-    then = {name: entry for name, entry in saved["parameters"].items() if entry["kind"] != "untrained"}
+    then = trained(saved)
     roots = {square: root for root, square in SQUARES.items()}
-    found = [f"{name} is not in it" for name in sorted(present.keys() - then.keys())]
-    found += [f"{name} is in it, but no trained parameter here" for name in sorted(then.keys() - present.keys())]
+    fresh = {n: e for n, e in present.items() if n not in then}
+    stacks = {parameter_name(n) for n in fresh} & saved["parameters"].keys() - fresh.keys()
+    found = [f"{n} was frozen, and a stack of matrices that was cannot go on as trained" for n in sorted(stacks)]
+    found += weight_differences(saved, {n: e for n, e in fresh.items() if parameter_name(n) not in stacks})
+    gone = [name for name in sorted(then.keys() - present.keys()) if name not in untrained]
+    found += [f"{name} is in it, but no trained parameter here" for name in gone]
     for name in sorted(then.keys() & present.keys()):
         for key, now in present[name].items():
             was = then[name].get(key)
@@ -125,8 +143,8 @@ def missing(saved: dict[str, Any], untrained: dict[str, Any]) -> list[str]:
     found = []
     for name, tensor in untrained.items():
         entry = saved["parameters"].get(name)
-        if entry is None or entry["kind"] != "untrained":
-            found.append(f"{name} is not in it" if entry is None else f"{name} was trained, is not any more")
+        if entry is None:
+            found.append(f"{name} is not in it")
         elif entry["shape"] != list(tensor.shape):
             found.append(f"{name}: shape was {entry['shape']}, is {list(tensor.shape)}")
     return found

@@ -8,7 +8,9 @@ from .agreement_cases import OTHERWISE, disagreement_case, lacking_case
 from .harness import run_ranks
 
 
-@pytest.mark.parametrize("world, layouts", [(2, ["fsdp2", "fsdp1", "ddp", "ddp replicated"]), (4, ["hsdp", "tp+fsdp2"])])
+@pytest.mark.parametrize(
+    "world, layouts", [(2, ["fsdp2", "fsdp1", "ddp", "ddp replicated"]), (4, ["hsdp", "tp+fsdp2"])]
+)
 def test_ranks_that_disagree_all_raise_the_same_line(world, layouts):
     first, *others = run_ranks(world, disagreement_case, layouts=layouts)
     assert all(said == first for said in others)

@@ -16,7 +16,18 @@ PACKAGE = ROOT / "lorapre_dist"
 LAYERS = [
     {"checks", "config", "core", "param_groups", "arguments"},
     {"layouts"},
-    {"optimizer", "optimizers", "agreement", "awaiting", "tensors", "state", "torch_state", "report", "shards", "gather"},
+    {
+        "optimizer",
+        "optimizers",
+        "agreement",
+        "awaiting",
+        "tensors",
+        "state",
+        "torch_state",
+        "report",
+        "shards",
+        "gather",
+    },
     {"deepspeed", "upstream", "checkpoint"},
     {"training", "launcher", "bench", "cli", "planner"},
 ]
