@@ -14,8 +14,8 @@ class ConfigError(ValueError):
 
 #: Characters of a value that a message shows.
 SHOWN = 200
-#: Numbers beyond it have products that are no fp32 numbers.
-LARGEST = 1e12
+#: Numbers outside are none in fp32, or their products are not.
+SMALLEST, LARGEST = 1e-37, 1e18
 
 
 def shown(value: Any) -> str:
@@ -44,31 +44,41 @@ def number(
     low_open: bool = False,
     high_open: bool = False,
 ) -> None:
-    """Raise a ConfigError unless ``value`` is a finite number within the bounds."""
+    """Raise a ConfigError unless ``value`` is a finite number within the bounds, with which fp32 can reckon."""
     allowed = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or high == math.inf else ']'}"
     # Written so that NaN, infinity and an integer beyond any float fail it.
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     ok = ok and (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
     if not ok:
-        raise ConfigError(f"{name}={value!r}: must be a number in {allowed}")
+        raise ConfigError(f"{name}={shown(value)}: must be a number in {allowed}")
+    if value and not SMALLEST <= abs(value) <= LARGEST:
+        raise ConfigError(f"{name}={shown(value)}: must be {'' if low_open else '0 or '}in [{SMALLEST:g}, {LARGEST:g}]")
 
 
 def integer(name: str, value: Any, *, low: int) -> None:
-    """Raise a ConfigError unless ``value`` is an integer of at least ``low``."""
+    """Raise a ConfigError unless ``value`` is an integer of at least ``low``, of 64 bits."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"{name}={value!r}: must be an integer of at least {low}")
+        raise ConfigError(f"{name}={shown(value)}: must be an integer of at least {low}")
+    if value >= 2**64:
+        raise ConfigError(f"{name}={shown(value)}: must be below 2**64")
+
+
+def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
+    """Raise a ConfigError unless ``value`` is one of those allowed."""
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        raise ConfigError(f"{name}={shown(value)}: must be one of {', '.join(map(repr, allowed))}")
 
 
 def boolean(name: str, value: Any, optional: bool = False) -> None:
     """Raise a ConfigError unless ``value`` is a bool (``optional``: or None)."""
     if not isinstance(value, bool) and not (optional and value is None):
-        raise ConfigError(f"{name}={value!r}: must be true or false")
+        raise ConfigError(f"{name}={shown(value)}: must be true or false")
 
 
 def several(name: str, value: Any, count: int) -> None:
     """Raise a ConfigError unless ``value`` is a tuple of ``count``."""
     if not isinstance(value, tuple) or len(value) != count:
-        raise ConfigError(f"{name}={value!r}: must be {'two' if count == 2 else 'three'} numbers")
+        raise ConfigError(f"{name}={shown(value)}: must be {'two' if count == 2 else 'three'} numbers")
 
 
 def pair(name: str, value: Any, **bounds: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import agreement, awaiting
 from . import param_groups as naming
+from .checks import boolean, shown
 from .config import ConfigError, LoRAPreConfig, LowRankConfig
 from .core import adam, adamw, gauge
 from .core.comm import Comm
@@ -82,6 +83,9 @@ class LowRankOptimizer(StatefulOptimizer):
     _decides_on_device: ClassVar[bool] = False
 
     def __init__(self, params: Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
+        boolean("shard_state", shard_state)
+        if not isinstance(params, (Iterable, torch.nn.Module)):  # which torch refuses in words
+            raise TypeError(f"params={shown(params)}: must be model.named_parameters(), tensors, or groups of them")
         lr = options.get("lr", self.config_class.lr)
         self.config = self.config_class.from_params({**options, "lr": number(lr)})
         self.comm = Comm()
@@ -105,14 +109,24 @@ class LowRankOptimizer(StatefulOptimizer):
         """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults.
 
         Raises:
-            ConfigError: a bad or mistyped option, a parameter that is there already, or a group that comes after DeepSpeed's
-                engine was built; the group is not added then.
+            ConfigError: a bad or mistyped option, a parameter that is there already, or a group that comes after
+                DeepSpeed's engine was built; the group is not added then.
         """
         if self.layout is not None and not self.layout.native:
             raise ConfigError(
                 "a parameter group cannot be added once DeepSpeed's engine is built, which steps buffers that it made "
                 "of the groups there were: give all groups to deepspeed.initialize(model_parameters=...)"
             )
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise ConfigError(f"{shown(param_group)}: a parameter group must be a dict with 'params'")
+        given = param_group["params"]
+        if not isinstance(given, Iterable):
+            raise TypeError(f"params={shown(given)}: must be tensors, or pairs of a name and a tensor")
+        if not isinstance(given, (Tensor, set)):  # of which torch knows what to say
+            param_group["params"] = given = list(given)
+            wrong = [one for one in given if isinstance(one, tuple) and len(one) != 2]
+            if wrong:
+                raise TypeError(f"params holds {shown(wrong[0])}: must be tensors, or pairs of a name and a tensor")
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -126,6 +140,7 @@ class LowRankOptimizer(StatefulOptimizer):
             meant = difflib.get_close_matches(str(key).lower(), self._options(), n=1, cutoff=0.8)
             if meant:
                 raise ConfigError(f"unknown {name} option {key!r} in a parameter group; did you mean {meant[0]!r}?")
+        self._check_tensors(group)
         if not self.awaiting_layout:
             if config.target_modules is not None and "param_names" not in group:
                 raise ConfigError(
@@ -135,6 +150,16 @@ class LowRankOptimizer(StatefulOptimizer):
             refuse_duplicates([name for name, _, _ in self._named()])
         if len({id(p) for p in group["params"]}) < len(group["params"]):
             raise ConfigError("a parameter appears twice in one of the optimizer's groups")
+
+    def _check_tensors(self, group: dict[str, Any]) -> None:
+        names = group.get("param_names", [f"number {k}" for k in range(len(group["params"]))])
+        wrong = [name for name in names if not isinstance(name, str)]
+        if wrong or len(names) != len(group["params"]):
+            what = shown(wrong[0] if wrong else names)
+            raise ConfigError(f"parameter name {what}: each parameter of a group must have one, a string")
+        for name, p in zip(names, group["params"], strict=True):
+            if not p.is_floating_point():
+                raise ConfigError(f"parameter {name} is of {p.dtype}: {self.config.optimizer} steps real numbers")
 
     def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only, ``state`` among them
         own = {name: getattr(self, name) for name in _OWN}
@@ -266,7 +291,8 @@ class LowRankOptimizer(StatefulOptimizer):
             self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
             self.bind(found)
         elif self.layout.native and not self.layout.replaced(self.param_groups):
-            if any(id(p) not in self._bound and may_step(p) for group in self.param_groups for p in group["params"]):
+            tensors = (p for group in self.param_groups for p in group["params"])
+            if any(id(p) not in self._bound and may_step(p) for p in tensors):
                 self._extend(self._find(lambda _, p: may_step(p)))
 
     def bind_saved(self, names: Container[str]) -> None:
@@ -409,7 +435,7 @@ class LowRankOptimizer(StatefulOptimizer):
         return {d: Go(value.to(d), sure=on_host) for d in devices}, [unit.tensor for unit in elsewhere]
 
     def _without_gradient(self, units: list[Unit]) -> list[Unit]:
-        """The units in which this rank has a part, without a gradient here; not what is frozen, which is so everywhere."""
+        """The units in which this rank has a part, without a gradient here; what is frozen is so on all ranks."""
         assert self.layout is not None
         lacking = [unit for unit in units if unit.tensor.grad is None and unit.tensor.requires_grad]
         return [unit for unit in lacking if self._bound[id(unit.tensor)] or self.layout.sends]

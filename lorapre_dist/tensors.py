@@ -15,7 +15,7 @@ from .layouts.base import Layout
 
 def number(lr: Any) -> Any:
     """A learning rate that is a tensor of one element, as PyTorch allows, as a number."""
-    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta else lr
 
 
 def may_step(parameter: Tensor) -> bool:

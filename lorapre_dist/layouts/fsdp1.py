@@ -46,8 +46,8 @@ def layout(named: Named, handles: list[Any]) -> Layout:
 
 def shapes(names: Mapping[int, str], handles: Iterable[Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of whole parameters, which show a part of themselves; ``names`` by the id of each."""
-    pairs = ((p, shape) for h in handles for p, shape in zip(h.flat_param._params or (), h.flat_param._shapes))
-    return {names[id(p)]: tuple(shape) for p, shape in pairs if id(p) in names}
+    found = [(p, h.flat_param._shapes[k]) for h in handles for k, p in enumerate(h.flat_param._params or ())]
+    return {names[id(p)]: tuple(shape) for p, shape in found if id(p) in names}
 
 
 def _interval(handle: Any, k: int) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
             parts = [(0, piece)]
             if piece.name in stacks:
                 size, parts = piece.shape[0], list(_experts(piece, peers))
-            numel = math.prod(piece.shape) // size if q else 0
+            numel = math.prod(piece.shape) // max(1, size) if q else 0
             for e, part in parts:
                 pieces.append(replace(part, before=(count + e, columns + e * q, elements + e * numel)))
             count, columns, elements = count + size, columns + size * q, elements + size * numel
