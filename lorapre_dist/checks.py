@@ -51,8 +51,10 @@ def number(
     ok = ok and (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
     if not ok:
         raise ConfigError(f"{name}={shown(value)}: must be a number in {allowed}")
-    if value and not SMALLEST <= abs(value) <= LARGEST:
-        raise ConfigError(f"{name}={shown(value)}: must be {'' if low_open else '0 or '}in [{SMALLEST:g}, {LARGEST:g}]")
+    if abs(value) > LARGEST:
+        raise ConfigError(f"{name}={shown(value)}: must be at most {LARGEST:g}")
+    if low_open and value - low < SMALLEST:  # where 0 is fine, what fp32 takes for 0 is fine, too
+        raise ConfigError(f"{name}={shown(value)}: must be at least {low + SMALLEST:g}")
 
 
 def integer(name: str, value: Any, *, low: int) -> None:
