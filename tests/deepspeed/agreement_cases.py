@@ -1,7 +1,8 @@
-"""What runs on DeepSpeed's ranks of which the last one has built something else."""
+"""What runs on DeepSpeed's ranks of which the last one has built something else, or that freeze a parameter."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import deepspeed
@@ -76,3 +77,36 @@ def disagreement_case(rank: int, world_size: int, *, stage: int) -> dict[str, st
     engine.step()  # nothing is left behind
     engine.destroy()
     return said
+
+
+def frozen_case(rank: int, world_size: int, *, stage: int, folder: str, freeze_first: bool) -> tuple[bool, int]:
+    """Saved with a matrix trained (or frozen), resumed with it frozen (or trained): are the weights those saved?"""
+    config = ds_config(stage, "fp32", 1, 0.0, PARAMS)
+    saved = []
+    for k, model in enumerate([frozen(), Net()] if freeze_first else [Net(), frozen()]):
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        if k:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                engine.load_checkpoint(folder)
+        weights = _weights(engine)
+        if not k:
+            engine.backward(engine(slopes(0, rank, 0, world_size)))
+            engine.step()
+            weights = _weights(engine)
+            engine.save_checkpoint(folder, "now")
+        saved.append(weights)
+        if k:
+            engine.backward(engine(slopes(1, rank, 0, world_size)))
+            engine.step()
+        engine.destroy()
+    same = all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    return same, sum("are frozen now" in str(one.message) for one in caught)
+
+
+def _weights(engine: Any) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, p in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+            found[name] = p.detach().clone()
+    return found
