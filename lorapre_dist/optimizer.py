@@ -31,7 +31,7 @@ from .layouts.base import Layout, Piece, Unit, local, local_gradient
 from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import StatefulOptimizer, state_dtype
-from .tensors import flat, may_step, number, refuse_duplicates, send_stepped
+from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
 
 
 @dataclass
@@ -117,16 +117,7 @@ class LowRankOptimizer(StatefulOptimizer):
                 "a parameter group cannot be added once DeepSpeed's engine is built, which steps buffers that it made "
                 "of the groups there were: give all groups to deepspeed.initialize(model_parameters=...)"
             )
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise ConfigError(f"{shown(param_group)}: a parameter group must be a dict with 'params'")
-        given = param_group["params"]
-        if not isinstance(given, Iterable):
-            raise TypeError(f"params={shown(given)}: must be tensors, or pairs of a name and a tensor")
-        if not isinstance(given, (Tensor, set)):  # of which torch knows what to say
-            param_group["params"] = given = list(given)
-            wrong = [one for one in given if isinstance(one, tuple) and len(one) != 2]
-            if wrong:
-                raise TypeError(f"params holds {shown(wrong[0])}: must be tensors, or pairs of a name and a tensor")
+        check_given(param_group)
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -140,7 +131,7 @@ class LowRankOptimizer(StatefulOptimizer):
             meant = difflib.get_close_matches(str(key).lower(), self._options(), n=1, cutoff=0.8)
             if meant:
                 raise ConfigError(f"unknown {name} option {key!r} in a parameter group; did you mean {meant[0]!r}?")
-        self._check_tensors(group)
+        check_tensors(group, name)
         if not self.awaiting_layout:
             if config.target_modules is not None and "param_names" not in group:
                 raise ConfigError(
@@ -150,16 +141,6 @@ class LowRankOptimizer(StatefulOptimizer):
             refuse_duplicates([name for name, _, _ in self._named()])
         if len({id(p) for p in group["params"]}) < len(group["params"]):
             raise ConfigError("a parameter appears twice in one of the optimizer's groups")
-
-    def _check_tensors(self, group: dict[str, Any]) -> None:
-        names = group.get("param_names", [f"number {k}" for k in range(len(group["params"]))])
-        wrong = [name for name in names if not isinstance(name, str)]
-        if wrong or len(names) != len(group["params"]):
-            what = shown(wrong[0] if wrong else names)
-            raise ConfigError(f"parameter name {what}: each parameter of a group must have one, a string")
-        for name, p in zip(names, group["params"], strict=True):
-            if not p.is_floating_point():
-                raise ConfigError(f"parameter {name} is of {p.dtype}: {self.config.optimizer} steps real numbers")
 
     def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only, ``state`` among them
         own = {name: getattr(self, name) for name in _OWN}

@@ -1,14 +1,14 @@
-"""Small things that the optimizers do with parameters as tensors."""
+"""Small things that the optimizers do with parameters: what they are given, and how they lie."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any
 
 from torch import Tensor
 
-from .checks import ConfigError
+from .checks import ConfigError, shown
 from .core.comm import Comm
 from .layouts.base import Layout
 
@@ -21,6 +21,37 @@ def number(lr: Any) -> Any:
 def may_step(parameter: Tensor) -> bool:
     """Whether a parameter is, or once was, trained."""
     return parameter.requires_grad or parameter.grad is not None
+
+
+def check_given(group: Any) -> None:
+    """Check what is given as a parameter group before PyTorch takes it; what it holds is made a list, in place.
+
+    Raises:
+        ConfigError, TypeError: it is no group of tensors, or of pairs of a name and a tensor.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        raise ConfigError(f"{shown(group)}: a parameter group must be a dict with 'params'")
+    given, allowed = group["params"], "must be tensors, or pairs of a name and a tensor"
+    if not isinstance(given, Iterable):
+        raise TypeError(f"params={shown(given)}: {allowed}")
+    if isinstance(given, (Tensor, set)):  # of which PyTorch knows what to say
+        return
+    group["params"] = list(given)
+    for one in group["params"]:
+        if isinstance(one, tuple) and len(one) != 2:
+            raise TypeError(f"params holds {shown(one)}: {allowed}")
+
+
+def check_tensors(group: dict[str, Any], optimizer: str) -> None:
+    """Raise a ConfigError unless the tensors of a group are real, and their names, if there are some, strings."""
+    names = group.get("param_names", [f"number {k}" for k in range(len(group["params"]))])
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong or len(names) != len(group["params"]):
+        what = shown(wrong[0] if wrong else names)
+        raise ConfigError(f"parameter name {what}: each parameter of a group must have one, a string")
+    for name, p in zip(names, group["params"], strict=True):
+        if not p.is_floating_point():
+            raise ConfigError(f"parameter {name} is of {p.dtype}: {optimizer} steps real numbers")
 
 
 def refuse_duplicates(names: list[str]) -> None:
