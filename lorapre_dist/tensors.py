@@ -45,6 +45,8 @@ def check_given(group: Any) -> None:
 def check_tensors(group: dict[str, Any], optimizer: str) -> None:
     """Raise a ConfigError unless the tensors of a group are real, and their names, if there are some, strings."""
     names = group.get("param_names", [f"number {k}" for k in range(len(group["params"]))])
+    if not isinstance(names, (list, tuple)):
+        raise ConfigError(f"param_names={shown(names)}: must be a list of strings")
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong or len(names) != len(group["params"]):
         what = shown(wrong[0] if wrong else names)
