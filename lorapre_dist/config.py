@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from .checks import ConfigError, boolean, check_expression, integer, number, pair, several
+from .checks import ConfigError, boolean, check_expression, choice, integer, number, pair, several, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,12 +61,11 @@ class LowRankConfig:
             if "tuple" in str(field.type) and isinstance(getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         self._check_numbers()
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"variant={self.variant!r}: must be one of {', '.join(map(repr, VARIANTS))}")
+        choice("variant", self.variant, VARIANTS)
         targets = self.target_modules
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):
-            raise ConfigError(f"target_modules={targets!r}: must be a regular expression or a list of names")
+            raise ConfigError(f"target_modules={shown(targets)}: must be a regular expression or a list of names")
         for entry in [targets] if isinstance(targets, str) else targets or ():
             check_expression(entry)
 
@@ -268,8 +267,8 @@ class MomentumConfig(LowRankConfig):
         number("adamw_weight_decay", self.adamw_weight_decay, low=0.0)
 
     def adamw(self, base_lr: float) -> LoRAPreConfig:
-        """Settings of AdamW for all other parameters, where ``lr`` began as ``base_lr``."""
-        lr = self.adamw_lr * (self.lr / base_lr if base_lr else 1.0)
+        """Settings of AdamW for all other parameters, where an ``lr`` of ``base_lr`` means all of ``adamw_lr``."""
+        lr = self.adamw_lr * (self.lr / base_lr if base_lr else float(self.lr > 0))
         return LoRAPreConfig(lr, self.adamw_weight_decay, betas=self.adamw_betas, eps=self.adamw_eps)
 
     @property
@@ -322,8 +321,7 @@ class LoRAPreMuonConfig(MomentumConfig):
         integer("ns_steps", self.ns_steps, low=1)
         if self.ns_steps >= 100:
             raise ConfigError(f"ns_steps={self.ns_steps}: must be less than 100")
-        if self.adjust_lr_fn not in ADJUSTMENTS:
-            raise ConfigError(f"adjust_lr_fn={self.adjust_lr_fn!r}: must be one of {', '.join(map(repr, ADJUSTMENTS))}")
+        choice("adjust_lr_fn", self.adjust_lr_fn, ADJUSTMENTS)
 
     @property
     def decay(self) -> float:

@@ -23,9 +23,10 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from . import upstream
+from . import agreement, upstream
 from .awaiting import building_under_engine
 from .checkpoint import engine as checkpoints
+from .checks import shown
 from .config import ConfigError, LowRankConfig
 from .layouts import whole, zero3, zero12
 from .layouts.base import Layout
@@ -51,6 +52,13 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("pipeline.stages", lambda v: isinstance(v, int) and v > 1, "pipeline parallelism is not supported"),
 )
 
+# Where in the JSON, what all ranks must have alike; what names folders and hosts may differ.
+_AGREED = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("zero_optimization.stage", "zero_optimization.sub_group_size", "zero_optimization.offload_optimizer.device"),
+    *("zero_optimization.round_robin_gradients", "bf16", "fp16", "scheduler", "prescale_gradients"),
+)
+
 
 def register() -> None:
     """Make the values of ``"type"`` known to DeepSpeed and to ZeRO. Called by ``import lorapre_dist``; idempotent."""
@@ -59,6 +67,7 @@ def register() -> None:
         if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
     if not hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__"):
+        DeepSpeedEngine._configure_distributed_model = _agreeing(DeepSpeedEngine._configure_distributed_model)
         DeepSpeedEngine._configure_optimizer = _binding(DeepSpeedEngine._configure_optimizer)
 
 
@@ -133,6 +142,43 @@ def engine_layout(engine: Any) -> Layout:
     raise ConfigError(f"LoRAPre does not know DeepSpeed's {type(wrapper).__name__}; use ZeRO stage 0, 1, 2 or 3")
 
 
+def _agreeing(configure: Any) -> Any:
+    """``DeepSpeedEngine._configure_distributed_model``, which sends weights around, where the ranks agree on them."""
+
+    @functools.wraps(configure)
+    def agree_and_configure(engine: Any, model: Any) -> Any:
+        if engine.optimizer_name() in OPTIMIZERS and engine.mpu is None and not engine.pipeline_parallelism:
+            agreement.require(_engine_facts(engine, model))
+        return configure(engine, model)
+
+    return agree_and_configure
+
+
+def _engine_facts(engine: Any, model: Any) -> agreement.Facts:
+    """What has to be the same on all ranks of an engine: settings that change the step, and the model."""
+    facts = agreement.of_program(engine.optimizer_name())
+    facts["the version of deepspeed"] = ds.__version__
+    given = engine._config._param_dict
+    facts |= {path: shown(_lookup(given, path)) for path in _AGREED}
+    facts["optimizer.params"] = shown(sorted((engine.optimizer_params() or {}).items()))
+    if isinstance(engine.client_optimizer, LowRankOptimizer):
+        facts |= agreement.of_settings(engine.client_optimizer)
+    return facts | agreement.of_parameters([(clean_name(name), p, None) for name, p in model.named_parameters()])
+
+
+def _group_facts(engine: Any, optimizer: LowRankOptimizer | None, given: list[Any]) -> agreement.Facts:
+    """The parameter groups of an optimizer that was handed over, or of ``model_parameters``."""
+    groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+    groups = groups if optimizer is None else optimizer.param_groups
+    facts = {"the number of parameter groups": str(len(groups))}
+    options = OPTIMIZERS[engine.optimizer_name()]._options()
+    for i, group in enumerate(groups):
+        facts |= {f"{key} of parameter group {i}": shown(group[key]) for key in sorted(options & group.keys())}
+        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        facts[f"the parameters of group {i}"] = str([engine.param_names.get(p) for p in tensors])
+    return facts
+
+
 def _binding(configure: Any) -> Any:
     """``DeepSpeedEngine._configure_optimizer`` that binds our optimizer to the engine's layout."""
 
@@ -142,11 +188,15 @@ def _binding(configure: Any) -> Any:
             check_config(engine._config._param_dict)
         elif isinstance(client_optimizer, LowRankOptimizer):
             client_optimizer.awaiting_layout = True
+        if engine.optimizer_name() in OPTIMIZERS:
+            agreement.require(_group_facts(engine, client_optimizer, model_parameters))
         with building_under_engine():
             result = configure(engine, client_optimizer, model_parameters)
         optimizer = engine.basic_optimizer
         if isinstance(optimizer, LowRankOptimizer):
             trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
+            if engine.optimizer_name() not in OPTIMIZERS:  # the caller's function has built it
+                agreement.require(agreement.of_settings(optimizer))
             optimizer.learn_types(engine.module)
             optimizer.check_matches([(n, shape_of(p)) for p, n in trainable.items()])
             optimizer.bind(engine_layout(engine))

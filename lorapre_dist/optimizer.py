@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import advise, awaiting
+from . import advise, agreement, awaiting
 from . import param_groups as naming
+from .checks import boolean, shown
 from .config import ConfigError, LoRAPreConfig, LowRankConfig
 from .core import adamw, batching, gauge
 from .core.adam import Adam
@@ -25,13 +27,13 @@ from .core.interval import RowInterval
 from .core.regression import Regression
 from .core.step import Rule, step
 from .core.workspace import Workspace
-from .gather import full_state, load_full_state
-from .layouts import detect, whole
+from .gather import all_ranks, full_state, load_full_state
+from .layouts import detect
 from .layouts.base import Layout, Piece, Unit, local, local_gradient
 from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import StatefulOptimizer, state_dtype
-from .tensors import flat, may_step, number, refuse_duplicates, send_stepped
+from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,6 +90,9 @@ class LowRankOptimizer(StatefulOptimizer):
     _other_layers: frozenset[str] = frozenset()
 
     def __init__(self, params: nn.Module | Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
+        boolean("shard_state", shard_state)
+        if not isinstance(params, (Iterable, torch.nn.Module)):  # which torch refuses in words
+            raise TypeError(f"params={shown(params)}: must be model.named_parameters(), tensors, or groups of them")
         lr = options.get("lr", self.config_class.lr)
         self.config = self.config_class.from_params({**options, "lr": number(lr)})
         self.comm = Comm()
@@ -132,8 +137,15 @@ class LowRankOptimizer(StatefulOptimizer):
         """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults.
 
         Raises:
-            ConfigError: a bad or mistyped option, or a parameter that is there already; the group is not added then.
+            ConfigError: a bad or mistyped option, a parameter that is there already, or a group that comes after
+                DeepSpeed's engine was built; the group is not added then.
         """
+        if self.layout is not None and not self.layout.native:
+            raise ConfigError(
+                "a parameter group cannot be added once DeepSpeed's engine is built, which steps buffers that it made "
+                "of the groups there were: give all groups to deepspeed.initialize(model_parameters=...)"
+            )
+        check_given(param_group)
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -147,6 +159,7 @@ class LowRankOptimizer(StatefulOptimizer):
             meant = difflib.get_close_matches(str(key).lower(), self._options(), n=1, cutoff=0.8)
             if meant:
                 raise ConfigError(f"unknown {name} option {key!r} in a parameter group; did you mean {meant[0]!r}?")
+        check_tensors(group, name)
         if not self.awaiting_layout:
             if config.target_modules is not None and "param_names" not in group:
                 raise ConfigError(
@@ -168,6 +181,14 @@ class LowRankOptimizer(StatefulOptimizer):
         super().__setstate__({name: value for name, value in state.items() if name != "_bound"})
         units = self.layout.units if self.layout else []
         self._bound = {id(unit.tensor): b for unit, b in zip(units, bound, strict=True)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
+        """A copy with parameters and state of its own, which belongs to the same process groups."""
+        for group in self.layout.groups() if self.layout is not None else ():
+            memo[id(group)] = group
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     # layout -----------------------------------------------------------------------------------------------------
 
@@ -268,7 +289,7 @@ class LowRankOptimizer(StatefulOptimizer):
             raise ConfigError(naming.explain_no_match_of(pairs, self.config, unnamed))
 
     def _ensure_bound(self) -> None:
-        """Bind whole parameters, on first use, unless a layout was bound; parameters added later are bound as well."""
+        """Find the layout, on first use, unless one was bound; parameters that come later are bound as well."""
         if self.awaiting_layout:
             raise ConfigError(
                 f"this {self.config.optimizer} optimizer waits for DeepSpeed's engine to tell where its parameters lie"
@@ -276,21 +297,57 @@ class LowRankOptimizer(StatefulOptimizer):
         if self.layout is not None and self.layout.replaced(self.param_groups) and not self._stepped():
             self.layout = None  # Accelerate looks at the state first, and then puts FSDP2's shards in
         if self.layout is None:
-            named = [(n, p, i) for n, p, i in self._named() if may_step(p)]
-            found = detect.layout(named, self.shard_state, self._in_group)
+            found = self._find(lambda _, p: may_step(p))
             shapes = {piece.name: (piece.shape, unit.group) for unit in found.units for piece in unit.pieces}
             self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
-            found.native = True
             self.bind(found)
             self._advise_names()
-        elif self.layout.name == "one device":
-            missing = [(n, p, i) for n, p, i in self._named() if may_step(p) and id(p) not in self._bound]
-            added = whole.layout([] if self.layout.replaced(self.param_groups) else missing)
-            arrange(added, self._in_group)
-            for unit in added.units:
-                self.layout.units.append(unit)
-                self._bind_unit(unit)
-            self._settle(added.units, fresh=True)
+        elif self.layout.native and not self.layout.replaced(self.param_groups):
+            tensors = (p for group in self.param_groups for p in group["params"])
+            if any(id(p) not in self._bound and may_step(p) for p in tensors):
+                self._extend(self._find(lambda _, p: may_step(p)))
+
+    def bind_saved(self, names: Container[str]) -> None:
+        """Keep state for the parameters of these names, which have some saved, also where they are frozen here.
+
+        What is trained and has none comes behind them, so that they lie as they did; a collective.
+        """
+        self._ensure_bound()
+        assert self.layout is not None
+        ours = {name: id(p) in self._bound for name, p, _ in self._named()}
+        if not self.layout.native or all(bound == (name in names) for name, bound in ours.items()):
+            return
+        if not self._stepped() and any(name in names for name in ours):
+            self.layout = None
+            self.bind(self._find(lambda name, _: name in names))
+        else:
+            self._extend(self._find(lambda name, _: name in names))
+        self._ensure_bound()
+
+    def _find(self, wanted: Callable[[str, Tensor], bool]) -> Layout:
+        """The layout of those wanted (by name and tensor) that are not bound yet; a collective.
+
+        Raises:
+            ConfigError: the ranks do not agree on what they have built.
+        """
+        place = detect.find(self._named())
+        if not place.alone:
+            agreement.require(agreement.of_optimizer(self, place.shapes), place.group, place.shares)
+        bound = self._bound if self.layout is not None else {}
+        named = [(n, p, i) for n, p, i in self._named() if wanted(n, p) and id(p) not in bound]
+        found = detect.layout(place, named, self.shard_state, self._in_group)
+        found.native = True
+        return found
+
+    def _extend(self, added: Layout) -> None:
+        """Bind more parameters: such as came with a group, or were frozen when the layout was bound."""
+        assert self.layout is not None
+        added.numbered = self.layout.numbered
+        arrange(added, self._in_group)
+        self.layout.extend(added)
+        for unit in added.units:
+            self._bind_unit(unit)
+        self._settle(added.units, fresh=True)
 
     def _advise_names(self) -> None:
         """Warn if matrices are low-rank for want of a name. Who gave a group ``"rank": 0`` has chosen."""
@@ -335,14 +392,17 @@ class LowRankOptimizer(StatefulOptimizer):
             return loss
         self._ensure_bound()
         assert self.layout is not None
-        groups = [[piece for p in group["params"] for piece in self._pieces(p)] for group in self.param_groups]
-        go = self._look([piece for pieces in groups for piece in pieces])
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        pieces = {id(p): self._pieces(p) for p in tensors if p.grad is not None}
+        go, elsewhere = self._look([piece for some in pieces.values() for piece in some])
         if go is None:
             return loss
-        for group, pieces in zip(self.param_groups, groups, strict=True):
+        pieces |= {id(p): self._pieces(p) for p in elsewhere}
+        for group in self.param_groups:
             config = self.group_config(group)
-            self._step_group(config, self.vector_hyper(config, group), pieces, go)
-        send_stepped(self.layout, self.comm, self.workspace.bucket)
+            stepped = [piece for p in group["params"] for piece in pieces.get(id(p), ())]
+            self._step_group(config, self.vector_hyper(config, group), stepped, go)
+        send_stepped(self.layout, pieces, self.comm, self.workspace.bucket)
         return loss
 
     def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
@@ -357,8 +417,10 @@ class LowRankOptimizer(StatefulOptimizer):
         for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
             held.copy_(copied.view(held.shape))
 
-    def _look(self, pieces: list[Stepped]) -> dict[Any, Go] | None:
-        """By device, whether the step is taken: on all ranks alike, if every gradient is finite. None: it is not.
+    def _look(self, pieces: list[Stepped]) -> tuple[dict[Any, Go] | None, list[Tensor]]:
+        """Whether the step is taken, by device: on all ranks alike, if every gradient is finite. None: it is not.
+
+        And the tensors that have a gradient on other ranks alone: they are stepped with a zero gradient here.
 
         Raises:
             NonFiniteError: it was not for ``max_skipped`` steps.
@@ -370,20 +432,35 @@ class LowRankOptimizer(StatefulOptimizer):
             for piece, largest in zip(there, bounds([piece.grad for piece in there]), strict=True):
                 piece.largest = largest
         if self.layout.checks_gradients:
-            return {device: taken_for_granted(device) for device in devices}
-        home = next(iter(devices), torch.device("cpu"))
-        bad = torch.zeros((), dtype=torch.float64, device=home)
+            return {device: taken_for_granted(device) for device in devices}, []
+        units = self.layout.units if self.layout.spread_over else []
+        home = next(iter(devices), units[0].device if units else torch.device("cpu"))
+        # How many gradients are not finite, and for each tensor how many ranks have one: in one collective.
+        said = torch.ones(1 + len(units), dtype=torch.float64, device=home)
+        for k in (0, *(k for k, unit in enumerate(units, 1) if unit.tensor.grad is None)):
+            said[k] = 0.0
         for device in devices:
             largest = torch.stack([piece.largest for piece in pieces if piece.theta.device == device])
-            bad += (~largest.isfinite()).sum().to(home)
+            said[0] += (~largest.isfinite()).sum().to(home)
         for group in self.layout.spread_over:
-            self.comm.all_reduce(bad, group, "finite")()
-        value = (bad == 0).double()
+            self.comm.all_reduce(said, group, "finite")()
+        elsewhere = self._without_gradient(units)
+        if elsewhere:  # this rank has to wait for what others say; those that have all gradients need not know
+            counts = dict(zip(map(id, units), said[1:].tolist(), strict=True))
+            elsewhere = [unit for unit in elsewhere if counts[id(unit)]]
+        value = (said[0] == 0).double()
         self._count(value, pieces)
         on_host = home.type == "cpu" and not self._decides_on_device
         if on_host and not value:
-            return None
-        return {device: Go(value.to(device), sure=on_host) for device in devices}
+            return None, []
+        devices |= {unit.device for unit in elsewhere}
+        return {d: Go(value.to(d), sure=on_host) for d in devices}, [unit.tensor for unit in elsewhere]
+
+    def _without_gradient(self, units: list[Unit]) -> list[Unit]:
+        """The units in which this rank has a part, without a gradient here; what is frozen is so on all ranks."""
+        assert self.layout is not None
+        lacking = [unit for unit in units if unit.tensor.grad is None and unit.tensor.requires_grad]
+        return [unit for unit in lacking if self._bound[id(unit.tensor)] or self.layout.sends]
 
     def _count(self, go: Tensor, pieces: list[Stepped]) -> None:
         """Count a step; warn and, after too many in a row, raise where one was skipped."""
@@ -439,10 +516,8 @@ class LowRankOptimizer(StatefulOptimizer):
         return bool(self.skips.in_row > 0)
 
     def _pieces(self, tensor: Tensor) -> list[Stepped]:
-        """What there is to step of one tensor."""
-        if tensor.grad is None:
-            return []
-        if tensor.grad.is_sparse:
+        """What there is to step of one tensor; its gradient is zero where there is none."""
+        if tensor.grad is not None and tensor.grad.is_sparse:
             raise ConfigError(f"{self.config.optimizer} does not support sparse gradients")
         if id(tensor) not in self._bound:
             raise ConfigError(
@@ -450,12 +525,15 @@ class LowRankOptimizer(StatefulOptimizer):
                 "the optimizer steps or loads its state"
             )
         held = local(tensor).detach()
-        theta, grad = flat(held), local_gradient(tensor).reshape(-1)
+        theta = flat(held)
+        grad = torch.zeros_like(theta) if tensor.grad is None else local_gradient(tensor).reshape(-1)
         found = []
         for one in self._bound[id(tensor)]:
             part = slice(one.piece.offset, one.piece.offset + one.piece.numel)
             home = None if held.is_contiguous() else (held, theta)
             found.append(Stepped(one, theta[part], grad[part], home))
+            if tensor.grad is None:
+                found[-1].largest = grad.new_zeros(())
         return found
 
     # state ------------------------------------------------------------------------------------------------------
@@ -513,6 +591,7 @@ class LowRankOptimizer(StatefulOptimizer):
         Raises:
             ConfigError: on every rank: names, shapes or ranks differ; nothing has been loaded then.
         """
+        self.bind_saved({naming.parameter_name(name) for name in all_ranks(list(full))[0]})
         load_full_state(full, [(b.piece, b.state) for b in self.bound()])
         self.settle()
 

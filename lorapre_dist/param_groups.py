@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .checks import shown
 from .config import ConfigError, check_expression
 
 # The words of a part of a name: ``relative_attention_bias`` has three, ``EncDecAttention`` as well.
@@ -153,14 +154,18 @@ def explain_no_match(
         what, limit = f"rank={rank}", f"rank must be below {side}"
         if rank < side < rank_v:
             what, limit = f"rank_v={rank_v}", f"rank_v must be at most {side}"
-        largest = f"the largest is {name} ({' x '.join(map(str, shape))})"
+        largest = f"the largest is {_line(name)} ({' x '.join(map(str, shape))})"
         return f"{what}: larger than what any selected matrix allows; {largest}, so {limit}"
-    known = ", ".join([name for name, _ in two_d[:4]] + ["..."] * (len(two_d) > 4))
-    what = "the default target_modules" if target_modules is None else f"target_modules={target_modules!r}"
+    known = ", ".join([_line(name) for name, _ in two_d[:4]] + ["..."] * (len(two_d) > 4))
+    what = "the default target_modules" if target_modules is None else f"target_modules={shown(target_modules)}"
     there = f"{len(two_d)} 2-D or 3-D parameters: {known}" if two_d else "it has none"
     adapters = target_modules is None and any(_ADAPTERS.intersection(name.split(".")) for name, _ in two_d)
     hint = '; LoRA adapters take AdamW unless target_modules names them: ["lora_A", "lora_B"]' if adapters else ""
     return f"{what}: matches no matrix of this model ({there}){hint}"
+
+
+def _line(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def explain_no_match_of(pairs: list[tuple[str, Any, Any]], default: Any, unnamed: bool) -> str:

@@ -15,7 +15,7 @@ All of it is tensors, numbers, strings, lists and dicts, so ``torch.load(weights
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,11 +27,11 @@ from .gather import all_ranks, rooted
 from .layouts.base import Layout, Unit, local
 from .layouts.dtensor import shard_group
 from .layouts.matrices import expert_name
-from .param_groups import clean_name
+from .param_groups import clean_name, parameter_name
 from .torch_state import Exposed, Part, elsewhere, expose
 
 _SHAPING = ("rank", "rank_v", "variant")
-_OURS = ("params", "param_names", "state", "optimizer")
+_OURS = ("params", "param_names", "state", "optimizer", "frozen")
 # What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's.
 _PRESENT = ("target_modules",)
 _FLATTENED = "FSDP1"
@@ -117,6 +117,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _ensure_bound(self) -> None:
         raise NotImplementedError
 
+    def bind_saved(self, names: Container[str]) -> None:
+        """Keep state for the parameters of these names."""
+        raise NotImplementedError
+
     def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
         raise NotImplementedError
 
@@ -173,8 +177,12 @@ def state_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _save(optimizer: StatefulOptimizer) -> dict[str, Any]:
+    assert optimizer.layout is not None
     groups, count = plain_groups(optimizer.param_groups), 0
     index: dict[int, int] = {}
+    for name, p, i in optimizer._named() if optimizer.layout.native else ():
+        if id(p) not in optimizer._bound:
+            groups[i].setdefault("frozen", []).append(name)
     for packed, group in zip(groups, optimizer.param_groups, strict=True):
         packed["params"] = list(range(count, count + len(group["params"])))
         packed["optimizer"] = optimizer.config.optimizer
@@ -182,7 +190,6 @@ def _save(optimizer: StatefulOptimizer) -> dict[str, Any]:
             packed["param_names"] = list(group["param_names"])
         index.update({id(p): count + k for k, p in enumerate(group["params"])})
         count += len(group["params"])
-    assert optimizer.layout is not None
     state: dict[int, dict[str, Any]] = {}
     for k, unit in enumerate(optimizer.layout.units):
         entry = _entry(optimizer, unit)
@@ -229,6 +236,11 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
     assert optimizer.layout is not None
     found = _group_differences(optimizer, saved["param_groups"])
     entries = _by_name(optimizer, saved, found)
+    names = {parameter_name(name) for name in entries}
+    for group in optimizer.layout.spread_over:  # FSDP1 saves on each rank what it holds
+        names = {name for theirs in all_ranks(names, group) for name in theirs}
+    optimizer.bind_saved(names)
+    untrained = {n for group in saved["param_groups"] for n in group.get("frozen", ())}
     loads, unknown = [], set(entries) - {piece.name for unit in optimizer.layout.units for piece in unit.pieces}
     for unit in optimizer.layout.units:
         states = {bound.piece.name: bound.state for bound in optimizer._bound[id(unit.tensor)]}
@@ -236,7 +248,8 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
             unknown.discard(name)
             entry = entries.get(name)
             if entry is None:
-                found += [f"{name}: not in the saved state"] if name in states else []
+                fresh = parameter_name(name) in untrained  # it was frozen then, and begins now
+                found += [f"{name}: not in the saved state"] if name in states and not fresh else []
                 continue
             for key, to in keys.items():
                 if (problem := to.check(entry.get(key))) is not None:

@@ -17,6 +17,7 @@ be read.
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,32 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def differences(saved: dict[str, Any], present: dict[str, dict[str, Any]], groups: int, resize: bool) -> list[str]:
+def trained(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was trained."""
+    return {name: entry for name, entry in saved["parameters"].items() if entry["kind"] != "untrained"}
+
+
+def differences(
+    saved: dict[str, Any],
+    present: dict[str, dict[str, Any]],
+    untrained: Container[str],
+    groups: int,
+    resize: bool,
+) -> list[str]:
     """How the optimizer (``present``: :func:`parameters`, of all ranks) differs from what was saved, in words.
 
-    With ``resize``, other ranks of the factors are no difference.
+    What was frozen then and is trained now begins with fresh state; what is frozen now (``untrained``) needs none. With
+    ``resize``, other ranks of the factors are no difference.
     """
-    then = {name: entry for name, entry in saved["parameters"].items() if entry["kind"] != "untrained"}
+    then = trained(saved)
     was, now = _kinds(then), _kinds(present)
     moved = {name for name in was.keys() & now.keys() if was[name] != now[name]}  # a stack has other names then
-    missing = [name for name in sorted(present.keys() - then.keys()) if parameter_name(name) not in moved]
-    superfluous = [name for name in sorted(then.keys() - present.keys()) if parameter_name(name) not in moved]
-    found = [f"{name} is not in it" for name in missing]
-    found += [f"{name} is in it, but no trained parameter here" for name in superfluous]
+    fresh = {n: e for n, e in present.items() if n not in then and parameter_name(n) not in moved}
+    stacks = {parameter_name(n) for n in fresh} & saved["parameters"].keys() - fresh.keys()
+    found = [f"{n} was frozen, and a stack of matrices that was cannot go on as trained" for n in sorted(stacks)]
+    found += weight_differences(saved, {n: e for n, e in fresh.items() if parameter_name(n) not in stacks})
+    gone = [n for n in sorted(then.keys() - present.keys()) if n not in untrained and parameter_name(n) not in moved]
+    found += [f"{name} is in it, but no trained parameter here" for name in gone]
     alike: dict[str, list[str]] = {}
     for name in sorted(moved):
         alike.setdefault(f"kind was {was[name]}, is {now[name]}", []).append(name)
@@ -161,8 +176,8 @@ def missing(saved: dict[str, Any], untrained: dict[str, Any]) -> list[str]:
     found = []
     for name, tensor in untrained.items():
         entry = saved["parameters"].get(name)
-        if entry is None or entry["kind"] != "untrained":
-            found.append(f"{name} is not in it" if entry is None else f"{name} was trained, is not any more")
+        if entry is None:
+            found.append(f"{name} is not in it")
         elif entry["shape"] != list(tensor.shape):
             found.append(f"{name}: shape was {entry['shape']}, is {list(tensor.shape)}")
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ import torch.distributed as dist
 
 from ..core.factors import SQUARES
 from ..optimizer import LowRankOptimizer
-from ..shards import OPTIMIZER, UNTRAINED, Shard, Untrained, bring_home, state_shards, weight_shards
+from ..param_groups import parameter_name
+from ..shards import MODEL, OPTIMIZER, UNTRAINED, Shard, Untrained, bring_home, state_shards, weight_shards
 from ..state import restore_groups
 from . import content, dcp, folder, stored
 from .folder import CheckpointError, Manifest
@@ -307,28 +309,43 @@ def load(
         extra: dict[str, Any] = torch.load(path / EXTRA, weights_only=True, map_location="cpu")
     if check is not None:
         check(extra)
-    mine = content.parameters(optimizer)
-    present = {name: entry for part in team.gather(mine) for name, entry in part.items()}
-    present = dict(sorted(present.items()))
+    untrained = untrained or {}
+    present = _present(optimizer, team)
+    was = content.trained(saved)
+    if states and was.keys() != present.keys():  # as torch.optim keeps the state of what is frozen now
+        optimizer.bind_saved({parameter_name(name) for name in was})
+        present = _present(optimizer, team)
+        untrained = {n: t for n, t in untrained.items() if n not in {parameter_name(name) for name in present}}
     if states:
-        found = content.differences(saved, present, len(optimizer.param_groups), resize_rank)
+        found = content.differences(saved, present, untrained, len(optimizer.param_groups), resize_rank)
     else:
         found = content.weight_differences(saved, present)
     with team.together(f"loading checkpoint {path}"):
-        content.complain(path, found + content.missing(saved, untrained or {}))
+        content.complain(path, found + content.missing(saved, untrained))
     assert optimizer.layout is not None
-    shards = {**weight_shards(optimizer.layout.units), **_keyed(untrained or {})}
+    shards = {**weight_shards(optimizer.layout.units), **_keyed(untrained)}
+    # Where the weights lie of what was frozen and is trained now, and the other way round.
+    fresh = {name for name in present if name not in was}
+    lies = {MODEL + name: UNTRAINED + name for name in fresh}
+    left = [name for name in untrained if name in was]
+    lies |= {UNTRAINED + name: MODEL + name for name in left}
+    if left and states and team.rank == 0:
+        text = f"{len(left)} parameters were trained and are frozen now, and the optimizer does not have them: weights"
+        warnings.warn(f"{text} are loaded, optimizer state is not ({', '.join(left[:3])}, ...)", stacklevel=2)
     changed: dict[str, dict[str, Any]] = {}
     if states:
-        factors = state_shards([(bound.piece, bound.state) for bound in optimizer.bound()])
-        changed = {n: e for n, e in present.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
+        held = [(bound.piece, bound.state) for bound in optimizer.bound() if bound.piece.name not in fresh]
+        factors = state_shards(held)
+        known = {n: e for n, e in present.items() if n not in fresh}
+        changed = {n: e for n, e in known.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
         resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"}
         shards.update({name: shard for name, shard in factors.items() if name not in resized})
     roots = {}
     if saved["format"] == 1:
         roots = {n: n.removesuffix(r) + s for n in shards for r, s in SQUARES.items() if n.endswith(f".{r}")}
+    lies |= roots
     with team.together(f"loading checkpoint {path}"):
-        dcp.load(path / content.TENSORS, {roots.get(name, name): shard for name, shard in shards.items()}, group)
+        dcp.load(path / content.TENSORS, {lies.get(name, name): shard for name, shard in shards.items()}, group)
     for name in roots:
         shards[name].local.sqrt_()
     bring_home(shards)
@@ -338,12 +355,18 @@ def load(
             load_resized(path / content.TENSORS, changed, factors, options, team)
         if changed or saved["format"] == 1:
             optimizer.settle()
-        for bound in optimizer.bound():
-            bound.state.step = saved["parameters"][bound.piece.name]["step"]
+        for piece, state in held:
+            state.step = saved["parameters"][piece.name]["step"]
         kept = ("rank", "rank_v") if resize_rank else ()
         groups = [{k: v for k, v in g.items() if k not in kept} for g in saved["param_groups"]]
         restore_groups(optimizer.param_groups, groups)
     return extra
+
+
+def _present(optimizer: LowRankOptimizer, team: Team) -> dict[str, dict[str, Any]]:
+    """What the optimizers of all ranks hold, by parameter name; a collective."""
+    found = {name: entry for part in team.gather(content.parameters(optimizer)) for name, entry in part.items()}
+    return dict(sorted(found.items()))
 
 
 def background_group() -> Any:

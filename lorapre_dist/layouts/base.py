@@ -84,6 +84,7 @@ class Layout:
         spread_over: groups of ranks that hold different gradients, all of which have to be finite.
         checks_gradients: an engine steps with finite gradients only, on all ranks alike.
         lists_all: its units have every parameter, also those of which this rank holds nothing.
+        numbered: matrices so far, their columns and their elements (:attr:`Piece.before` of the next one).
     """
 
     name: str
@@ -95,6 +96,29 @@ class Layout:
     spread_over: list[Any] = field(default_factory=list)
     checks_gradients: bool = False
     lists_all: bool = True
+    numbered: tuple[int, int, int] = (0, 0, 0)
+
+    def extend(self, added: Layout) -> None:
+        """Take the units of ``added`` in, behind those that are there.
+
+        Raises:
+            ConfigError: they lie otherwise.
+        """
+        if added.name != self.name:
+            raise ConfigError(
+                f"parameters that came later lie under {added.name}, those before under {self.name}: wrap the whole "
+                "model before the optimizer steps or loads its state"
+            )
+        self.units += added.units
+        self.sends += added.sends
+        self.spread_over += [group for group in added.spread_over if all(group is not g for g in self.spread_over)]
+        self.world_size = max(self.world_size, added.world_size)
+        self.numbered = added.numbered
+
+    def groups(self) -> list[Any]:
+        """All process groups that it knows."""
+        peers = [piece.peers.group for unit in self.units for piece in unit.pieces if piece.peers is not None]
+        return [group for group in (self.group, *self.spread_over, *peers) if group is not None]
 
     def replaced(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a tensor of it is in none of an optimizer's groups any more, or on another device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ def layout(named: Named, handles: list[Any]) -> Layout:
         made.units.append(Unit(p, index, [Piece(name, shape, start, stop, 0, peers, owned=start < stop)]))
     made.spread_over = [groups.group for groups in subgroups.values() if groups.size > 1]
     return made
+
+
+def shapes(names: Mapping[int, str], handles: Iterable[Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of whole parameters, which show a part of themselves; ``names`` by the id of each."""
+    found = [(p, h.flat_param._shapes[k]) for h in handles for k, p in enumerate(h.flat_param._params or ())]
+    return {names[id(p)]: tuple(shape) for p, shape in found if id(p) in names}
 
 
 def _interval(handle: Any, k: int) -> tuple[int, int]:

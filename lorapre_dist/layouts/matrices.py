@@ -30,7 +30,7 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
         if len(piece.shape) == 3 and is_low_rank(piece.name, piece.shape, unit.group)
     }
     peers = _peers(stacks) if layout.world_size > 1 and dist.is_initialized() else {}  # a plan of ranks has no group
-    count = columns = elements = 0
+    count, columns, elements = layout.numbered
     for unit in layout.units:
         pieces = []
         for piece in unit.pieces:
@@ -38,13 +38,14 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
             parts = [(0, piece)]
             if piece.name in stacks:
                 size, parts = piece.shape[0], list(_experts(piece, peers))
-            numel = math.prod(piece.shape) // size if q else 0
+            numel = math.prod(piece.shape) // max(1, size) if q else 0
             for e, part in parts:
                 # Neighbours share one matrix of a flat buffer, and each counts from its own first one.
                 ahead = (count + e, columns + e * q, elements + e * numel) if layout.lists_all else (0, 0, 0)
                 pieces.append(replace(part, before=ahead))
             count, columns, elements = count + size, columns + size * q, elements + size * numel
         unit.pieces = pieces
+    layout.numbered = count, columns, elements
 
 
 def expert_name(name: str, e: int) -> str:

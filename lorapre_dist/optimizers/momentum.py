@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checks import number
 from ..config import MomentumConfig
 from ..core import adamw
 from ..core.regression import Regression
@@ -14,6 +15,8 @@ class MomentumOptimizer(LowRankOptimizer):
     """A :class:`LowRankOptimizer` whose groups have ``adamw_lr`` beside ``lr``.
 
     Schedulers change ``lr`` alone; ``adamw_lr`` follows it in proportion to ``base_lr``, the group's first ``lr``.
+    Where that is 0 (a warm-up by hand) it follows in proportion to ``peak_lr``: the largest ``lr`` so far, and no less
+    than the optimizer's own, or its default. Either may be given in the group.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -21,11 +24,20 @@ class MomentumOptimizer(LowRankOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("base_lr", float(self.group_config(group).lr))
+        if not group["base_lr"]:
+            group.setdefault("peak_lr", float(self.config.lr) or self.config_class.lr)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        number("base_lr", group.get("base_lr", 0.0), low=0.0)
+        number("peak_lr", group.get("peak_lr", 1.0), low=0.0, low_open=True)
 
     @staticmethod
     def vector_hyper(config: MomentumConfig, group: dict[str, Any]) -> adamw.Hyper:
         """The numbers that AdamW needs for the group's other parameters."""
-        other = config.adamw(group["base_lr"])
+        if not group["base_lr"]:
+            group["peak_lr"] = max(group["peak_lr"], config.lr)
+        other = config.adamw(group["base_lr"] or group["peak_lr"])
         return adamw.Hyper(other.lr, other.betas, other.eps, other.weight_decay)
 
 

@@ -124,7 +124,8 @@ def lorapre(request: Request, spread: Spread) -> Costs:
         for purpose, count in _sent(matrices, Limits.of(Workspace(), device), ours.variant == "paper").items():
             sent[purpose][same] += count
     if request.layout in ("fsdp2", "ddp") and request.world_size > 1:  # DeepSpeed's engine looks at gradients itself
-        sent["finite"] += round(8 * 2 * (request.world_size - 1) / request.world_size)
+        flags = 1 + len(request.parameters)  # whether all is finite, and who has a gradient
+        sent["finite"] += round(8 * flags * 2 * (request.world_size - 1) / request.world_size)
     if request.layout == "ddp" and request.world_size > 1:
         stepped = sum((spread.total(s, s.held.numel) for s in spread.shares), _zeros(spread))
         sent["broadcast parameters"] = FP32 * stepped

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapre_dist import ConfigError, LoRAPreConfig
+from lorapre_dist.checks import LARGEST, SMALLEST
+from lorapre_dist.checks import shown as in_words
 
 OPTIONS = [f.name for f in fields(LoRAPreConfig)]
 
@@ -82,7 +84,7 @@ def test_bad_values_are_named_in_one_line_with_what_is_allowed(name, value, allo
         LoRAPreConfig.from_params({name: value})
     message = str(caught.value)
     shown = [value] if not isinstance(value, (tuple, list)) else [value, tuple(value), *value]
-    assert any(message.startswith(f"{name}={v!r}: ") for v in shown), message
+    assert any(message.startswith(f"{name}={in_words(v)}: ") for v in shown), message
     assert allowed in message
     assert "\n" not in message
 
@@ -132,11 +134,11 @@ def test_configs_are_immutable_and_hashable():
 
 finite = {"allow_nan": False, "allow_infinity": False}
 names = st.text("abz_.*01", min_size=1, max_size=9).filter(lambda name: "**" not in name and name[0] != "*")
-positive = st.floats(0, 1e30, exclude_min=True, **finite)
+positive = st.floats(SMALLEST, LARGEST, **finite)
 valid = st.fixed_dictionaries(
     {},
     optional={
-        "lr": st.floats(0, 1e30) | st.integers(0, 10),
+        "lr": st.floats(0, LARGEST) | st.integers(0, 10),
         "betas": st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),
         "eps": st.floats(0, 1),
         "weight_decay": st.floats(0, 10),
@@ -148,7 +150,7 @@ valid = st.fixed_dictionaries(
         "damping": st.none() | positive,
         "max_update": st.none() | positive,
         "init_std": positive,
-        "gammas": st.none() | st.lists(st.floats(0, 1, exclude_min=True), min_size=2, max_size=2),
+        "gammas": st.none() | st.lists(st.floats(SMALLEST, 1), min_size=2, max_size=2),
         "target_modules": st.none() | names | st.lists(names, min_size=1),
         "seed": st.integers(0, 2**63),
     },

@@ -16,7 +16,10 @@ PACKAGE = ROOT / "lorapre_dist"
 LAYERS = [
     {"checks", "config", "core", "param_groups", "arguments"},
     {"layouts"},
-    {"optimizer", "optimizers", "awaiting", "tensors", "state", "torch_state", "report", "shards", "gather", "advise"},
+    {
+        *("optimizer", "optimizers", "agreement", "awaiting", "advise", "tensors", "state", "torch_state", "report"),
+        *("shards", "gather"),
+    },
     {"deepspeed", "upstream", "checkpoint"},
     {"training", "launcher", "bench", "cli", "planner"},
 ]

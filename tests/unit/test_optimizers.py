@@ -121,6 +121,35 @@ def test_groups_have_their_own_settings_and_typos_in_them_are_named():
         optimizer.add_param_group({"params": [("head.weight", named["head.weight"])], "ns_step": 2})
 
 
+def adamw_lr(optimizer, group=0):
+    options = optimizer.param_groups[group]
+    return optimizer.vector_hyper(optimizer.group_config(options), options).lr
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "LoRAPreAdafactor"])
+@pytest.mark.parametrize("where", ["constructor", "group"])
+def test_a_warm_up_by_hand_from_zero_is_followed_by_the_other_parameters(name, where):
+    """Nothing moves at 0; then ``adamw_lr`` rises and falls with ``lr``, and is never exceeded."""
+    model = Toy()
+    params = model.named_parameters() if where == "constructor" else [{"params": model.named_parameters(), "lr": 0.0}]
+    optimizer = OPTIMIZERS[name](params, rank=4, adamw_lr=0.01, lr=0.0 if where == "constructor" else 0.1)
+    before = copy.deepcopy(model)
+    train(model, optimizer, range(2))
+    assert_same(model, before)
+    full = optimizer.config_class.lr if where == "constructor" else 0.1
+    group = optimizer.param_groups[0]
+    for lr, share in [(0.25 * full, 0.25), (full, 1.0), (4 * full, 1.0), (full, 0.25), (2 * full, 0.5), (0.0, 0.0)]:
+        group["lr"] = lr
+        assert adamw_lr(optimizer) == pytest.approx(0.01 * share)
+    resumed = OPTIMIZERS[name](Toy().named_parameters(), rank=4, adamw_lr=0.01, lr=0.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.param_groups[0]["lr"] = full
+    assert adamw_lr(resumed) == pytest.approx(0.0025)
+    group["lr"] = full
+    train(model, optimizer, range(2, 4))
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
 # state ---------------------------------------------------------------------------------------------------------------
 
 
