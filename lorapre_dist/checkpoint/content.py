@@ -25,10 +25,10 @@ from ..config import ConfigError
 from ..core.factors import SQUARES, Matrix
 from ..optimizer import LowRankOptimizer
 from ..state import plain_groups, restore_groups
-from . import files
+from . import files, folder
 from .files import CheckpointError
 
-FILE = "checkpoint.json"
+FILE = folder.DESCRIPTION
 FORMAT = 2
 TENSORS = "tensors"
 #: What says the rank of each moment's factors; an optimizer without a low-rank second moment has no ``rank_v``.
@@ -67,26 +67,26 @@ def describe(optimizer: LowRankOptimizer, held: list[dict[str, dict[str, Any]]],
     }
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """``checkpoint.json`` of a checkpoint.
 
     Raises:
         CheckpointError: missing, damaged, or of another format.
     """
     try:
-        content = files.read_object(folder / FILE)
+        content = files.read_object(path / FILE)
     except (CheckpointError, OSError) as error:
-        reason = str(error).removeprefix(f"{folder / FILE} ")
-        raise CheckpointError(f"checkpoint {folder}: {FILE} {reason}") from error
+        reason = str(error).removeprefix(f"{path / FILE} ")
+        raise CheckpointError(f"checkpoint {path}: {FILE} {reason}") from error
     if "parameters" not in content:
-        raise CheckpointError(f"checkpoint {folder}: {FILE} does not describe one")
+        raise CheckpointError(f"checkpoint {path}: {FILE} does not describe one")
     if content.get("format") not in (1, FORMAT):
         raise CheckpointError(
-            f"checkpoint {folder} holds tensors in format {content.get('format')!r:.80}; this version reads 1 "
+            f"checkpoint {path} holds tensors in format {content.get('format')!r:.80}; this version reads 1 "
             f"and {FORMAT}"
         )
     if problem := next(_wrong(content), None):
-        raise CheckpointError(f"checkpoint {folder}: {FILE} {problem}")
+        raise CheckpointError(f"checkpoint {path}: {FILE} {problem}")
     return content
 
 
@@ -166,6 +166,8 @@ def unusable_groups(saved: dict[str, Any], optimizer: LowRankOptimizer) -> list[
     for k, (present, options) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=False)):
         merged = {**present, "params": []}
         try:
+            if "lr" not in options:
+                raise ConfigError("it has no lr")
             restore_groups([merged], [options])
             optimizer.group_config(merged)
             for key, value in options.items():
@@ -210,8 +212,8 @@ def vectors(entry: dict[str, Any]) -> list[str]:
     return list(entry.get("vectors", ["v_row"] if entry["variant"] == "stable" else []))
 
 
-def complain(folder: Path, found: list[str]) -> None:
+def complain(path: Path, found: list[str]) -> None:
     """Raise a CheckpointError that lists the differences, if there are any."""
     if found:
         more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-        raise CheckpointError(f"checkpoint {folder} does not fit: " + "; ".join(found[:8]) + more)
+        raise CheckpointError(f"checkpoint {path} does not fit: " + "; ".join(found[:8]) + more)

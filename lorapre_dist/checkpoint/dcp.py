@@ -104,14 +104,19 @@ class Reader(dcp.FileSystemReader):
         return done
 
 
-def read_part(file: BinaryIO, start: int, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def read_part(
+    file: BinaryIO, start: int, size: int, shape: tuple[int, ...], dtype: torch.dtype, to: str = "cpu"
+) -> torch.Tensor:
     """What one rank wrote of a tensor, in host memory: ``size`` bytes of an open file.
+
+    Args:
+        to: "meta" reads its shape and type alone.
 
     Raises:
         CheckpointError: it is no tensor of ``shape`` and ``dtype``.
     """
     what = f"{Path(file.name).name} at byte {start}"
-    tensor = files.load_archive(files.Slice(file, start, size), size, what)
+    tensor = files.load_archive(files.Slice(file, start, size), size, what, to)
     if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or tensor.dtype != dtype:
         found = f"{tuple(tensor.shape)}, {tensor.dtype}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise CheckpointError(f"{what}: expected a tensor of {shape}, {dtype}, found {found}")

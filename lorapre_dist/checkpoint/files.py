@@ -123,10 +123,13 @@ class Slice(io.RawIOBase):
         return read
 
 
-def load_archive(file: BinaryIO | Slice, size: int, what: str) -> Any:
+def load_archive(file: BinaryIO | Slice, size: int, what: str, to: str = "cpu") -> Any:
     """What ``torch.save`` wrote to ``file``, an archive of ``size`` bytes: tensors and plain values, in host memory.
 
     ``torch.save`` compresses nothing, so neither reading nor what was read takes more than ``size`` bytes.
+
+    Args:
+        to: "meta" reads shapes and types alone.
 
     Raises:
         CheckpointError: it is something else; ``what`` names it.
@@ -134,7 +137,7 @@ def load_archive(file: BinaryIO | Slice, size: int, what: str) -> Any:
     try:
         check_stored(file, size)
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location=to, weights_only=True)
     except Exception as error:  # zipfile, pickle and torch raise many kinds on what is no such archive
         reason = str(error) if isinstance(error, CheckpointError) else first_line(error)
         raise CheckpointError(f"{what} cannot be read ({reason})") from error

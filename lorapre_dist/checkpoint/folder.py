@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import files
+from . import files, lock
 from .files import CheckpointError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+#: What our tensors are; :mod:`lorapre_dist.checkpoint.content` reads it.
+DESCRIPTION = "checkpoint.json"
 FORMAT = 1
 #: What ``consolidate`` writes, in place of a manifest.
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -70,7 +72,7 @@ class Manifest:
             raise CheckpointError(
                 f"checkpoint {folder} is of format {content['format']!r:.80}; this version reads format {FORMAT}"
             )
-        if problem := _problem(content):
+        if problem := _problem(content) or _disagreement(folder, content):
             raise CheckpointError(f"checkpoint {folder}: {MANIFEST} {problem}")
         return cls(content["tag"], content["step"], content["files"])
 
@@ -106,6 +108,17 @@ def _problem(content: dict[str, Any]) -> str | None:
         if not told or not isinstance(entry.get("blake2b"), str):
             return f"does not say size and checksum of {name!r:.80}"
     return None
+
+
+def _disagreement(folder: Path, content: dict[str, Any]) -> str | None:
+    """Where a manifest differs from what it describes, in words; None for a checkpoint of another optimizer."""
+    if DESCRIPTION not in content["files"]:
+        return None
+    try:
+        step = files.read_object(folder / DESCRIPTION).get("step")
+    except (CheckpointError, OSError):
+        return None  # which its checksum shows
+    return None if step == content["step"] else f"says step {content['step']}, {DESCRIPTION} says {step!r:.80}"
 
 
 def partial(directory: Path, tag: str) -> Path:
@@ -171,6 +184,19 @@ def _digest(file: Any) -> str:
 
 def publish(directory: Path, manifest: Manifest, save_latest: bool) -> Path:
     """Make the partial checkpoint visible under its tag, replacing one of that name, and point ``latest`` at it."""
+    try:
+        return _publish(directory, manifest, save_latest)
+    finally:
+        lock.release(directory)
+
+
+def discard(path: Path) -> None:
+    """Remove a partial folder that will not become a checkpoint."""
+    shutil.rmtree(path, ignore_errors=True)
+    lock.release(path.parent)
+
+
+def _publish(directory: Path, manifest: Manifest, save_latest: bool) -> Path:
     source, target = partial(directory, manifest.tag), directory / manifest.tag
     for folder in (source, *(p for p in source.rglob("*") if p.is_dir())):
         _sync(folder)
@@ -196,8 +222,16 @@ def recover(directory: Path) -> None:
 
 
 def start(directory: Path, tag: str) -> Path:
-    """An empty partial folder; what killed saves left behind is removed."""
+    """An empty partial folder; what killed saves left behind is removed.
+
+    From here to :func:`publish` or :func:`discard` no other process may save in ``directory``.
+
+    Raises:
+        CheckpointError: one does; the message names it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    if holder := lock.take(directory):
+        raise CheckpointError(f"another process saves in {directory}: {holder}")
     recover(directory)
     for left in directory.glob(".*.partial"):
         shutil.rmtree(left, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -223,7 +222,7 @@ class _cleaned_up:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is not None and self.team.rank == 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            folder.discard(self.path)
 
 
 def verify(path: str | Path, *, group: Any = None) -> Manifest:
@@ -237,8 +236,7 @@ def verify(path: str | Path, *, group: Any = None) -> Manifest:
     try:
         share = slice(team.rank, None, team.size)
         manifest = Manifest.read(path)
-        problems = folder.damage(path, manifest, share) or stored.disagreements(path, manifest)
-        problems = problems or stored.not_finite(path, share)
+        problems = folder.damage(path, manifest, share) or stored.not_finite(path, share)
     except CheckpointError as error:
         problems = [str(error)]
     except OSError as error:
@@ -329,8 +327,7 @@ def load(
         found = content.weight_differences(saved, present)
     with team.together(f"loading checkpoint {path}"):
         content.complain(path, found + content.missing(saved, untrained or {}))
-        if team.rank == 0:
-            stored.complete(path, saved)
+        stored.complete(path, saved, slice(team.rank, None, team.size))
     assert optimizer.layout is not None
     shards = {**weight_shards(optimizer.layout.units), **_keyed(untrained or {})}
     changed: dict[str, dict[str, Any]] = {}
