@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
+import re
 import stat
 import sys
 import zipfile
@@ -26,6 +28,9 @@ _DEEPSPEED_RECORDS = {
 }
 # What torch reads instead of running the code that a caller of torch.load, DeepSpeed say, would let it run.
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+# In what torch says of a pickle that it does not load.
+_ASKED = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
+_REFUSED = "WeightsUnpickler error:"
 #: Bytes of JSON that are read: parameters of the largest models come to some ten million.
 JSON_BYTES = 256 << 20
 _KINDS = {
@@ -180,6 +185,8 @@ def weights_only(folder: Path) -> Iterator[None]:
         os.environ[_WEIGHTS_ONLY] = "1"
         try:
             yield
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read ({first_line(error)})") from error
         finally:
             if before is None:
                 del os.environ[_WEIGHTS_ONLY]
@@ -206,6 +213,9 @@ def shown(name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    """Kind and first line of an error; of torch's advice on pickles what was refused."""
+    text = str(error).strip()
+    if (asked := _ASKED.search(text)) is not None:
+        return f"it asks for {asked[1]}, which has no place there"
+    line = text.partition(_REFUSED)[2].strip() or text
+    return f"{type(error).__name__}: {line.splitlines()[0] if line else ''}"
