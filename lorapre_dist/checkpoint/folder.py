@@ -14,6 +14,7 @@ Nothing here is collective; :mod:`lorapre_dist.checkpoint.run` divides the work 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -214,7 +215,20 @@ def _publish(directory: Path, manifest: Manifest, save_latest: bool) -> Path:
 
 
 def recover(directory: Path) -> None:
-    """Finish a save that was killed after its files were complete, while it replaced an older checkpoint of its tag."""
+    """Finish a save that was killed after its files were complete, while it replaced an older checkpoint of its tag.
+
+    One that is still going on is left alone.
+    """
+    if lock.has(directory):
+        _recover(directory)
+    elif next(directory.glob(".*.partial"), None) is not None:
+        with contextlib.suppress(OSError):  # where nothing can be written nothing can be finished
+            if lock.take(directory, wait=0.0) is None:
+                _recover(directory)
+        lock.release(directory)
+
+
+def _recover(directory: Path) -> None:
     for left in directory.glob(".*.partial"):
         target = directory / left.name.removeprefix(".").removesuffix(".partial")
         if (left / MANIFEST).is_file() and not target.exists() and not target.name.endswith(_REPLACED):
@@ -232,7 +246,7 @@ def start(directory: Path, tag: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     if holder := lock.take(directory):
         raise CheckpointError(f"another process saves in {directory}: {holder}")
-    recover(directory)
+    _recover(directory)
     for left in directory.glob(".*.partial"):
         shutil.rmtree(left, ignore_errors=True)
     folder = partial(directory, tag)

@@ -61,6 +61,11 @@ def take(folder: Path, wait: float | None = None) -> str | None:
     return None
 
 
+def has(folder: Path) -> bool:
+    """Whether this process has the lock of ``folder``."""
+    return os.path.abspath(folder) in _taken
+
+
 def release(folder: Path) -> None:
     """Give the lock of ``folder`` back, if this process has it."""
     place = os.path.abspath(folder)

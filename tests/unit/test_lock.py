@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorapre_dist.checkpoint import CheckpointError, folder, lock
+from lorapre_dist.checkpoint.folder import Manifest
 from lorapre_dist.training import interruption
 
 
@@ -50,12 +51,16 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
             with pytest.raises(CheckpointError, match=rf"another process saves in .*: host .* process {process}"):
                 folder.start(tmp_path, "tag")
         assert not list(tmp_path.glob(".tag.partial"))
+        (tmp_path / ".other.partial").mkdir()
+        Manifest("other", 1, {}).write(tmp_path / ".other.partial")
+        assert folder.choose(tmp_path, None) == []  # it may be about to publish that itself
     finally:
         killed(process)
     assert lock.take(tmp_path, wait=0) is None  # although a child of the holder is still there
     assert lock.take(tmp_path, wait=0) is None  # again
     lock.release(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert folder.choose(tmp_path, "other") == ["other"]
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_what_cannot_be_a_lock_is_an_error(tmp_path):
