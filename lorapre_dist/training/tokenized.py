@@ -12,6 +12,7 @@ A folder without ``manifest.json`` is unfinished. No sequence length is built in
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from bisect import bisect_right
 from dataclasses import dataclass
