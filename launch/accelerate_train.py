@@ -21,6 +21,7 @@ from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, get_
 
 from lorapre_dist import LoRAPre
 from lorapre_dist.training.hf_accelerate import LoRAPreAccelerator
+from lorapre_dist.training.interruption import end_with_launcher
 from lorapre_dist.training.models import preset_config
 from lorapre_dist.training.settings import default_cache
 
@@ -41,6 +42,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Train, save every ``--save_steps``, and log every step to ``metrics.jsonl``."""
     args = options()
+    end_with_launcher()
     accelerator = LoRAPreAccelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     rows, tokenizer = data(default_cache())
     set_seed(args.seed)

@@ -11,14 +11,18 @@ Every option of ``TrainingArguments`` works; ``--resume_from_checkpoint runs/hf/
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 import torch
 from transformers import DataCollatorForLanguageModeling, HfArgumentParser, LlamaForCausalLM, TrainingArguments
 
+from lorapre_dist.checkpoint.files import weights_only
 from lorapre_dist.training import builtin_text
 from lorapre_dist.training.hf_trainer import LoRAPreTrainer
+from lorapre_dist.training.interruption import end_with_launcher
 from lorapre_dist.training.models import preset_config
 from lorapre_dist.training.settings import default_cache
 from lorapre_dist.training.tokenizer import trained_tokenizer
@@ -45,7 +49,6 @@ class Choice:
 def data(cache: str) -> tuple[datasets.Dataset, object]:
     """Sequences of the built-in text, and their tokenizer."""
     from itertools import islice
-    from pathlib import Path
 
     texts = list(islice(builtin_text.documents(), DOCUMENTS))
     tokenizer = trained_tokenizer(lambda: iter(texts), f"hf-{builtin_text.fingerprint()}", VOCABULARY, Path(cache))
@@ -57,6 +60,7 @@ def data(cache: str) -> tuple[datasets.Dataset, object]:
 
 def main() -> None:
     """Train, and save at the end."""
+    end_with_launcher()
     cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     cpu += ["--ddp_backend", "gloo"] if cpu and "LOCAL_RANK" in os.environ else []
     parser = HfArgumentParser((Arguments, Choice))
@@ -71,7 +75,9 @@ def main() -> None:
         lorapre={"rank": 16, **({"rank_v": 2, "scale": 0.1} if choice.optimizer_type == "LoRAPre" else {})},
         optimizer_type=choice.optimizer_type,
     )
-    result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    resume = arguments.resume_from_checkpoint
+    with weights_only(Path(resume)) if resume else nullcontext():  # whichever optimizer a DeepSpeed JSON names
+        result = trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         print(f"training loss {result.training_loss:.4f} after {trainer.state.global_step} steps", flush=True)
 

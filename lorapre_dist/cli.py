@@ -104,6 +104,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(options: argparse.Namespace) -> int:
     from lorapre_dist.checkpoint import inspect, stored
+    from lorapre_dist.checkpoint.folder import latest_problem
     from lorapre_dist.training import tokenized
 
     if tokenized.is_tokenized(options.path):
@@ -115,8 +116,13 @@ def _inspect(options: argparse.Namespace) -> int:
         tags = inspect.overview(directory)
         if options.tensors:
             raise ConfigError(f"--tensors: name one checkpoint of {directory}: {', '.join(tag['tag'] for tag in tags)}")
-        print(json.dumps(tags, indent=1) if options.json else inspect.render_overview(directory, tags))
-        return 0 if all(tag["whole"] for tag in tags) else 1
+        problem = latest_problem(directory)
+        if options.json:
+            print(json.dumps(tags, indent=1))
+            print(f"warning: {problem}\n" * (problem is not None), end="", file=sys.stderr)
+        else:
+            print(inspect.render_overview(tags, problem))
+        return 1 if problem or not all(tag["whole"] for tag in tags) else 0
     found = inspect.describe(options.path)
     if options.json and not options.tensors:
         found.pop("parameters", None)

@@ -6,7 +6,7 @@ for programs without it. :func:`verify` and :func:`newest_whole` look at what is
 """
 
 from .engine import wait
-from .folder import CheckpointError
+from .files import CheckpointError
 from .native import load, save
 from .run import newest_whole, verify
 

@@ -31,7 +31,7 @@ from ..layouts.matrices import expert_name
 from ..param_groups import parameter_name
 from ..shards import MODEL, OPTIMIZER, UNTRAINED
 from . import content, folder, run, stored
-from .folder import CheckpointError
+from .files import CheckpointError
 from .safetensors_files import Entry, write
 
 #: Sub-folder of a checkpoint with config.json and the tokenizer's files.
@@ -39,7 +39,6 @@ HF = "hf"
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG = "config.json"
 FORMAT = 1
-WEIGHTS_INDEX = "model.safetensors.index.json"
 # Files of a model folder that hold weights: not to be copied with its configuration.
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -90,10 +89,8 @@ def consolidate(
     _check_target(target, path.resolve(), overwrite)
     config_files = _config_files(path, config)
     run.verify(path)
-    described, tensors = content.read(path), stored.tensors(path)
-    shapes = stored.expected(described["parameters"])
-    if missing := stored.incomplete(tensors, shapes):
-        raise CheckpointError(f"checkpoint {path} is damaged: " + "; ".join(missing[:8]))
+    described = content.read(path)
+    tensors, shapes = stored.complete(path, described)
 
     result = Result(path, Path(out))
     # Not named as a partial checkpoint: the next save in the same folder would remove it.
@@ -129,7 +126,7 @@ def _check_target(target: Path, path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{target} is not empty; name another folder, or replace it with --overwrite")
-    if not (target / WEIGHTS_INDEX).is_file():
+    if not folder.consolidated(target):
         # Replacing means deleting: not what a slip of the finger names.
         raise CheckpointError(f"{target} holds something else than an earlier result: delete it yourself")
 
@@ -137,8 +134,8 @@ def _check_target(target: Path, path: Path, overwrite: bool) -> None:
 def _config_files(path: Path, config: str | Path | None) -> dict[str, Path]:
     """config.json and what belongs to it: name in the result, and where to copy it from."""
     if config is None:
-        beside = (p for p in sorted((path / HF).rglob("*")) if p.is_file() and not p.name.endswith(_WEIGHTS))
-        return {p.relative_to(path / HF).as_posix(): p for p in beside}
+        beside = [n for n in folder.files_in(path) if n.startswith(f"{HF}/") and not n.endswith(_WEIGHTS)]
+        return {name.removeprefix(f"{HF}/"): path / name for name in beside}
     given = Path(config)
     file = given / CONFIG if given.is_dir() else given
     try:
@@ -167,7 +164,12 @@ def _weights(
             experts = stacks.setdefault(whole, {})
             experts[name] = source
             if f"{MODEL}{expert_name(whole, len(experts))}" not in shapes:  # it was the last one
-                source = stored.joined([experts[expert_name(whole, e)] for e in range(len(experts))])
+                names = [expert_name(whole, e) for e in range(len(experts))]
+                if set(names) != experts.keys() or any(shapes[MODEL + n] != shape for n in names):
+                    raise CheckpointError(
+                        f"the experts of {whole} do not form a stack: {', '.join(sorted(experts)[:8])}"
+                    )
+                source = stored.joined([experts[name] for name in names])
                 yield Entry(whole, (len(experts), *shape), to, source)
 
 

@@ -17,17 +17,20 @@ be read.
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+import math
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..config import ConfigError
 from ..core.factors import SQUARES, Matrix
 from ..optimizer import LowRankOptimizer
 from ..param_groups import in_block, is_low_rank, parameter_name
-from ..state import plain_groups
-from .folder import CheckpointError
+from ..state import plain_groups, restore_groups
+from . import files, folder
+from .files import CheckpointError
 
-FILE = "checkpoint.json"
+FILE = folder.DESCRIPTION
 FORMAT = 2
 TENSORS = "tensors"
 #: What says the rank of each moment's factors; an optimizer without a low-rank second moment has no ``rank_v``.
@@ -66,23 +69,72 @@ def describe(optimizer: LowRankOptimizer, held: list[dict[str, dict[str, Any]]],
     }
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """``checkpoint.json`` of a checkpoint.
 
     Raises:
         CheckpointError: missing, damaged, or of another format.
     """
     try:
-        content: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {FILE} cannot be read ({error})") from error
-    if not isinstance(content, dict) or "parameters" not in content:
-        raise CheckpointError(f"checkpoint {folder}: {FILE} does not describe one")
+        content = files.read_object(path / FILE)
+    except (CheckpointError, OSError) as error:
+        reason = str(error).removeprefix(f"{path / FILE} ")
+        raise CheckpointError(f"checkpoint {path}: {FILE} {reason}") from error
+    if "parameters" not in content:
+        raise CheckpointError(f"checkpoint {path}: {FILE} does not describe one")
     if content.get("format") not in (1, FORMAT):
         raise CheckpointError(
-            f"checkpoint {folder} holds tensors in format {content.get('format')!r}; this version reads 1 and {FORMAT}"
+            f"checkpoint {path} holds tensors in format {content.get('format')!r:.80}; this version reads 1 "
+            f"and {FORMAT}"
         )
+    if problem := next(_wrong(content), None):
+        raise CheckpointError(f"checkpoint {path}: {FILE} {problem}")
     return content
+
+
+def _wrong(content: dict[str, Any]) -> Iterator[str]:
+    """What is not of the form at the top of this module, in words."""
+    for key in ("step", "world_size"):
+        if not files.is_count(content.get(key)):
+            yield f"says {key} {content.get(key)!r:.80}, which is no whole number"
+    if not (isinstance(content.get("layout"), str) and isinstance(content.get("frozen", "saved"), str)):
+        yield "says a layout, or what became of frozen parameters, that is no text"
+    aliases = content.setdefault("aliases", {})
+    if not (isinstance(aliases, dict) and all(isinstance(name, str) for name in aliases.values())):
+        yield "has aliases that are not names"
+    groups = content.get("param_groups")
+    if not (isinstance(groups, list) and all(isinstance(group, dict) for group in groups)):
+        yield "has no list of parameter groups"
+    if not isinstance(content["parameters"], dict):
+        yield "has no parameters by name"
+        return
+    for name, entry in content["parameters"].items():
+        if (problem := _wrong_entry(entry)) is not None:
+            yield f"says of {name!r:.200} {problem}"
+
+
+def _wrong_entry(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or entry.get("kind") not in ("lorapre", "adamw", "untrained"):
+        return f"no kind that is known: {entry!r:.80}"
+    shape = entry.get("shape")
+    if not (isinstance(shape, list) and all(files.is_count(n) for n in shape) and math.prod(shape) < 1 << 63):
+        return f"a shape that is none: {shape!r:.80}"
+    if entry["kind"] != "untrained" and not files.is_count(entry.get("step")):
+        return f"a step that is no whole number: {entry.get('step')!r:.80}"
+    if entry["kind"] != "lorapre":
+        return None
+    if len(shape) != 2:
+        return f"factors of a tensor that is no matrix: {shape!r:.80}"
+    for key in RANKS.values():
+        rank = entry.get(key) if key == "rank" else entry.get(key, 1)
+        if not (files.is_count(rank) and rank):
+            return f"a {key} that is no rank: {rank!r:.80}"
+    if not isinstance(entry.get("variant"), str) or not isinstance(entry.get("optimizer", "LoRAPre"), str):
+        return "an optimizer or variant that is no text"
+    known = (*SQUARES, *SQUARES.values())
+    if not isinstance(entry.get("vectors", []), list) or any(v not in known for v in entry.get("vectors", [])):
+        return f"statistics that are not known: {entry.get('vectors')!r:.80}"
+    return None
 
 
 def trained(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -159,6 +211,24 @@ def _targets(then: dict[str, dict[str, Any]]) -> list[str] | None:
     return listed if right and len(listed) <= 40 else None
 
 
+def unusable_groups(saved: dict[str, Any], optimizer: LowRankOptimizer) -> list[str]:
+    """Options of saved parameter groups that the optimizer cannot take, in words."""
+    found = []
+    for k, (present, options) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=False)):
+        merged = {**present, "params": []}
+        try:
+            if "lr" not in options:
+                raise ConfigError("it has no lr")
+            restore_groups([merged], [options])
+            optimizer.group_config(merged)
+            for key, value in options.items():
+                if isinstance(present.get(key), float) and isinstance(value, (str, list, dict)):  # a scheduler's, say
+                    raise ConfigError(f"{key}={value!r:.80}: must be a number")
+        except (ValueError, TypeError, RuntimeError) as error:  # ConfigError is a ValueError
+            found.append(f"parameter group {k}: {error}")
+    return found
+
+
 def weight_differences(saved: dict[str, Any], present: dict[str, dict[str, Any]]) -> list[str]:
     """As :func:`differences`, for the weights alone."""
     found = []
@@ -193,8 +263,8 @@ def vectors(entry: dict[str, Any]) -> list[str]:
     return list(entry.get("vectors", ["v_row"] if entry["variant"] == "stable" else []))
 
 
-def complain(folder: Path, found: list[str]) -> None:
+def complain(path: Path, found: list[str]) -> None:
     """Raise a CheckpointError that lists the differences, if there are any."""
     if found:
         more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-        raise CheckpointError(f"checkpoint {folder} does not fit: " + "; ".join(found[:8]) + more)
+        raise CheckpointError(f"checkpoint {path} does not fit: " + "; ".join(found[:8]) + more)

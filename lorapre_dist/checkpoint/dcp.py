@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import pickle
 import queue
 import warnings
@@ -10,18 +13,21 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as Done
 
 from ..shards import Shard
-from .folder import CheckpointError
+from . import files
+from .files import CheckpointError
 
 #: Bytes of tensors in one file, unless a single tensor is larger; a file's tensors are in host memory until it is done.
 FILE_BYTES = 128 << 20
@@ -51,23 +57,98 @@ class Writer(dcp.FileSystemWriter):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads the metadata without running what a pickle may ask for."""
+    """Reads metadata without running what a pickle may ask for, and of files only what the metadata can truly mean."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the checkpoint.
 
         Raises:
-            CheckpointError: it holds anything but DCP's own records.
+            CheckpointError: it holds anything but DCP's own records, or they do not fit each other or the files.
         """
         path = Path(self.path) / ".metadata"
-        with open(path, "rb") as file:
-            try:
-                metadata = _Unpickler(file).load()
-            except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
+        try:
+            with files.opened(path) as file:
+                metadata = _Unpickler(io.BytesIO(file.read())).load()
+            _check(metadata, Path(self.path))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except Exception as error:  # a pickle can hold anything, anywhere
+            raise CheckpointError(f"{path} cannot be read: {files.first_line(error)}") from error
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take in what is stored where."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._described = metadata.state_dict_metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Done[None]:
+        """Read this rank's tensors."""
+        per_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            per_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in per_file.items():
+            with files.opened(Path(self.path) / name) as file:
+                for item in items:
+                    at, entry = self.storage_data[item.storage_index], self._described[item.storage_index.fqn]
+                    chunk = entry.chunks[item.storage_index.index]
+                    part = read_part(file, at.offset, at.length, tuple(chunk.sizes), entry.properties.dtype)
+                    part = narrow_tensor_by_index(part, item.storage_offsets, item.lengths)
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(part)
+                    planner.commit_tensor(item, target)
+        done: Done[None] = Done()
+        done.set_result(None)
+        return done
+
+
+def read_part(
+    file: BinaryIO, start: int, size: int, shape: tuple[int, ...], dtype: torch.dtype, to: str = "cpu"
+) -> torch.Tensor:
+    """What one rank wrote of a tensor, in host memory: ``size`` bytes of an open file.
+
+    Args:
+        to: "meta" reads its shape and type alone.
+
+    Raises:
+        CheckpointError: it is no tensor of ``shape`` and ``dtype``.
+    """
+    what = f"{Path(file.name).name} at byte {start}"
+    tensor = files.load_archive(files.Slice(file, start, size), size, what, to)
+    if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or tensor.dtype != dtype:
+        found = f"{tuple(tensor.shape)}, {tensor.dtype}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise CheckpointError(f"{what}: expected a tensor of {shape}, {dtype}, found {found}")
+    return tensor
+
+
+def _check(metadata: Any, folder: Path) -> None:
+    """Raise a CheckpointError, or whatever error, if the records of a checkpoint do not fit each other or the files."""
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"expected {Metadata.__name__}, found {type(metadata).__name__}")
+    sizes: dict[str, int] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise CheckpointError(f"{name!r:.200} is no tensor")
+        width, dims = entry.properties.dtype.itemsize, len(entry.size)
+        for chunk in entry.chunks:
+            box = list(zip(chunk.offsets, chunk.sizes, entry.size, strict=True))
+            inside = all(start >= 0 and size >= 0 and start + size <= whole for start, size, whole in box)
+            if not inside or len(chunk.offsets) != dims:
+                raise CheckpointError(f"a part of {name!r:.200} lies outside of it")
+            at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            # Every file of a checkpoint lies beside the metadata.
+            if not files.is_inside(at.relative_path) or "/" in at.relative_path:
+                raise CheckpointError(f"{name!r:.200} is in {at.relative_path!r:.200}, outside of the checkpoint")
+            if at.relative_path not in sizes:
+                sizes[at.relative_path] = os.lstat(folder / at.relative_path).st_size
+            if not (at.offset >= 0 and math.prod(chunk.sizes) * width <= at.length):
+                raise CheckpointError(f"{at.length} bytes cannot hold {tuple(chunk.sizes)} elements of {name!r:.200}")
+            if at.offset + at.length > sizes[at.relative_path]:
+                raise CheckpointError(f"{name!r:.200} lies behind the end of {at.relative_path}")
+            if at.transform_descriptors:
+                raise CheckpointError(f"{name!r:.200} is not as it was written by this package")
 
 
 def _member(enum: Any, name: Any) -> Enum:

@@ -2,8 +2,8 @@
 
 DeepSpeed's own partition files hold AdamW's state, fit one world size and stage, and carry pickled objects. Here a tag
 holds ours (see :mod:`lorapre_dist.checkpoint.run`) and, beside them, the model-state file that DeepSpeed writes, so
-that its ``load_module_only`` goes on working. Loading needs ours alone. This file imports no DeepSpeed: it works on
-the attributes of its engine and optimizers.
+that its ``load_module_only`` goes on working. Loading needs ours alone; where DeepSpeed's are asked for, they are read
+without running code. This file imports no DeepSpeed: it works on the attributes of its engine and optimizers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from ..optimizer import LowRankOptimizer
 from ..param_groups import clean_name
-from . import content, folder, model, run
-from .folder import CheckpointError
+from . import content, files, folder, model, run
+from .files import CheckpointError
 from .team import Team
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -152,7 +152,10 @@ def load(
     path = directory / chosen[0]
     foreign = not (path / folder.MANIFEST).is_file() and not (path / content.FILE).is_file()
     if load_module_only and foreign:
-        return original(load_dir, tag, load_module_strict, load_module_only=True, custom_load_fn=custom_load_fn)
+        with files.weights_only(path):
+            return original(
+                load_dir, chosen[0], load_module_strict, load_module_only=True, custom_load_fn=custom_load_fn
+            )
     if custom_load_fn is not None or not load_module_strict:
         raise CheckpointError("custom_load_fn and load_module_strict=False are not supported with LoRAPre")
     states = load_optimizer_states and not load_module_only
@@ -167,7 +170,7 @@ def load(
             states=states,
             resize_rank=resize_rank,
             intact=not verify,
-            check=(lambda extra: check(extra["client_state"])) if check is not None else None,
+            check=functools.partial(run.check_extra, path, check),
         )
         _refresh(engine.optimizer, engine.basic_optimizer)
     if not load_module_only:

@@ -7,12 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..shards import OPTIMIZER
 from . import content, folder, run, stored
-from .consolidate import WEIGHTS_INDEX
-from .folder import CheckpointError, Manifest
+from .files import CheckpointError, shown
+from .folder import Manifest
 
 KINDS = {"lorapre": "low-rank", "adamw": "AdamW", "untrained": "untrained"}
 
@@ -26,9 +24,12 @@ def describe(path: Path) -> dict[str, Any]:
     """
     problems = stored.problems(path)
     found: dict[str, Any] = {"path": str(path), "tag": path.name, "whole": not problems, "problems": problems}
-    found["files"] = {name: (path / name).stat().st_size for name in folder.files_in(path)}
+    found["files"] = {shown(name): (path / name).lstat().st_size for name in folder.files_in(path)}
     # Each part by itself: a damaged checkpoint shows whatever is left of it.
-    for part in (_content, _bytes, _extra):
+    parts = {content.FILE: _content, f"{content.TENSORS}/.metadata": _bytes, run.EXTRA: _extra}
+    for name, part in parts.items():
+        if any(problem.startswith((name, folder.MANIFEST)) for problem in problems):
+            continue  # what is not as it was written is not looked into
         try:
             found.update(part(path))
         except Exception as error:  # anything may be in a damaged file
@@ -68,7 +69,7 @@ def _bytes(path: Path) -> dict[str, Any]:
 
 
 def _extra(path: Path) -> dict[str, Any]:
-    extra = torch.load(path / run.EXTRA, weights_only=True, map_location="cpu")
+    extra = run.read_extra(path)
     return {"extra": {str(key): sorted(map(str, v)) if isinstance(v, dict) else [] for key, v in extra.items()}}
 
 
@@ -76,14 +77,15 @@ def overview(directory: Path) -> list[dict[str, Any]]:
     """The checkpoints in a folder, newest first: ``tag``, ``latest``, ``whole``, ``problems``, ``bytes`` of all files,
     and, where they can be read, ``step``, ``layout`` and ``world_size``.
     """
-    latest, found = folder.latest(directory), []
+    latest = None if folder.latest_problem(directory) else folder.latest(directory)
+    found = []
     for path in folder.checkpoints(directory):
-        if (path / WEIGHTS_INDEX).is_file() and not (path / folder.MANIFEST).is_file():
-            continue  # what ``consolidate`` wrote
+        if folder.consolidated(path):
+            continue
         problems = stored.problems(path)
         line: dict[str, Any] = {"tag": path.name, "latest": path.name == latest, "whole": not problems}
         line["problems"] = problems
-        line["bytes"] = sum((path / name).stat().st_size for name in folder.files_in(path))
+        line["bytes"] = sum((path / name).lstat().st_size for name in folder.files_in(path))
         with contextlib.suppress(Exception):  # anything may be in a damaged file; ``problems`` names it
             line["step"] = Manifest.read(path).step
             line.update({key: content.read(path)[key] for key in ("step", "layout", "world_size")})
@@ -148,8 +150,8 @@ def _tensor_lines(parameters: dict[str, dict[str, Any]]) -> list[str]:
     return columns(rows)
 
 
-def render_overview(directory: Path, found: list[dict[str, Any]]) -> str:
-    """A table for the terminal of what :func:`overview` found."""
+def render_overview(found: list[dict[str, Any]], problem: str | None = None) -> str:
+    """A table for the terminal of what :func:`overview` found, and what is wrong with ``latest``."""
     rows = [("tag", "step", "layout", "size", "state")]
     for line in found:
         layout = f"{line['layout']} x {line['world_size']}" if "layout" in line else "?"
@@ -157,13 +159,7 @@ def render_overview(directory: Path, found: list[dict[str, Any]]) -> str:
         more = f"; and {len(line['problems']) - 2} more" if len(line["problems"]) > 2 else ""
         tag = line["tag"] + " (latest)" * line["latest"]
         rows.append((tag, str(line.get("step", "?")), layout, readable(line["bytes"]), state + more))
-    lines = columns(rows)
-    latest = folder.latest(directory)
-    if latest is None:
-        lines.append(f"{directory} has no file {folder.LATEST!r}")
-    elif not any(line["latest"] for line in found):
-        lines.append(f"{directory / folder.LATEST} names {latest!r}, which is not there")
-    return "\n".join(lines)
+    return "\n".join([*columns(rows), *([problem] if problem else [])])
 
 
 def columns(rows: list[tuple[str, ...]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..optimizer import LowRankOptimizer
 from ..param_groups import clean_name
 from . import folder, model, run
-from .folder import CheckpointError
+from .files import CheckpointError
 from .team import Team
 
 
@@ -113,7 +114,7 @@ def load(
         states=states,
         resize_rank=resize_rank,
         intact=not verify,
-        check=(lambda saved: check(saved["client_state"])) if check is not None else None,
+        check=functools.partial(run.check_extra, directory / chosen[0], check),
     )
     if lr_scheduler is not None and found["engine"]["lr_scheduler"] is not None:
         lr_scheduler.load_state_dict(found["engine"]["lr_scheduler"])

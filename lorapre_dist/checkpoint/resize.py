@@ -49,7 +49,7 @@ def load_resized(
     for name, now in changed.items():
         for moment, rank in [(moment, now[key]) for moment, key in RANKS.items() if key in now]:
             entries = [saved[f"{OPTIMIZER}{name}.{moment}_{factor}"] for factor in "BA"]
-            p, q = entries[0].size[0], entries[1].size[1]
+            p, q = now["shape"]
             dtype = entries[0].properties.dtype
             new = [torch.empty(p, rank, dtype=dtype), torch.empty(rank, q, dtype=dtype)]
             with team.together(f"changing the rank of {name}"):

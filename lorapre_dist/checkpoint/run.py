@@ -7,7 +7,7 @@ A checkpoint's folder holds ``tensors/`` (torch.distributed.checkpoint), ``check
 from __future__ import annotations
 
 import io
-import shutil
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +23,9 @@ from ..optimizer import LowRankOptimizer
 from ..param_groups import parameter_name
 from ..shards import MODEL, OPTIMIZER, UNTRAINED, Shard, Untrained, bring_home, state_shards, weight_shards
 from ..state import restore_groups
-from . import content, dcp, folder, stored
-from .folder import CheckpointError, Manifest
+from . import content, dcp, files, folder, stored
+from .files import CheckpointError
+from .folder import Manifest
 from .resize import load_resized
 from .team import Team
 
@@ -197,12 +198,15 @@ def seal(step: int, path: Path, tag: str, team: Team, save_latest: bool, keep_la
     with _cleaned_up(path, team):
         described: dict[str, Any] = {}
         with team.together(f"saving checkpoint {directory / tag}"):
+            strange = [f"{name} is {kind}, not a file" for name, kind in folder.entries(path).items() if kind]
+            if strange:
+                raise CheckpointError(strange[0])
             names = folder.files_in(path)
             described = {name: folder.describe(path / name) for name in names[team.rank :: team.size]}
-        files = {name: entry for part in team.gather(described) for name, entry in part.items()}
+        all_files = {name: entry for part in team.gather(described) for name, entry in part.items()}
         with team.together(f"saving checkpoint {directory / tag}"):
             if team.rank == 0:
-                folder.publish(directory, Manifest(tag, step, dict(sorted(files.items()))), save_latest)
+                folder.publish(directory, Manifest(tag, step, dict(sorted(all_files.items()))), save_latest)
     if keep_last is not None:
         with team.together(f"deleting checkpoints older than {directory / tag}"):
             if team.rank == 0:
@@ -220,7 +224,7 @@ class _cleaned_up:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is not None and self.team.rank == 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            folder.discard(self.path)
 
 
 def verify(path: str | Path, *, group: Any = None) -> Manifest:
@@ -237,6 +241,8 @@ def verify(path: str | Path, *, group: Any = None) -> Manifest:
         problems = folder.damage(path, manifest, share) or stored.not_finite(path, share)
     except CheckpointError as error:
         problems = [str(error)]
+    except OSError as error:
+        problems = [f"checkpoint {path} cannot be read ({error.strerror})"]
     found = sorted({problem for part in team.gather(problems) for problem in part})
     if found or manifest is None:
         if manifest is None or found[0].startswith("checkpoint "):
@@ -261,18 +267,22 @@ def newest_whole(directory: str | Path, *, group: Any = None) -> tuple[Path | No
     team = Team(group)
     if team.rank == 0:
         folder.recover(Path(directory))
-    candidates = team.gather([str(p) for p in folder.checkpoints(Path(directory))] if team.rank == 0 else None)[0]
-    complaints = []
-    for path in candidates:
+    found = None
+    if team.rank == 0:
+        problem = folder.latest_problem(Path(directory))
+        pointed = None if problem else folder.latest(Path(directory))
+        found = [str(p) for p in folder.candidates(Path(directory))], problem, pointed
+    candidates, problem, pointed = team.gather(found)[0]
+    complaints: list[str] = []
+    for k, path in enumerate(candidates):
         try:
             verify(path, group=group)
         except CheckpointError as error:
             complaints.append(str(error))
             continue
-        pointed = folder.latest(Path(directory))
-        if pointed is None:
-            complaints.append(f"{directory} has no file {folder.LATEST!r}")
-        elif pointed != Path(path).name and not complaints:
+        if problem is not None:
+            complaints.append(problem)
+        elif pointed in [Path(older).name for older in candidates[k + 1 :]]:
             complaints.append(f"{directory}/{folder.LATEST} names {pointed!r}, older than {Path(path).name!r}")
         return Path(path), complaints
     return None, complaints
@@ -306,7 +316,7 @@ def load(
         usable(path, group=group)
     with team.together(f"loading checkpoint {path}"):
         saved = content.read(path)
-        extra: dict[str, Any] = torch.load(path / EXTRA, weights_only=True, map_location="cpu")
+        extra = read_extra(path)
     if check is not None:
         check(extra)
     untrained = untrained or {}
@@ -318,10 +328,12 @@ def load(
         untrained = {n: t for n, t in untrained.items() if n not in {parameter_name(name) for name in present}}
     if states:
         found = content.differences(saved, present, untrained, len(optimizer.param_groups), resize_rank)
+        found += content.unusable_groups(saved, optimizer)
     else:
         found = content.weight_differences(saved, present)
     with team.together(f"loading checkpoint {path}"):
         content.complain(path, found + content.missing(saved, untrained))
+        stored.complete(path, saved, slice(team.rank, None, team.size))
     assert optimizer.layout is not None
     shards = {**weight_shards(optimizer.layout.units), **_keyed(untrained)}
     # Where the weights lie of what was frozen and is trained now, and the other way round.
@@ -367,6 +379,37 @@ def _present(optimizer: LowRankOptimizer, team: Team) -> dict[str, dict[str, Any
     """What the optimizers of all ranks hold, by parameter name; a collective."""
     found = {name: entry for part in team.gather(content.parameters(optimizer)) for name, entry in part.items()}
     return dict(sorted(found.items()))
+
+
+def read_extra(path: Path) -> dict[str, Any]:
+    """What was saved as ``extra``.
+
+    Raises:
+        CheckpointError: its file holds something else.
+    """
+    with files.opened(path / EXTRA) as file:
+        extra = files.load_archive(file, os.fstat(file.fileno()).st_size, f"checkpoint {path}: {EXTRA}")
+    if not isinstance(extra, dict):
+        raise CheckpointError(f"checkpoint {path}: {EXTRA} holds no dict")
+    return extra
+
+
+def check_extra(path: Path, check: Callable[[dict[str, Any]], None] | None, extra: dict[str, Any]) -> None:
+    """Let ``check`` see the client state in ``extra``, once it and the engine's state are of the form that is saved.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    state = extra.get("engine")
+    if not isinstance(state, dict) or not isinstance(extra.get("client_state"), dict):
+        raise CheckpointError(f"checkpoint {path}: {EXTRA} holds no state of an engine")
+    counters = {key: value for key, value in state.items() if key not in ("lr_scheduler", "loss_scaler")}
+    wrong = [key for key, value in counters.items() if not files.is_count(value)]
+    wrong += [key for key in ("lr_scheduler", "loss_scaler") if not isinstance(state.get(key) or {}, dict)]
+    if "global_steps" not in state or wrong:
+        raise CheckpointError(f"checkpoint {path}: {EXTRA} holds no usable {(wrong or ['global_steps'])[0]!r:.80}")
+    if check is not None:
+        check(extra["client_state"])
 
 
 def background_group() -> Any:

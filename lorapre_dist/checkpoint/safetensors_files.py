@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import folder
-from .folder import CheckpointError
+from .files import CheckpointError
 from .stored import Part, StoredTensor
 
 #: Bytes of tensors in one file, unless a single tensor is larger.

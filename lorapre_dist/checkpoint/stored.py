@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ..core.factors import state_shapes
 from ..shards import MODEL, OPTIMIZER, UNTRAINED
-from . import content, dcp, folder
-from .folder import CheckpointError, Manifest
+from . import content, dcp, files, folder
+from .files import CheckpointError
+from .folder import Manifest
 
 #: Where the training program puts checkpoints in a run's folder.
 CHECKPOINTS = "checkpoints"
@@ -27,16 +29,19 @@ class Part:
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
+    dtype: torch.dtype
     file: Path
     start: int
     bytes: int
 
-    def read(self) -> Tensor:
-        """The elements, in host memory."""
-        with open(self.file, "rb") as file:
-            view: Any = _create_file_view(file, self.start, self.bytes)
-            tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
-            return tensor
+    def read(self, to: str = "cpu") -> Tensor:
+        """The elements, in host memory; with "meta" nothing but a check that they are there.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        with files.opened(self.file) as file:
+            return dcp.read_part(file, self.start, self.bytes, self.shape, self.dtype, to)
 
 
 @dataclass(frozen=True)
@@ -75,19 +80,15 @@ def tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the list of tensors cannot be read.
     """
-    try:
-        metadata = dcp.Reader(path / content.TENSORS).read_metadata()
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: the list of tensors cannot be read ({error})") from error
+    metadata = dcp.Reader(path / content.TENSORS).read_metadata()
     found = {}
     for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            parts = []
-            for chunk in entry.chunks:
-                at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                file = path / content.TENSORS / at.relative_path
-                parts.append(Part(tuple(chunk.offsets), tuple(chunk.sizes), file, at.offset, at.length))
-            found[name] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(parts))
+        dtype, parts = entry.properties.dtype, []
+        for chunk in entry.chunks:
+            at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            file = path / content.TENSORS / at.relative_path
+            parts.append(Part(tuple(chunk.offsets), tuple(chunk.sizes), dtype, file, at.offset, at.length))
+        found[name] = StoredTensor(tuple(entry.size), dtype, tuple(parts))
     return found
 
 
@@ -106,6 +107,27 @@ def expected(parameters: dict[str, dict[str, Any]]) -> dict[str, tuple[int, ...]
     return found
 
 
+def complete(
+    path: Path, described: dict[str, Any], share: slice = slice(None)
+) -> tuple[dict[str, StoredTensor], dict[str, tuple[int, ...]]]:
+    """Every tensor of checkpoint ``path`` (:func:`tensors`), and their real shapes (:func:`expected`).
+
+    Args:
+        described: its ``checkpoint.json``.
+        share: of all parts, those whose shape and type in the file is looked at.
+
+    Raises:
+        CheckpointError: some are not there in full.
+    """
+    found, shapes = tensors(path), expected(described["parameters"])
+    if missing := incomplete(found, shapes):
+        raise CheckpointError(f"checkpoint {path} is damaged: " + "; ".join(missing[:8]))
+    parts = [part for name in sorted(found) for part in found[name].parts]
+    for part in parts[share]:
+        part.read("meta")
+    return found, shapes
+
+
 def incomplete(stored: dict[str, StoredTensor], wanted: dict[str, tuple[int, ...]]) -> list[str]:
     """Tensors of ``wanted`` (:func:`expected`) that are not there in full, in words."""
     found = []
@@ -114,20 +136,37 @@ def incomplete(stored: dict[str, StoredTensor], wanted: dict[str, tuple[int, ...
         if tensor is None:
             # A tensor without elements is written by no rank.
             found += [f"tensor {name} is missing"] if numel else []
-        elif tensor.numel != numel:
-            found.append(f"tensor {name} has {tensor.numel} elements instead of {numel}")
+        elif tensor.shape not in (shape, (numel,)):  # weights and exp_avg are flat
+            found.append(f"tensor {name} is stored as {tensor.shape} instead of {shape}")
         elif (held := sum(math.prod(part.shape) for part in tensor.parts)) != numel:
             found.append(f"tensor {name} has {held} of its {numel} elements")
+        elif not _one_behind_the_other(tensor):
+            found.append(f"tensor {name} has elements twice, and others not at all")
     return found
+
+
+def _one_behind_the_other(tensor: StoredTensor) -> bool:
+    """Whether the parts, which have as many elements as the tensor, cover it: each is a run along one dimension."""
+    parts = sorted(tensor.parts, key=lambda part: part.offsets)
+    for dim in range(len(tensor.shape)):
+        rest = tensor.shape[:dim] + tensor.shape[dim + 1 :]
+        ends = itertools.accumulate((part.shape[dim] for part in parts), initial=0)
+        if all(
+            part.offsets[dim] == end and part.shape[:dim] + part.shape[dim + 1 :] == rest
+            for part, end in zip(parts, ends, strict=False)
+        ):
+            return True
+    return not tensor.shape
 
 
 def problems(path: Path) -> list[str]:
     """All that is wrong with a checkpoint, in words; every file is read through."""
     try:
-        found = folder.damage(path, Manifest.read(path))
+        manifest = Manifest.read(path)
+        found = folder.damage(path, manifest)
         if not found:
             found = incomplete(tensors(path), expected(content.read(path)["parameters"])) or not_finite(path)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return [str(error).removeprefix(f"checkpoint {path} ").removeprefix(f"checkpoint {path}: ")]
     return found
 
@@ -154,7 +193,7 @@ def tags_in(path: Path) -> Path | None:
     if any((path / name).exists() for name in (folder.MANIFEST, content.FILE, content.TENSORS)):
         return None
     for directory in (path, path / CHECKPOINTS):
-        if (directory / folder.LATEST).is_file() or any(_looks_saved(p) for p in folder.checkpoints(directory)):
+        if os.path.lexists(directory / folder.LATEST) or any(_looks_saved(p) for p in folder.checkpoints(directory)):
             return directory
     raise CheckpointError(f"{path}: neither a checkpoint nor a folder that holds some")
 
@@ -168,12 +207,11 @@ def locate(path: Path) -> Path:
     directory = tags_in(path)
     if directory is None:
         return path
+    if problem := folder.latest_problem(directory):
+        there = ", ".join(p.name for p in folder.checkpoints(directory)) or "none"
+        raise CheckpointError(f"{problem}; there: {there}")
     tag = folder.latest(directory)
-    there = ", ".join(p.name for p in folder.checkpoints(directory)) or "none"
-    if tag is None:
-        raise CheckpointError(f"{directory} has no file {folder.LATEST!r}; name one of: {there}")
-    if not (directory / tag).is_dir():
-        raise CheckpointError(f"{directory / folder.LATEST} names {tag!r}, which is not there; there: {there}")
+    assert tag is not None
     return directory / tag
 
 

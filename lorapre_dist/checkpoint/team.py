@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import ConfigError
-from .folder import CheckpointError
+from .files import CheckpointError, first_line
 
 
 class Team:
@@ -62,5 +62,4 @@ def _line(error: BaseException) -> str:
         return str(error)
     if "inline_container" in str(error):  # torch.save, when it cannot write
         return "a file could not be written to its end; is the storage full?"
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return first_line(error)

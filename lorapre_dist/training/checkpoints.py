@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from lorapre_dist.checkpoint import CheckpointError, newest_whole
 from lorapre_dist.checkpoint import engine as engine_checkpoints
+from lorapre_dist.checkpoint.files import weights_only
 from lorapre_dist.checkpoint.folder import LATEST, checkpoints, partial, start
 from lorapre_dist.checkpoint.run import refuse_non_finite, seal, usable
 from lorapre_dist.checkpoint.team import Team
@@ -150,7 +151,8 @@ def load(engine: Any, settings: RunSettings, data: TrainingData, path: Path) -> 
             options = {"verify": False, "resize_rank": settings.resize_rank, "check": check}
             _, client_state = engine.load_checkpoint(str(path.parent), tag=path.name, **options)
         else:
-            loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+            with weights_only(path):
+                loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
             if loaded is None:
                 raise ConfigError(f"checkpoint {path} cannot be loaded: DeepSpeed found no files in it")
             check(client_state)

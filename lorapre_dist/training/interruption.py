@@ -1,12 +1,19 @@
-"""What ends a run early and leaves it resumable: a scheduler's signal, a rank that is gone, output nobody reads."""
+"""What ends a run early and leaves it resumable: a scheduler's signal, a rank or launcher that is gone, output nobody
+reads.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 # ``EX_TEMPFAIL`` of sysexits.h: nothing is wrong, start the same command again.
 EXIT_STOPPED = 75
@@ -35,6 +42,70 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+
+
+# Programs that start ranks, wait for them and end them: without one nobody would.
+LAUNCHER = re.compile(
+    r"(^|/)(deepspeed|ds|torchrun|accelerate(-launch)?|mpirun|mpiexec|mpiexec\.hydra|hydra_pmi_proxy|orte(run|d)|prte(run|d))"
+    r"(\.pt)?$|(^|/)launcher_helper\.py$|deepspeed[./]launcher[./]|torch[./]distributed[./](run|launch)|accelerate[./]commands"
+)
+#: Seconds that a rank without a launcher has to end its step and save.
+GRACE = 300.0
+
+
+def end_with_launcher(poll: float = 1.0) -> None:
+    """From now on, should a launcher that started this process be killed, stop as at a SIGTERM.
+
+    The launchers are the nearest ancestors of this process that are known as such (:data:`LAUNCHER`), without a gap:
+    ``deepspeed`` and the helper that it starts, say. A shell is none: a run that was started from one may outlive it.
+    """
+    launchers = list(_launchers())
+    if launchers:
+        threading.Thread(target=_watch, args=(launchers, poll), name="launcher", daemon=True).start()
+
+
+def _launchers() -> Iterator[Any]:
+    import psutil
+
+    try:
+        for process in psutil.Process().parents():
+            if not LAUNCHER.search(_program(process.cmdline())):
+                return
+            yield process
+    except psutil.Error:
+        return
+
+
+def _program(command: Sequence[str]) -> str:
+    """What a command line runs: of an interpreter's its script or module."""
+    words = iter(command)
+    name = next(words, "")
+    if not os.path.basename(name).startswith("python"):
+        return name
+    for word in words:
+        if word == "-m":
+            return next(words, "")
+        if not word.startswith("-"):
+            return word
+    return name
+
+
+def _watch(launchers: Sequence[Any], poll: float) -> None:
+    while all(_is_alive(process) for process in launchers):
+        time.sleep(poll)
+    print("the launcher is gone: this rank stops", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_alive(process: Any) -> bool:
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def limit_waits(seconds: float) -> timedelta:

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorapre_dist.checkpoint import lock
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training import cpu_op, discovery, interruption, ranks
@@ -38,6 +39,7 @@ def run(
     1 where training diverged, could not read on, could not save its end, or lost a rank.
     """
     try:
+        interruption.end_with_launcher()
         discovery.find_ranks()
         settings = load(argv, ranks.world_size())
         _quiet()
@@ -117,6 +119,7 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
             raise
         return _lost(settings, trainer, lost)
     finally:
+        lock.release(Path(settings.output_dir))
         # With a rank gone nobody can be waited for.
         if lost is None and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
@@ -201,6 +204,7 @@ def start(
 
     with ranks.together():
         make_output_folder(settings)
+    with ranks.together():
         path, complaints = checkpoints.choose(settings)
     engine = build()
     checkpoints.seed_everything(settings.seed, ranks.rank())
@@ -223,13 +227,15 @@ def start(
 
 
 def make_output_folder(settings: RunSettings) -> None:
-    """Make the folder; raise a ConfigError if nothing can be written there."""
+    """Make the folder and lock it; raise a ConfigError if nothing can be written there, or another run has it."""
     folder = Path(settings.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{ranks.rank()}"
         probe.touch()
         probe.unlink()
+        if ranks.rank() == 0 and (holder := lock.take(folder)):
+            raise ConfigError(f"--output_dir {folder}: another run is in it ({holder}); end it, or name another folder")
     except OSError as error:
         raise ConfigError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from lorapre_dist.checkpoint import CheckpointError
+from lorapre_dist.checkpoint.files import read_object
 from lorapre_dist.checkpoint.folder import MANIFEST, describe
 from lorapre_dist.config import ConfigError
 
@@ -36,9 +39,14 @@ def is_tokenized(path: Path) -> bool:
     if (path / WORK).is_dir():
         return True
     try:
-        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError):
+        return _manifest(path).get("kind") == KIND
+    except (CheckpointError, OSError):
         return False
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """``manifest.json``; the folder may be made of links, but what they lead to must be files."""
+    return read_object(Path(os.path.realpath(path / MANIFEST)))
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,9 @@ class TokenFolder:
         if not (path / MANIFEST).is_file():
             raise ConfigError(f"--dataset {path}: is unfinished; run the same 'lorapre tokenize' again to finish it")
         try:
-            content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--dataset {path}: {MANIFEST} cannot be read ({error})") from error
+            content = _manifest(path)
+        except (CheckpointError, OSError) as error:
+            raise ConfigError(f"--dataset {path}: {MANIFEST}: {error}") from error
         if content.get("format") != FORMAT:
             raise ConfigError(
                 f"--dataset {path}: is of format {content.get('format')!r}; this version reads format {FORMAT}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import lorapre_dist
 from lorapre_dist.checkpoint import CheckpointError
+from lorapre_dist.checkpoint.files import weights_only
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.param_groups import clean_name
 
@@ -257,3 +259,61 @@ def gathered_case(rank: int, world_size: int, *, stage: int, folder: str) -> tup
     engine.destroy()
     dist.barrier()
     return first, second
+
+
+def poisoned(file: Path, mark: Path) -> bytes:
+    """Replace a file of DeepSpeed's by one that would make the folder ``mark``; what it was."""
+    content = file.read_bytes()
+    torch.save(Harm(mark), file)
+    return content
+
+
+class Harm:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def others_files_case(rank: int, world_size: int, *, stage: int, precision: str, folder: str) -> list[str]:
+    """Checkpoints of an AdamW run: resumed, refused where they hold code, and as weights for LoRAPre likewise."""
+    config = ds_config(stage, precision, 1, 0.5, {})
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    said, own, mark = [], f"_pp_rank_{rank}_", Path(folder) / f"harmed{rank}"
+    for load in ("resume", "weights"):
+        engine = build(config, lr_scheduler=scheduler)
+        tag = Path(folder) / "tag"
+        if load == "resume":
+            train_alike(engine, range(1))
+            engine.save_checkpoint(folder, tag="tag", client_state={"note": [1]})
+            dist.barrier()
+            files = sorted(p for p in tag.glob("*.pt") if "_pp_" not in p.name or own in p.name)
+        else:
+            engine.destroy()
+            engine = engine_of(stage, precision)
+            files = [p for p in files if "model_states" in p.name]
+        dist.barrier()
+        for file in [None, *files]:
+            kept = poisoned(file, mark) if file is not None and (rank == 0 or own in file.name) else b""
+            dist.barrier()
+            try:
+                if load == "resume":
+                    with weights_only(tag):
+                        _, client = engine.load_checkpoint(folder, tag="tag")
+                    said.append(f"loaded {client['note']}")
+                else:
+                    engine.load_checkpoint(folder, tag="tag", load_module_only=True)
+                    said.append("loaded")
+            except CheckpointError as error:
+                said.append(str(error))
+            dist.barrier()
+            if kept and file is not None:
+                file.write_bytes(kept)
+            dist.barrier()
+        assert not mark.exists()
+        engine.destroy()
+        dist.barrier()
+    return said

@@ -19,6 +19,7 @@ from .checkpoint_cases import (
     gathered_case,
     load_case,
     native_visit_case,
+    others_files_case,
     private_disk_case,
     resized_case,
     resume_case,
@@ -267,3 +268,13 @@ def test_weights_alone(saved):
     assert (
         run_ranks(2, load_case, stage=1, folder=str(saved), params={"rank": 2}, options=options) == ["loaded three"] * 2
     )
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (2, "fp16"), (3, "fp32")])
+def test_deepspeeds_own_files_run_no_code(stage, precision, tmp_path):
+    """Of an AdamW run: model states, and optimizer states under ZeRO; all of them load, none may ask for a call."""
+    for said in run_ranks(2, others_files_case, stage=stage, precision=precision, folder=str(tmp_path)):
+        loaded, refused = [t for t in said if t.startswith("loaded")], [t for t in said if "cannot be read" in t]
+        assert loaded == ["loaded [1]", "loaded"]
+        assert len(refused) == len(said) - 2 == (2 if stage == 0 else 3), said
+        assert all("it asks for posix.mkdir" in text for text in refused)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,27 @@ def test_sigterm_through_the_launcher_and_again_to_one_rank(options, whole, tmp_
 
     found = rows(tmp_path)
     assert found == whole[: len(found)]  # as if nothing had happened, to the last bit
+
+
+@pytest.mark.timeout(400)
+def test_one_run_in_a_folder_and_none_without_its_launcher(options, tmp_path):
+    """A second run is told of the first; a launcher that is killed takes its ranks with it, which save first."""
+    metrics = tmp_path / "metrics.jsonl"
+    process = launch(2, *options, str(tmp_path), "--max_steps", "100000", "--eval_every", "0")
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 120, process)
+    first = child(process, "--local_rank=0")
+    code, _, err = finish(launch(1, *options, str(tmp_path)))
+    assert code == 2, err
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert "another run is in it (host " in line and f"process {first}, since " in line
+    os.kill(process.pid, signal.SIGKILL)  # its helper, which started the ranks, lives on
+    process.wait()
+    end = time.monotonic() + 60
+    while group_members(process.pid):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    saved = (tmp_path / "checkpoints" / "latest").read_text()
+    assert saved == f"step{rows(tmp_path)[-1]['step']:07d}"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk to fill up")

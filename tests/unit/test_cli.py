@@ -264,7 +264,7 @@ def test_parts_of_rows_and_of_columns_fall_into_place(tmp_path):
                 size = stream.tell() - 6
                 stream.write(b"after")
             offsets = tuple(start if d == dim else 0 for d in range(tensor.dim()))
-            parts.append(stored.Part(offsets, tuple(piece.shape), file, 6, size))
+            parts.append(stored.Part(offsets, tuple(piece.shape), piece.dtype, file, 6, size))
         source = stored.StoredTensor(tuple(tensor.shape), tensor.dtype, tuple(parts))
         entries.append(safetensors_files.Entry(name, shapes.get(name, tuple(tensor.shape)), tensor.dtype, source))
     safetensors_files.write(tmp_path, "x", entries)
