@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import ConfigError
+from lorapre_dist.ds_config import naming
 from lorapre_dist.training import cpu_op, discovery, interruption, ranks
 from lorapre_dist.training.settings import RunSettings, describe
 
@@ -41,7 +42,7 @@ def run(
         discovery.find_ranks()
         settings = load(argv, ranks.world_size())
         _quiet()
-        _check_optimizer(settings)
+        _check_config(settings)
         _check_resume(settings)
         return _train(settings, set_up, finish)
     except ConfigError as error:
@@ -60,14 +61,15 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _check_optimizer(settings: RunSettings) -> None:
-    name = settings.ds_config["optimizer"]["type"]
+def _check_config(settings: RunSettings) -> None:
+    """Let DeepSpeed read the JSON, and ours the optimizer's options, before anything is built."""
+    from lorapre_dist.deepspeed import check_config
     from lorapre_dist.optimizers import OPTIMIZERS
 
-    if name in OPTIMIZERS:
-        from lorapre_dist.deepspeed import check_config
-
+    with naming(f"--deepspeed_config {settings.deepspeed_config}"):
         check_config(settings.ds_config)
+    name = settings.ds_config["optimizer"]["type"]
+    if name in OPTIMIZERS:
         return
     import torch
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
@@ -88,7 +90,6 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
     import deepspeed
     import torch.distributed as dist
 
-    _check_deepspeed_config(settings)
     if settings.backend == "deepspeed":
         cpu_op.load()
     from lorapre_dist.checkpoint import CheckpointError
@@ -169,20 +170,6 @@ def _join(settings: RunSettings, timeout: timedelta) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-
-
-def _check_deepspeed_config(settings: RunSettings) -> None:
-    """Let DeepSpeed's own config class read the JSON before anything is built."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    copy = json.loads(json.dumps(settings.ds_config))
-    # Before the process group exists DeepSpeed takes the world to be one rank.
-    copy["train_batch_size"] = settings.batch.micro_batch * settings.batch.accumulation
-    try:
-        DeepSpeedConfig(copy)
-    except Exception as error:  # assertions, pydantic errors and its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: {'; '.join(lines[:3])}") from error
 
 
 def start(
