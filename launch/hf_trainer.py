@@ -30,7 +30,7 @@ SEQ_LEN, VOCABULARY, DOCUMENTS = 128, 2048, 400
 class Choice:
     """Options beside Trainer's own."""
 
-    optimizer_type: str = "LoRAPre"
+    optimizer_type: str | None = None
 
 
 def data(cache: str) -> tuple[datasets.Dataset, object]:
@@ -59,7 +59,7 @@ def main() -> None:
         args=arguments,
         train_dataset=rows,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        lorapre={"rank": 16, **({"rank_v": 2, "scale": 0.1} if choice.optimizer_type == "LoRAPre" else {})},
+        lorapre={"rank": 16, **({"rank_v": 2, "scale": 0.1} if choice.optimizer_type in (None, "LoRAPre") else {})},
         optimizer_type=choice.optimizer_type,
     )
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)

@@ -191,9 +191,9 @@ def start(
         path, complaints = checkpoints.choose(settings)
     engine = build()
     checkpoints.seed_everything(settings.seed, ranks.rank())
-    step = tokens = 0
+    step, tokens, changes = 0, 0, list[str]()
     if path is not None:
-        step, tokens = checkpoints.load(engine, settings, data, path)
+        step, tokens, changes = checkpoints.load(engine, settings, data, path)
     if ranks.rank() != 0:
         return engine, None, step, tokens
     aside = checkpoints.set_aside(settings) if path is None else None
@@ -201,7 +201,7 @@ def start(
     for line in complaints:
         print(f"warning: {line}", file=sys.stderr, flush=True)
     if path is not None:
-        print(f"resuming from {path.name} at step {step}", flush=True)
+        print("\n".join([f"resuming from {path.name} at step {step}", *changes]), flush=True)
     if aside is not None:
         print(f"starting afresh; earlier checkpoints are now in {aside}", flush=True)
     writer = MetricsWriter(settings, step)
