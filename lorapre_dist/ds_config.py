@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -96,7 +95,7 @@ def _text(source: str | Path) -> str:
         if os.path.exists(source):
             return Path(source).read_text(encoding="utf-8")
         return base64.b64decode(str(source), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeError) as error:
+    except ValueError as error:  # of UTF-8 or base64
         if os.path.exists(source):
             raise ConfigError(f"not text in UTF-8: {error}") from error
         raise ConfigError("no such file") from None

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorapre_dist.arguments import naming_paths
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import ConfigError
 from lorapre_dist.ds_config import naming
@@ -42,7 +43,7 @@ def run(
         discovery.find_ranks()
         settings = load(argv, ranks.world_size())
         _quiet()
-        _check_config(settings)
+        check_config(settings)
         _check_resume(settings)
         return _train(settings, set_up, finish)
     except ConfigError as error:
@@ -61,13 +62,13 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _check_config(settings: RunSettings) -> None:
+def check_config(settings: RunSettings) -> None:
     """Let DeepSpeed read the JSON, and ours the optimizer's options, before anything is built."""
-    from lorapre_dist.deepspeed import check_config
+    from lorapre_dist import deepspeed
     from lorapre_dist.optimizers import OPTIMIZERS
 
     with naming(f"--deepspeed_config {settings.deepspeed_config}"):
-        check_config(settings.ds_config)
+        deepspeed.check_config(settings.ds_config)
     name = settings.ds_config["optimizer"]["type"]
     if name in OPTIMIZERS:
         return
@@ -101,7 +102,8 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
     try:
         limit = interruption.limit_waits(settings.collective_timeout)
         _join(settings, limit)
-        trainer = set_up(settings)
+        with naming_paths():
+            trainer = set_up(settings)
         trainer.stop.listen()
         trainer.run()
         if trainer.stopped:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.arguments import Parser
+from lorapre_dist.arguments import Parser, naming_paths
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.ds_json import batch_sizes, override_lr, read_deepspeed_config, zero_stage
 from lorapre_dist.training.settings import (
@@ -125,6 +125,7 @@ def _add_scoring_options(group: Any) -> None:
     group.add_argument("--eval_every", type=int, default=0, help="steps between scorings; 0: first and last only")
 
 
+@naming_paths()
 def load_settings(argv: Sequence[str] | None, world_size: int) -> FinetuneSettings:
     """Parse and check ``argv``; ``world_size`` is needed to check the batch sizes.
 
