@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,10 @@ from .checks import ConfigError
 BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16"}
 #: Where ``"auto"`` is a value that DeepSpeed understands. Elsewhere it takes its own default, in silence.
-_AUTO = ("pipeline", "data_types.keep_in_fp32_modules", "autotuning", "expert_parallel", "zero_optimization.zenflow")
+_AUTO = (
+    *("pipeline.", "data_types.keep_in_fp32_modules", "autotuning.", "expert_parallel."),
+    "zero_optimization.zenflow.",
+)
 
 
 def read(source: str | Path) -> dict[str, Any]:
@@ -53,9 +57,11 @@ def check_values(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: an ``"auto"`` that nobody filled in, a section, switch or number of another type.
     """
-    auto = _find_auto(config)
-    if auto:
-        raise ConfigError(f"{auto} is 'auto', which nothing here fills in: give a value")
+    for path, value in _values(config):
+        if isinstance(value, str) and value == "auto" and not path.startswith(_AUTO):
+            raise ConfigError(f"{path} is 'auto', which nothing here fills in: give a value")
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ConfigError(f"{path}: a number of {len(str(value))} digits")
     for name in ("optimizer", "scheduler", "fp16", "bf16", "bfloat16", "zero_optimization"):
         section = config.get(name)
         old_switch = name == "zero_optimization" and isinstance(section, bool)
@@ -112,16 +118,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _find_auto(value: Any, prefix: str = "") -> str | None:
-    if any(prefix == meant or prefix.startswith(f"{meant}.") for meant in _AUTO):
-        return None
-    if isinstance(value, str) and value == "auto":
-        return prefix
-    for name, inner in value.items() if isinstance(value, Mapping) else ():
-        found = _find_auto(inner, f"{prefix}.{name}" if prefix else str(name))
-        if found:
-            return found
-    return None
+def _values(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no section itself, with its path."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _check_optimizer(section: Mapping[str, Any] | None) -> None:
