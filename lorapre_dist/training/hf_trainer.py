@@ -42,7 +42,7 @@ class LoRAPreTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            _check_agreement(config.get("optimizer"), self.lorapre, optimizer_type)
+            check_agreement(config.get("optimizer"), self.lorapre, optimizer_type)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As ``Trainer``'s; FSDP runs without a GPU too."""
@@ -88,7 +88,7 @@ class LoRAPreTrainer(Trainer):
         self.lr_scheduler.load_state_dict(state)
 
 
-def _check_agreement(section: Any, options: dict[str, Any], optimizer_type: str | None) -> None:
+def check_agreement(section: Any, options: dict[str, Any], optimizer_type: str | None) -> None:
     """Raise a ConfigError unless a DeepSpeed JSON's ``"optimizer"`` is, where given, what the arguments say."""
     if not section:
         return
