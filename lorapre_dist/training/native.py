@@ -41,7 +41,9 @@ class NativeEngine:
             self._model = DistributedDataParallel(self.module, device_ids=indices, gradient_as_bucket_view=True)
             self._autocast = precision(settings.ds_config) == "bf16"
         wanted = settings.ds_config["optimizer"]
-        self.basic_optimizer = OPTIMIZERS[wanted["type"]](self.module.named_parameters(), **wanted.get("params", {}))
+        self.basic_optimizer = OPTIMIZERS[wanted["type"]](
+            self.module.named_parameters(), **(wanted.get("params") or {})
+        )
         self.basic_optimizer.bound()  # the layout is found here, not in the first step
         self.lr_scheduler = scheduler_factory(settings.warmup_steps, settings.max_steps)(self.basic_optimizer)
         self._clip = clipping(settings.ds_config)

@@ -173,6 +173,7 @@ def test_the_deepspeed_json(tmp_path, count):
             source = base64.urlsafe_b64encode(path.read_bytes()).decode()
         seen = f"mutant {number}: {path.read_bytes()!r}"[:5000]
         one_line(lambda source=source: check_config(source), seen)
+        one_line(lambda source=source: finetuned(source), seen)
         options = ["--deepspeed_config", source, "--backend", rng.choice(settings.BACKENDS)]
         found = one_line(lambda options=options: checked(options), seen)
         if found is None:
@@ -191,6 +192,12 @@ def test_the_deepspeed_json(tmp_path, count):
         sizes = (theirs.train_micro_batch_size_per_gpu, theirs.gradient_accumulation_steps)
         assert ours == (theirs.zero_optimization_stage, kind, float(theirs.gradient_clipping), *sizes), seen
     assert 0.05 * count < taken < 0.9 * count
+
+
+def finetuned(source: str) -> Any:
+    """What fine-tuning makes of it for each optimizer."""
+    config = finetune.read_deepspeed_config(source)
+    return [finetune.with_optimizer(config, name) for name in (None, *finetune.OPTIMIZERS)]
 
 
 def checked(options: list[str]) -> settings.Settings:

@@ -161,7 +161,7 @@ def with_optimizer(config: dict[str, Any], name: str | None) -> dict[str, Any]:
             f'--optimizer lorapre: the DeepSpeed JSON has {given["type"]}; give it "optimizer": {{"type": "LoRAPre", '
             '"params": {"lr": 2e-5, "rank": 8}}'
         )
-    params = {key: value for key, value in given.get("params", {}).items() if key in SHARED_PARAMS}
+    params = {key: value for key, value in (given.get("params") or {}).items() if key in SHARED_PARAMS}
     # DeepSpeed's own AdamW is compiled when it is first used, and has the same update.
     return config | {"optimizer": {"type": "AdamW", "params": {**params, "torch_adam": True}}}
 
