@@ -20,6 +20,9 @@ setup(
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19,<0.20",
+        # With which DeepSpeed reads and checks its configuration
+        "hjson>=3.1",
+        "pydantic>=2",
         "transformers>=5.0,<6",
         "datasets>=4.0,<6",
         "tokenizers>=0.22",

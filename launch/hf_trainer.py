@@ -43,7 +43,7 @@ class Arguments(TrainingArguments):
 class Choice:
     """Options beside Trainer's own."""
 
-    optimizer_type: str = "LoRAPre"
+    optimizer_type: str | None = None
 
 
 def data(cache: str) -> tuple[datasets.Dataset, object]:
@@ -72,7 +72,7 @@ def main() -> None:
         args=arguments,
         train_dataset=rows,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        lorapre={"rank": 16, **({"rank_v": 2, "scale": 0.1} if choice.optimizer_type == "LoRAPre" else {})},
+        lorapre={"rank": 16, **({"rank_v": 2, "scale": 0.1} if choice.optimizer_type in (None, "LoRAPre") else {})},
         optimizer_type=choice.optimizer_type,
     )
     resume = arguments.resume_from_checkpoint

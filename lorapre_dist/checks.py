@@ -11,6 +11,9 @@ from typing import Any
 class ConfigError(ValueError):
     """Bad user input. The message is one line that names the value, what is allowed and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a value may have lines of its own
+
 
 #: Characters of a value that a message shows.
 SHOWN = 200

@@ -17,6 +17,17 @@ __all__ = ["ConfigError", "check_expression"]
 
 VARIANTS = ("stable", "paper")
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
+# Options of torch's and DeepSpeed's optimizers that mean nothing here.
+ELSEWHERE = {
+    **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), "there is one implementation; leave it out"),
+    **dict.fromkeys(("torch_adam", "adam_w_mode", "set_grad_none"), "it chooses among DeepSpeed's Adams; leave it out"),
+    "amsgrad": "the second moment is low-rank, without a maximum; leave it out",
+    "learning_rate": "it is called 'lr'",
+    "maximize": "negate the loss instead",
+    "bias_correction": "it is always on; leave it out",
+    "eps_inside_sqrt": "eps is added to the square root; leave it out",
+    "max_grad_norm": "use the DeepSpeed JSON's gradient_clipping",
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,10 @@ class LowRankConfig:
         """
         known = [f.name for f in fields(cls)]
         for name in params:
+            if name in ELSEWHERE:
+                raise ConfigError(f"{cls.optimizer} has no option {name!r}: {ELSEWHERE[name]}")
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known options: {', '.join(known)}"
                 raise ConfigError(f"unknown {cls.optimizer} option {name!r}{hint}")
         config = cls(**params)

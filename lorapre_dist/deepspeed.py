@@ -9,8 +9,8 @@ pass through there.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from . import agreement, upstream
+from . import agreement, ds_config, ds_keys, upstream
 from .awaiting import building_under_engine
 from .checkpoint import engine as checkpoints
 from .checks import shown
@@ -33,6 +33,11 @@ from .layouts.base import Layout
 from .optimizers import OPTIMIZERS, LowRankOptimizer
 from .param_groups import clean_name, shape_of
 
+
+def _above(limit: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and value > limit
+
+
 # Where in the JSON, when it is refused, and why.
 _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("zero_optimization.offload_optimizer.device", "nvme", "its swapper moves AdamW's tensors only; use 'cpu'"),
@@ -40,16 +45,16 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("zero_optimization.offload_optimizer.ratio", lambda v: v != 1.0, "it brings a second Adam; leave it at 1.0"),
     ("zero_optimization.zenflow", lambda v: v is not None, "it replaces the optimizer's step"),
     ("zero_optimization.elastic_checkpoint", True, "it cuts state tensors to the length of the flat weights"),
-    ("zero_optimization.mics_shard_size", lambda v: v > 0, "parameters are then split over sub-groups of ranks"),
-    ("zero_optimization.zero_hpz_partition_size", lambda v: v > 1, "secondary partitions are not understood"),
+    ("zero_optimization.mics_shard_size", _above(0), "parameters are then split over sub-groups of ranks"),
+    ("zero_optimization.zero_hpz_partition_size", _above(1), "secondary partitions are not understood"),
     ("fp16.fp16_master_weights_and_grads", True, "the master weights must be fp32"),
     ("bf16.bf16_master_weights_and_grads", True, "the master weights must be fp32"),
     ("bf16.bf16_optimizer_states", True, "the factors are fp32"),
-    ("tensor_parallel.autotp_size", lambda v: v > 1, "DeepSpeed's tensor parallelism splits matrices again"),
+    ("tensor_parallel.autotp_size", _above(1), "DeepSpeed's tensor parallelism splits matrices again"),
     ("torch_autocast.enabled", True, "its gradient scaler steps the optimizer behind DeepSpeed; use bf16 or fp16"),
     ("sparse_gradients", True, "LoRAPre needs dense gradients"),
     ("checkpoint.load_universal", True, "universal checkpoints carry AdamW's state only"),
-    ("pipeline.stages", lambda v: isinstance(v, int) and v > 1, "pipeline parallelism is not supported"),
+    ("pipeline.stages", _above(1), "pipeline parallelism is not supported"),
 )
 
 # Where in the JSON, what all ranks must have alike; what names folders and hosts may differ.
@@ -75,9 +80,10 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize``: same arguments and result, after checking the configuration.
 
     Raises:
-        ConfigError: an unknown or bad optimizer option, an unsupported DeepSpeed feature, or nothing is low-rank.
+        ConfigError: an unknown or bad key or option, an unsupported DeepSpeed feature, or nothing is low-rank.
     """
-    config = kwargs.get("config") or kwargs.get("config_params")
+    given = inspect.signature(ds.initialize).bind_partial(*args, **kwargs).arguments
+    config = given.get("config") or given.get("config_params") or getattr(given.get("args"), "deepspeed_config", None)
     if config is not None:
         check_config(config)
     return ds.initialize(*args, **kwargs)
@@ -87,28 +93,40 @@ def check_config(config: Mapping[str, Any] | str | Path) -> LowRankConfig | None
     """Check a DeepSpeed configuration before anything is built from it.
 
     Args:
-        config: the mapping, or the path of a JSON file.
+        config: the mapping, the path of a file, or text in base64: what DeepSpeed takes.
 
     Returns:
-        The optimizer's settings, or None if the configuration names another optimizer.
+        The optimizer's settings, or None if the configuration names another optimizer, or none.
 
     Raises:
-        ConfigError: an unreadable file, an unknown or bad optimizer option, an unsupported DeepSpeed feature.
+        ConfigError: an unreadable file, a key or value that DeepSpeed ignores or refuses, an unknown or bad optimizer
+            option, a DeepSpeed feature that our optimizers do not support.
     """
     if not isinstance(config, Mapping):
-        config = _read(Path(config))
+        with ds_config.naming(f"DeepSpeed configuration {str(config)!r}"):
+            return check_config(ds_config.read(config))
+    ds_config.check_values(config)
     optimizer = config.get("optimizer") or {}
     kind = optimizer.get("type", "")
-    if kind not in OPTIMIZERS:
-        near = {name.lower(): name for name in OPTIMIZERS}.get(str(kind).lower().replace("-", "").replace("_", ""))
-        if near:
-            raise ConfigError(f"optimizer.type={kind!r}: did you mean {near!r}?")
-        return None
+    if kind not in OPTIMIZERS and _meant(kind):
+        raise ConfigError(f"optimizer.type={kind!r}: did you mean {_meant(kind)!r}?")
+    if kind in OPTIMIZERS:
+        _check_features(config, kind)
+    ds_keys.check(config)
+    return OPTIMIZERS[kind].config_class.from_params(optimizer.get("params") or {}) if kind in OPTIMIZERS else None
+
+
+def _meant(kind: Any) -> str | None:
+    """The name of one of our optimizers that differs in case and dashes alone."""
+    plain = str(kind).lower().replace("-", "").replace("_", "")
+    return next((name for name in OPTIMIZERS if name.lower() == plain), None)
+
+
+def _check_features(config: Mapping[str, Any], kind: str) -> None:
     for path, refused, why in _UNSUPPORTED:
         value = _lookup(config, path)
         if value is not None and (refused(value) if callable(refused) else value == refused):
             raise ConfigError(f"{path}={value!r} is not supported with {kind}: {why}")
-    return OPTIMIZERS[kind].config_class.from_params(optimizer.get("params") or {})
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -184,10 +202,14 @@ def _binding(configure: Any) -> Any:
 
     @functools.wraps(configure)
     def configure_and_bind(engine: Any, client_optimizer: Any, model_parameters: Any) -> Any:
-        if client_optimizer is None:
-            check_config(engine._config._param_dict)
-        elif isinstance(client_optimizer, LowRankOptimizer):
+        config = engine._config._param_dict
+        if isinstance(client_optimizer, LowRankOptimizer):
+            ds_config.check_values(config)
+            _check_features(config, client_optimizer.config.optimizer)
+            ds_keys.check(config)
             client_optimizer.awaiting_layout = True
+        elif client_optimizer is None and _meant((config.get("optimizer") or {}).get("type")):
+            check_config(config)
         if engine.optimizer_name() in OPTIMIZERS:
             agreement.require(_group_facts(engine, client_optimizer, model_parameters))
         with building_under_engine():
@@ -219,18 +241,6 @@ def _mend(engine: Any, names: dict[Any, str]) -> None:
         upstream.scale_loss(engine)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         upstream.grow_loss_scale_after_step(wrapper)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        loaded = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"DeepSpeed configuration {str(path)!r}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ConfigError(f"DeepSpeed configuration {str(path)!r} is not valid JSON: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"DeepSpeed configuration {str(path)!r}: must be a JSON object")
-    return loaded
 
 
 def _lookup(config: Mapping[str, Any], path: str) -> Any:

@@ -130,6 +130,8 @@ def load(
 
     Args:
         tag: which; default: what ``latest`` names.
+        load_module_strict: False leaves frozen parameters and buffers that were not saved as they are, as in the
+            adapters of PEFT; what is trained must have been saved all the same.
         load_optimizer_states: False leaves the optimizer as it is.
         load_module_only: weights alone; then a checkpoint of another optimizer is left to DeepSpeed.
         resize_rank: adapt factors that were saved with another ``rank`` or ``rank_v``.
@@ -156,13 +158,14 @@ def load(
             return original(
                 load_dir, chosen[0], load_module_strict, load_module_only=True, custom_load_fn=custom_load_fn
             )
-    if custom_load_fn is not None or not load_module_strict:
-        raise CheckpointError("custom_load_fn and load_module_strict=False are not supported with LoRAPre")
+    if custom_load_fn is not None:
+        raise CheckpointError("custom_load_fn is not supported with LoRAPre")
     states = load_optimizer_states and not load_module_only
     with _partitioned(engine):
         wanted = model.untrained(engine.module, _trained(engine))
-        if (path / content.FILE).is_file() and content.read(path).get("frozen") == "excluded":
-            wanted = {n: t for n, t in wanted.items() if n in content.read(path)["parameters"]}
+        saved = content.read(path) if (path / content.FILE).is_file() else {}  # else run.load says what is wrong
+        if saved and (not load_module_strict or saved.get("frozen") == "excluded"):
+            wanted = {n: t for n, t in wanted.items() if n in saved["parameters"]}
         extra = run.load(
             path,
             engine.basic_optimizer,

@@ -20,6 +20,7 @@ SECTIONS = {
 }
 DEFAULT_OUTPUT = "runs/pretrain"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+WHOLE = re.compile(r"[0-9]{1,9}")
 SWITCHES = {"true": True, "yes": True, "on": True, "": True, "false": False, "no": False, "off": False}
 
 
@@ -81,6 +82,8 @@ def read_settings(path: str, more: Sequence[str] = ()) -> ClusterSettings:
         raise ConfigError(f"settings file {path}: {error.strerror}") from error
     except (configparser.Error, UnicodeDecodeError) as error:
         raise ConfigError(f"settings file {path}: {' '.join(str(error).split())}") from error
+    except AttributeError as error:  # the parser's own answer to a continued line under a name without a value
+        raise ConfigError(f"settings file {path}: a line is indented under a name that has no value") from error
     _check_names(path, file)
 
     def get(section: str, name: str, default: str = "") -> str:
@@ -89,7 +92,7 @@ def read_settings(path: str, more: Sequence[str] = ()) -> ClusterSettings:
 
     def number(section: str, name: str, default: int, least: int, most: int) -> int:
         text = get(section, name, str(default))
-        if not text.isdigit() or not least <= int(text) <= most:
+        if not WHOLE.fullmatch(text) or not least <= int(text) <= most:
             raise ConfigError(f"{path}: [{section}] {name} = {text}: must be a whole number from {least} to {most}")
         return int(text)
 

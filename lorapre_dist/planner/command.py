@@ -97,6 +97,7 @@ def _from_json(
     config = ds_json.read_deepspeed_config(path)
     check_config(config)
     kind, section = config["optimizer"]["type"], config.get("zero_optimization") or {}
+    section = {} if section is True else section  # DeepSpeed's old switch
     if kind.startswith("LoRAPre") and kind != "LoRAPre":
         raise ConfigError(f"--deepspeed_config {path}: optimizer.type {kind!r} is not planned for, LoRAPre alone is")
     if (section.get("offload_param") or {}).get("device", "none") != "none":

@@ -47,8 +47,14 @@ def _finish(trainer: Trainer) -> None:
     trainer.writer.close()
     result = summary(trainer)
     program.write_summary(trainer.settings, result)
+    before, after = (_shown(result.get(f"eval_loss_{when}")) for when in ("before", "after"))
     print(
-        f"eval loss {result['eval_loss_before']:.4f} before, {result['eval_loss_after']:.4f} after "
-        f"{result['steps']} steps ({result['tokens']:,} tokens); plot: {result['plot']}",
+        f"eval loss {before} before, {after} after {result['steps']} steps ({result['tokens']:,} tokens); "
+        f"plot: {result['plot']}",
         flush=True,
     )
+
+
+def _shown(loss: float | None) -> str:
+    """A loss of a summary: None where it was not finite, or its row of metrics is gone."""
+    return "unknown" if loss is None else f"{loss:.4f}"

@@ -24,7 +24,7 @@ from lorapre_dist.checkpoint.run import refuse_non_finite, seal, usable
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
-from lorapre_dist.training import ranks
+from lorapre_dist.training import ranks, resumed
 from lorapre_dist.training.data import Stream, TrainingData
 from lorapre_dist.training.ds_json import precision
 from lorapre_dist.training.interruption import lost_rank
@@ -98,6 +98,7 @@ def save(engine: Any, settings: RunSettings, data: TrainingData, step: int, toke
     """
     folder, tag = checkpoint_folder(settings), f"step{step:07d}"
     trainer = {"step": step, "tokens": tokens, "data": _gathered_position(data.train), "rng": _gathered(rng_state())}
+    trainer["schedule"] = resumed.schedule(settings)
     client_state = {"trainer": {**trainer, "identity": identity(settings, data)}}
 
     def hugging_face_files(path: Path) -> None:
@@ -135,13 +136,16 @@ def _tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"the optimizer's {key}", value
 
 
-def load(engine: Any, settings: RunSettings, data: TrainingData, path: Path) -> tuple[int, int]:
-    """Load a checkpoint that :func:`choose` gave into the engine, the data stream and the RNGs; its step and tokens.
+def load(engine: Any, settings: RunSettings, data: TrainingData, path: Path) -> tuple[int, int, list[str]]:
+    """Load a checkpoint that :func:`choose` gave into the engine, the data stream and the RNGs.
+
+    Returns:
+        Its step and tokens, and in lines what this run's settings change.
 
     Raises:
         ConfigError: it is of another run, or does not fit; then nothing of the engine has changed with LoRAPre.
     """
-    wanted = identity(settings, data)
+    wanted, own = identity(settings, data), resumed.options(engine)
 
     def check(client_state: dict[str, Any]) -> None:
         _check_identity(path, client_state, wanted, settings.max_steps)
@@ -157,6 +161,7 @@ def load(engine: Any, settings: RunSettings, data: TrainingData, path: Path) -> 
                 raise ConfigError(f"checkpoint {path} cannot be loaded: DeepSpeed found no files in it")
             check(client_state)
         state = client_state["trainer"]
+        lines = resumed.apply(engine, settings, own, state.get("schedule", {}))
         data.train.load_state_dict(state["data"])
         _restore_rng(state["rng"], settings.seed, state["step"])
     except CheckpointError as error:
@@ -167,7 +172,7 @@ def load(engine: Any, settings: RunSettings, data: TrainingData, path: Path) -> 
         if lost_rank(error) is not None:
             raise
         raise ConfigError(f"checkpoint {path} cannot be loaded: {type(error).__name__}: {error}") from error
-    return int(state["step"]), int(state["tokens"])
+    return int(state["step"]), int(state["tokens"]), lines
 
 
 def _check_identity(path: Path, client_state: dict[str, Any], wanted: dict[str, Any], max_steps: int) -> None:

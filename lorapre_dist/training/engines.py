@@ -13,7 +13,7 @@ from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import models, selection
 from lorapre_dist.training.batches import BatchPlan
 from lorapre_dist.training.data import TrainingData
-from lorapre_dist.training.ds_json import ignored, precision
+from lorapre_dist.training.ds_json import clipping, ignored, precision
 from lorapre_dist.training.native import NativeEngine
 from lorapre_dist.training.plots import PLOT_FILE
 from lorapre_dist.training.schedule import scheduler_factory
@@ -79,10 +79,10 @@ def build_engine(model: PreTrainedModel, settings: RunSettings) -> Engine:
     if settings.backend != "deepspeed":
         return NativeEngine(model, settings)
     buffers = models.BufferKeeper(model)
-    # DeepSpeed asserts what it does not support; torch's optimizers raise TypeError for an unknown option.
-    refusals = (
-        (AssertionError,) if settings.ds_config["optimizer"]["type"] in OPTIMIZERS else (AssertionError, TypeError)
-    )
+    # How DeepSpeed says what it does not support; torch's optimizers raise TypeError for an unknown option.
+    refusals: tuple[type[Exception], ...] = (AssertionError, ValueError, KeyError, NotImplementedError)
+    if settings.ds_config["optimizer"]["type"] not in OPTIMIZERS:
+        refusals += (TypeError,)
     try:
         engine, _, _, _ = lorapre_dist.initialize(
             model=model,
@@ -90,6 +90,8 @@ def build_engine(model: PreTrainedModel, settings: RunSettings) -> Engine:
             config=settings.ds_config,
             lr_scheduler=scheduler_factory(settings.warmup_steps, settings.max_steps),
         )
+    except ConfigError:
+        raise
     except refusals as error:
         raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: DeepSpeed refuses it: {error}") from error
     buffers.restore(engine.module)
@@ -108,12 +110,20 @@ def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, 
         f"data       {settings.dataset}, {what}",
         f"optimizer  {settings.ds_config['optimizer']['type']}{_trained(engine)}",
         *selection.rows(engine.module, engine.basic_optimizer),
+        f"clipping   {_clipping(settings.ds_config)}",
     ]
     unused = ignored(settings.ds_config) if settings.backend != "deepspeed" else []
     if unused:
         lines.append(f"ignored    of the DeepSpeed JSON: {', '.join(unused)}")
     report = memory_report(engine)
     return "\n".join(lines) + (f"\n{report}" if report is not None else "")
+
+
+def _clipping(config: dict[str, Any]) -> str:
+    """At which norm, and who says so."""
+    limit = clipping(config)
+    whose = "" if "gradient_clipping" in config else " (DeepSpeed's default)"
+    return f"gradients at norm {limit:g}{whose}" if limit else "none"
 
 
 def layout_name(settings: RunSettings) -> str:

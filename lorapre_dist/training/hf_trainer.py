@@ -20,25 +20,29 @@ STATE, TAG, SCHEDULER = "lorapre", "state", "scheduler.pt"
 class LoRAPreTrainer(Trainer):
     """``Trainer`` whose optimizer is :class:`lorapre_dist.LoRAPre`, or another of this package.
 
-    With ``--deepspeed ds.json`` the optimizer is the JSON's. Otherwise (one process, DDP, FSDP2) it is built here: lr,
-    betas, eps and weight decay from the training arguments, the rest from ``lorapre``. Where AdamW has settings of its
-    own (``adamw_betas``, ...: :class:`lorapre_dist.LoRAPreMuon`, SGD, Lion), betas and eps are AdamW's.
+    With ``--deepspeed ds.json`` the optimizer is the JSON's, if it names one. Otherwise it is built here: lr, betas,
+    eps and weight decay from the training arguments, the rest from ``lorapre``. Where AdamW has settings of its own
+    (``adamw_betas``, ...: :class:`lorapre_dist.LoRAPreMuon`, SGD, Lion), betas and eps are AdamW's.
 
     Args:
-        lorapre: options of the optimizer's config (``rank``, ``scale``, ...), and ``shard_state``.
-        optimizer_type: its name, as in a DeepSpeed JSON.
+        lorapre: options of the optimizer's config (``rank``, ``scale``, ...), and ``shard_state``. Those that a
+            DeepSpeed JSON gives as well must be the same there, as it is with ``Trainer``'s own arguments.
+        optimizer_type: its name, as in a DeepSpeed JSON; default: ``"LoRAPre"``.
 
     Raises:
-        ConfigError: there is no such optimizer or option.
+        ConfigError: there is no such optimizer or option, or the DeepSpeed JSON has another.
     """
 
     def __init__(
-        self, *args: Any, lorapre: dict[str, Any] | None = None, optimizer_type: str = "LoRAPre", **kwargs: Any
+        self, *args: Any, lorapre: dict[str, Any] | None = None, optimizer_type: str | None = None, **kwargs: Any
     ) -> None:
-        if optimizer_type not in OPTIMIZERS:
+        if optimizer_type is not None and optimizer_type not in OPTIMIZERS:
             raise ConfigError(f"optimizer_type={optimizer_type!r}: must be one of {', '.join(OPTIMIZERS)}")
-        self.lorapre, self.optimizer_type = lorapre or {}, OPTIMIZERS[optimizer_type]
+        self.lorapre, self.optimizer_type = lorapre or {}, OPTIMIZERS[optimizer_type or "LoRAPre"]
         super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            check_agreement(config.get("optimizer"), self.lorapre, optimizer_type)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As ``Trainer``'s; FSDP runs without a GPU too."""
@@ -50,7 +54,7 @@ class LoRAPreTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with weight decay where ``Trainer`` has it."""
-        if self.optimizer is not None or self.is_deepspeed_enabled:
+        if self.optimizer is not None:
             return super().create_optimizer() if model is None else super().create_optimizer(model)
         model = model if model is not None else self.model
         own = "adamw_" if issubclass(self.optimizer_type.config_class, MomentumConfig) else ""
@@ -84,6 +88,22 @@ class LoRAPreTrainer(Trainer):
         checkpoint.load(self.model, _ours(self.optimizer), os.path.join(checkpoint_dir, STATE), TAG)
         state = torch.load(os.path.join(checkpoint_dir, SCHEDULER), weights_only=True)
         self.lr_scheduler.load_state_dict(state)
+
+
+def check_agreement(section: Any, options: dict[str, Any], optimizer_type: str | None) -> None:
+    """Raise a ConfigError unless a DeepSpeed JSON's ``"optimizer"`` is, where given, what the arguments say."""
+    if not section:
+        return
+    kind, params = section.get("type"), section.get("params") or {}
+    if kind != (optimizer_type or kind):
+        raise ConfigError(f"optimizer_type={optimizer_type!r}: the DeepSpeed JSON's optimizer.type is {kind!r}")
+    if options and kind not in OPTIMIZERS:
+        raise ConfigError(f"lorapre={options!r}: the DeepSpeed JSON's optimizer.type is {kind!r}, which has none of it")
+    for name, value in options.items():
+        there = params.get(name)
+        if name not in params or there != (list(value) if isinstance(value, tuple) else value):
+            held = repr(there) if name in params else "missing"
+            raise ConfigError(f"lorapre {name}={value!r}: in the DeepSpeed JSON, optimizer.params.{name} is {held}")
 
 
 def _ours(optimizer: Any) -> LowRankOptimizer:

@@ -16,7 +16,7 @@ from lorapre_dist.checkpoint import engine as engine_checkpoints
 from lorapre_dist.checkpoint import native, run
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training import ranks
-from lorapre_dist.training.ds_json import precision
+from lorapre_dist.training.ds_json import clipping, precision
 from lorapre_dist.training.schedule import scheduler_factory
 from lorapre_dist.training.settings import Settings
 
@@ -41,10 +41,10 @@ class NativeEngine:
             self._model = DistributedDataParallel(self.module, device_ids=indices, gradient_as_bucket_view=True)
             self._autocast = precision(settings.ds_config) == "bf16"
         wanted = settings.ds_config["optimizer"]
-        self.basic_optimizer = OPTIMIZERS[wanted["type"]](self.module, **wanted.get("params", {}))
+        self.basic_optimizer = OPTIMIZERS[wanted["type"]](self.module, **(wanted.get("params") or {}))
         self.basic_optimizer.bound()  # the layout is found here, not in the first step
         self.lr_scheduler = scheduler_factory(settings.warmup_steps, settings.max_steps)(self.basic_optimizer)
-        self._clip = float(settings.ds_config.get("gradient_clipping", 0.0))
+        self._clip = clipping(settings.ds_config)
         self._accumulation = settings.batch.accumulation
         self._micro_steps = 0
         self._norm: float | None = None

@@ -13,9 +13,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorapre_dist.arguments import naming_paths
 from lorapre_dist.checkpoint import lock
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import ConfigError
+from lorapre_dist.ds_config import naming
 from lorapre_dist.training import cpu_op, discovery, interruption, ranks
 from lorapre_dist.training.settings import RunSettings, describe
 
@@ -43,7 +45,7 @@ def run(
         discovery.find_ranks()
         settings = load(argv, ranks.world_size())
         _quiet()
-        _check_optimizer(settings)
+        check_config(settings)
         _check_resume(settings)
         return _train(settings, set_up, finish)
     except ConfigError as error:
@@ -62,14 +64,15 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _check_optimizer(settings: RunSettings) -> None:
-    name = settings.ds_config["optimizer"]["type"]
+def check_config(settings: RunSettings) -> None:
+    """Let DeepSpeed read the JSON, and ours the optimizer's options, before anything is built."""
+    from lorapre_dist import deepspeed
     from lorapre_dist.optimizers import OPTIMIZERS
 
+    with naming(f"--deepspeed_config {settings.deepspeed_config}"):
+        deepspeed.check_config(settings.ds_config)
+    name = settings.ds_config["optimizer"]["type"]
     if name in OPTIMIZERS:
-        from lorapre_dist.deepspeed import check_config
-
-        check_config(settings.ds_config)
         return
     import torch
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
@@ -90,7 +93,6 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
     import deepspeed
     import torch.distributed as dist
 
-    _check_deepspeed_config(settings)
     if settings.backend == "deepspeed":
         cpu_op.load()
     from lorapre_dist.checkpoint import CheckpointError
@@ -102,7 +104,8 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
     try:
         limit = interruption.limit_waits(settings.collective_timeout)
         _join(settings, limit)
-        trainer = set_up(settings)
+        with naming_paths():
+            trainer = set_up(settings)
         trainer.stop.listen()
         trainer.run()
         if trainer.stopped:
@@ -174,20 +177,6 @@ def _join(settings: RunSettings, timeout: timedelta) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
-def _check_deepspeed_config(settings: RunSettings) -> None:
-    """Let DeepSpeed's own config class read the JSON before anything is built."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    copy = json.loads(json.dumps(settings.ds_config))
-    # Before the process group exists DeepSpeed takes the world to be one rank.
-    copy["train_batch_size"] = settings.batch.micro_batch * settings.batch.accumulation
-    try:
-        DeepSpeedConfig(copy)
-    except Exception as error:  # assertions, pydantic errors and its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: {'; '.join(lines[:3])}") from error
-
-
 def start(
     settings: RunSettings,
     data: TrainingData,
@@ -208,9 +197,9 @@ def start(
         path, complaints = checkpoints.choose(settings)
     engine = build()
     checkpoints.seed_everything(settings.seed, ranks.rank())
-    step = tokens = 0
+    step, tokens, changes = 0, 0, list[str]()
     if path is not None:
-        step, tokens = checkpoints.load(engine, settings, data, path)
+        step, tokens, changes = checkpoints.load(engine, settings, data, path)
     if ranks.rank() != 0:
         return engine, None, step, tokens
     aside = checkpoints.set_aside(settings) if path is None else None
@@ -218,7 +207,7 @@ def start(
     for line in complaints:
         print(f"warning: {line}", file=sys.stderr, flush=True)
     if path is not None:
-        print(f"resuming from {path.name} at step {step}", flush=True)
+        print("\n".join([f"resuming from {path.name} at step {step}", *changes]), flush=True)
     if aside is not None:
         print(f"starting afresh; earlier checkpoints are now in {aside}", flush=True)
     writer = MetricsWriter(settings, step)

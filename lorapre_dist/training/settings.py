@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.arguments import Parser
+from lorapre_dist.arguments import Parser, naming_paths
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.ds_json import (
     BatchSizes,
@@ -225,6 +225,7 @@ def default_cache() -> str:
     return os.environ.get("LORAPRE_CACHE") or str(Path(base) / "lorapre_dist")
 
 
+@naming_paths()
 def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     """Parse and check ``argv``; ``world_size`` is needed to check the batch sizes.
 

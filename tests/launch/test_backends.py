@@ -14,6 +14,7 @@ from tests.launch.conftest import ds_json, environment
 # 12 sequences a step: three micro-batches on each of two ranks, two on each of three.
 BATCH = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}
 STEPS = ["--max_steps", "6", "--warmup_steps", "2", "--eval_every", "3", "--save_every", "3", "--no_tensorboard"]
+BACKENDS = {"zero2": "deepspeed", "fsdp2": "fsdp2", "ddp": "ddp"}
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> t
     folder = tmp_path_factory.mktemp("backends")
     config = ds_json(folder / "zero2.json", **BATCH)
     bf16 = ds_json(folder / "bf16.json", **BATCH, bf16={"enabled": True})
+    # Also what the first run did not set; --lr goes before the JSON's.
+    params = {"lr": 0.5, "weight_decay": 0.2, "scale": 0.3}
+    other = ds_json(folder / "changed.json", **BATCH | {"gradient_clipping": 0.5}, params=params)
+    changed = ["--deepspeed_config", other, "--lr", "0.004", "--max_steps", "7", "--warmup_steps", "5"]
+    optimizer = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+    adamw = ds_json(folder / "adamw.json", **BATCH, optimizer=optimizer)
+    adamw_clipped = ds_json(folder / "clipped.json", **BATCH | {"gradient_clipping": 0.5}, optimizer=optimizer)
+    plain = ds_json(folder / "plain.json", **BATCH)
+    Path(plain).write_text(
+        json.dumps({k: v for k, v in json.loads(Path(plain).read_text()).items() if "clip" not in k})
+    )
     common = [*base_options, *STEPS, "--deepspeed_config", config, "--backend"]
 
     def job(name: str, world_size: int, backend: str, *options: str, origin: str = "") -> dict[str, Any]:
@@ -41,6 +53,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> t
         job("fsdp2 to zero2", 2, "deepspeed", origin="fsdp2"),
         job("ddp to fsdp2", 1, "fsdp2", origin="ddp"),
         job("fsdp2 to ddp", 2, "ddp", origin="fsdp2"),
+        *(job(f"{name} changed", 2, BACKENDS[name], *changed, origin=name) for name in BACKENDS),
+        job("adamw", 1, "deepspeed", "--deepspeed_config", adamw),
+        job("adamw changed", 1, "deepspeed", *changed, "--deepspeed_config", adamw_clipped, origin="adamw"),
+        job("zero2 without clipping", 1, "deepspeed", *short[2:], "--deepspeed_config", plain),
+        job("ddp without clipping", 1, "ddp", *short[2:], "--deepspeed_config", plain),
     ]
     return folder, forked_ranks.run(folder, jobs, environment())
 
@@ -77,7 +94,37 @@ def test_the_same_settings_give_the_same_losses(name, runs):
 def test_a_run_moves_to_another_backend_and_world_size(name, runs):
     folder, log = runs
     assert_alike(folder / "zero2", folder / name)
-    assert log.count("resuming from step0000003 at step 3") == 4
+    assert log.count("resuming from step0000003 at step 3") == 8
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [*BACKENDS, "adamw"])
+def test_settings_that_are_given_apply_to_a_resumed_run(name, runs):
+    """And what changed is said. The schedule is the new one from the first step on: it warms up over 5 steps."""
+    folder, log = runs
+    found = rows(folder / f"{name} changed")
+    assert [row["lr"] for row in found[4:7]] == pytest.approx([0.004 * 4 / 5, 0.004, 0.004], rel=1e-3)
+    assert found[4]["loss"] == pytest.approx(rows(folder / name)[4]["loss"], rel=1e-5)  # of the weights that were saved
+    assert found[5]["loss"] != pytest.approx(rows(folder / name)[5]["loss"], rel=1e-5)
+    schedule = "max_steps 6 -> 7, warmup_steps 2 -> 5, gradient_clipping 1 -> 0.5"
+    lines = [line for line in log.splitlines() if line.startswith("changed ")]
+    assert len(lines) == 4 and all(schedule in line for line in lines)
+    ours = "changed    weight_decay 0 -> 0.2, scale 0.1 -> 0.3, lr 0.01 -> 0.004, " + schedule
+    assert lines == [ours] * 3 + ["changed    lr 0.01 -> 0.004, " + schedule]
+    if name in ("fsdp2", "ddp"):
+        for a, b in zip(rows(folder / "zero2 changed")[4:], found[4:], strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
+
+
+@pytest.mark.timeout(600)
+def test_the_default_of_clipping_is_deepspeeds_under_every_backend(runs):
+    """The first gradient is larger, so that a step without clipping is another one."""
+    folder, log = runs
+    zero2, ddp = (rows(folder / f"{name} without clipping") for name in ("zero2", "ddp"))
+    assert zero2[1]["grad_norm"] > 1.5
+    assert ddp[1]["eval_loss"] == pytest.approx(zero2[1]["eval_loss"], rel=1e-5)
+    assert log.count("clipping   gradients at norm 1 (DeepSpeed's default)") == 2
+    assert log.count("clipping   gradients at norm 0.5\n") == 4
 
 
 @pytest.mark.timeout(600)

@@ -15,6 +15,8 @@ from tests.launch.conftest import REPO, environment, free_port
 
 TRAINER = ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--learning_rate", "0.01"]
 TRAINER += ["--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true"]
+# Adapters under LoRAPre, which the JSON names under ZeRO-2 and the Trainer builds under ZeRO-3.
+PEFT = {"peft zero2": 2, "peft zero3": 3}
 ACCELERATE = ["--max_steps", "6", "--save_steps", "3", "--batch_size", "2"]
 OPTIONS = {
     "trainer ddp": [],
@@ -42,6 +44,17 @@ def plugin(name: str) -> dict[str, str]:
     return {key: value for key, value in env.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
+def peft_json(path: Path, stage: int) -> str:
+    """A DeepSpeed JSON for ``hf_peft.py``."""
+    section = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": section}
+    if stage == 2:
+        params = {"lr": "auto", "rank": 2, "rank_v": 1, "target_modules": ["lora_A", "lora_B"]}
+        config["optimizer"] = {"type": "LoRAPre", "params": params}
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs: one named as in OPTIONS, and one that resumed from its third step."""
@@ -57,6 +70,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved = folder / name / ("checkpoint-3" if trainer else "step3")
         argv += [str(folder / f"{name} resumed"), "--resume_from_checkpoint", str(saved)]
         jobs.append(forked_ranks.job(script, 2, argv, env=env))
+    for name, stage in PEFT.items():
+        argv = [*TRAINER, "--learning_rate", "0.3", "--deepspeed", peft_json(folder / f"{name}.json", stage)]
+        argv += ["--output_dir"]
+        jobs.append(forked_ranks.job("../tests/launch/hf_peft.py", 2, [*argv, str(folder / name)]))
+        argv += [str(folder / f"{name} resumed"), "--resume_from_checkpoint", str(folder / name / "checkpoint-3")]
+        jobs.append(forked_ranks.job("../tests/launch/hf_peft.py", 2, argv))
     forked_ranks.run(folder, jobs, environment() | {"LORAPRE_CACHE": str(folder / "cache")})
     return folder
 
@@ -78,6 +97,22 @@ def test_it_saves_and_resumes(name, folder):
     resumed = rows(folder / f"{name} resumed")
     assert resumed == whole[-len(resumed) :]
     assert resumed[-3:] == whole[3:]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", PEFT)
+def test_adapters_save_and_resume(name, folder):
+    """The Trainer asks for a load that is not strict, as frozen weights are not saved with adapters."""
+    whole, resumed = rows(folder / name), rows(folder / f"{name} resumed")
+    assert resumed == whole[-len(resumed) :]
+    assert resumed[-3:] == whole[3:]
+    saved = [f"{name}/checkpoint-3", f"{name}/checkpoint-6", f"{name} resumed/checkpoint-6"]
+    third, last, last_resumed = [(folder / run / "adapter_model.safetensors").read_bytes() for run in saved]
+    assert last_resumed == last != third
+    path = folder / name / "checkpoint-6" / "global_step6" / "checkpoint.json"
+    content = json.loads(path.read_text())
+    assert content["frozen"] == "excluded"
+    assert {e["kind"] for n, e in content["parameters"].items() if "lora_" in n} == {"lorapre"}
 
 
 @pytest.mark.timeout(600)

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Traini
 
 from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
-from lorapre_dist.training.hf_trainer import LoRAPreTrainer
+from lorapre_dist.training.hf_trainer import LoRAPreTrainer, check_agreement
 from tests.launch.conftest import REPO, TINY_LLAMA
 
 
@@ -63,3 +63,28 @@ def test_a_learning_rate_that_learns_nothing_is_warned_of(model, tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.warns(UserWarning, match=r"lr=5e-05 times scale=0\.25"):
         LoRAPreTrainer(model, arguments, lorapre={"rank": 4}).create_optimizer()
+
+
+JSON = {"type": "LoRAPre", "params": {"rank": 16, "betas": [0.9, 0.99]}}
+
+
+def test_arguments_that_say_what_the_deepspeed_json_says_are_taken():
+    check_agreement(None, {"rank": 4}, "LoRAPreMuon")  # the JSON leaves the optimizer to the Trainer
+    check_agreement(JSON, {}, None)
+    check_agreement(JSON, {"rank": 16, "betas": (0.9, 0.99)}, "LoRAPre")
+    check_agreement({"type": "AdamW", "params": {}}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "kind", "words"),
+    [
+        (JSON, {"rank": 8}, None, "lorapre rank=8: in the DeepSpeed JSON, optimizer.params.rank is 16"),
+        (JSON, {"scale": 0.1}, None, "lorapre scale=0.1: in the DeepSpeed JSON, optimizer.params.scale is missing"),
+        (JSON, {}, "LoRAPreMuon", "optimizer_type='LoRAPreMuon': the DeepSpeed JSON's optimizer.type is 'LoRAPre'"),
+        ({"type": "AdamW"}, {"rank": 8}, None, "the DeepSpeed JSON's optimizer.type is 'AdamW', which has none of it"),
+        ({"type": "AdamW"}, {}, "LoRAPre", "optimizer_type='LoRAPre': the DeepSpeed JSON's optimizer.type is 'AdamW'"),
+    ],
+)
+def test_arguments_that_the_deepspeed_json_would_override_are_refused(section, options, kind, words):
+    with pytest.raises(ConfigError, match=words):
+        check_agreement(section, options, kind)

@@ -14,23 +14,23 @@ PACKAGE = ROOT / "lorapre_dist"
 
 # An import goes to a lower layer, or stays within its own.
 LAYERS = [
-    {"checks", "config", "core", "param_groups", "arguments"},
+    {"checks", "config", "core", "param_groups", "arguments", "ds_config"},
     {"layouts"},
     {
         *("optimizer", "optimizers", "agreement", "awaiting", "advise", "tensors", "state", "torch_state", "report"),
         *("shards", "gather"),
     },
-    {"deepspeed", "upstream", "checkpoint"},
+    {"deepspeed", "ds_keys", "upstream", "checkpoint"},
     {"training", "launcher", "bench", "cli", "planner"},
 ]
 # Beside the layers: the oracle, which nothing but its users' front page and measurements may lean on.
 ORACLE = "reference"
-# Modules that name the library deepspeed: the door, the layouts that read its optimizers, and in the training program
-# what builds a model under zero.Init, what starts the ranks, asks MPI for them and reads the JSON (there only inside
-# functions).
-DEEPSPEED_LAZILY = {f"lorapre_dist.training.{name}" for name in ("program", "discovery", "cpu_op")}
+# Modules that name the library deepspeed: the door, what asks it which keys it reads, the layouts that read its
+# optimizers, and in the training program what builds a model under zero.Init, what starts the ranks, asks MPI for them
+# and reads the JSON (there only inside functions).
+DEEPSPEED_LAZILY = {f"lorapre_dist.training.{name}" for name in ("program", "discovery", "cpu_op", "ds_json")}
 MODELS = {"lorapre_dist.training.models", "lorapre_dist.training.finetune.models"}
-DEEPSPEED = {"lorapre_dist.deepspeed", *MODELS, *DEEPSPEED_LAZILY}
+DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.ds_keys", *MODELS, *DEEPSPEED_LAZILY}
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
 # The library's own heavy or optional companions.
 TRAINING_ONLY = {"accelerate", "transformers", "datasets", "tokenizers", "tensorboard", "wandb", "matplotlib", "tqdm"}

@@ -89,9 +89,14 @@ def _finish(trainer: Finetuner) -> None:
     result = summary(trainer) | {"model": str(folder) if settings.max_steps else None}
     program.write_summary(settings, result)
     for name in trainer.data.problems:
-        before, after = (result[f"eval_{name}_exact_match_{when}"] for when in ("before", "after"))
-        change = f"{before:.1%} before, {after:.1%} after {trainer.step} steps" if trainer.step else f"{after:.1%}"
+        before, after = (_shown(result.get(f"eval_{name}_exact_match_{when}")) for when in ("before", "after"))
+        change = f"{before} before, {after} after {trainer.step} steps" if trainer.step else after
         print(f"{name}: exact match {change}", flush=True)
     if settings.max_steps:
         merged = " (adapters merged)" if settings.optimizer == "lora" else ""
         print(f"model{merged}: {folder}; plot: {result['plot']}", flush=True)
+
+
+def _shown(share: float | None) -> str:
+    """None where the row of metrics is gone."""
+    return "unknown" if share is None else f"{share:.1%}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.arguments import Parser
+from lorapre_dist.arguments import Parser, naming_paths
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.ds_json import batch_sizes, override_lr, read_deepspeed_config, zero_stage
 from lorapre_dist.training.settings import (
@@ -125,6 +125,7 @@ def _add_scoring_options(group: Any) -> None:
     group.add_argument("--eval_every", type=int, default=0, help="steps between scorings; 0: first and last only")
 
 
+@naming_paths()
 def load_settings(argv: Sequence[str] | None, world_size: int) -> FinetuneSettings:
     """Parse and check ``argv``; ``world_size`` is needed to check the batch sizes.
 
@@ -160,7 +161,7 @@ def with_optimizer(config: dict[str, Any], name: str | None) -> dict[str, Any]:
             f'--optimizer lorapre: the DeepSpeed JSON has {given["type"]}; give it "optimizer": {{"type": "LoRAPre", '
             '"params": {"lr": 2e-5, "rank": 8}}'
         )
-    params = {key: value for key, value in given.get("params", {}).items() if key in SHARED_PARAMS}
+    params = {key: value for key, value in (given.get("params") or {}).items() if key in SHARED_PARAMS}
     # DeepSpeed's own AdamW is compiled when it is first used, and has the same update.
     return config | {"optimizer": {"type": "AdamW", "params": {**params, "torch_adam": True}}}
 
