@@ -87,7 +87,7 @@ def prepare(args: argparse.Namespace) -> Task:
     plan = BatchPlan(args.batch, args.batch, world_size=1, rank=0)
     config = model_config(settings)
     data = prepare_data(settings, plan, config.vocab_size)
-    fit_vocabulary(config, settings, data.vocab_size)
+    fit_vocabulary(config, settings, data.tokenizer)
     batches = [data.train.next_batch() for _ in range(args.steps)]
     return Task(
         build_model(config, settings), batches, data.held_out, settings.warmup_steps, args.seed, tuple(args.eval_at)
