@@ -39,7 +39,8 @@ def read_config(name: str, option: str) -> PretrainedConfig:
     """
     from huggingface_hub.utils.logging import set_verbosity_error as quiet_hub
 
-    quiet_hub()  # the error is reported here, once
+    quiet_hub()  # errors are reported here, once
+    set_verbosity_error()
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
