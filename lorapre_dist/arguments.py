@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from typing import NoReturn
+import re
+import sys
+from typing import Any, NoReturn
 
 from .config import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
     """Raises a ConfigError, on every rank, instead of printing its usage; names the nearest option."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, which would complain of a missing option where it is given with a typing error."""
+        for word in sys.argv[1:] if args is None else args:
+            if word == "--":
+                break
+            option = word.split("=")[0]
+            if re.fullmatch(r"--[A-Za-z]\w*", option) and option not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {option}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError about a bad command line."""

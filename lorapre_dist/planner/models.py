@@ -62,7 +62,7 @@ def _check_hub_name(model: str, path: Path) -> None:
     if near or looks_like_path(model):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"--model {model}: no such folder or file{hint}; give a folder with a Hugging Face config.json, a hub name, "
+            f"--model {model}: no such folder or file{hint}; give a folder with a Hugging Face config.json, a hub name "
             f"or a preset: {', '.join(PRESETS)}"
         )
 
