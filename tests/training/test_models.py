@@ -8,10 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import models
+from lorapre_dist.training import models, pretrained
 from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.tokenizer import train_bpe
 from tests.distributed.harness import run_ranks
 
+from .conftest import documents
 from .model_cases import born_in_shards
 
 # GaLore's shapes: (hidden, intermediate, heads, layers), and parameters without embeddings and lm_head:
@@ -144,6 +146,17 @@ def test_fsdp2_models_are_born_in_shards_with_the_same_weights(make_settings, tm
             assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
             assert sum(sizes.values()) < 0.5 * sum(p.numel() for p in wanted.values())
             assert loss == pytest.approx(math.log(50), abs=0.5)
+
+
+def test_weights_accept_their_own_token_ids_and_new_ones(tmp_path):
+    own = train_bpe(documents(20), 300)
+    own.save_pretrained(tmp_path)
+    more = train_bpe(documents(20), 300)
+    more.add_tokens(["<new>"])
+    for tokenizer in (own, more):
+        pretrained.check_token_ids(str(tmp_path), "--init_from", tokenizer)
+    with pytest.raises(ConfigError, match=r"\d+ of the \d+ tokens .* have other ids"):
+        pretrained.check_token_ids(str(tmp_path), "--init_from", train_bpe(["another text, other words"] * 9, 300))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
