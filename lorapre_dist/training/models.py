@@ -58,7 +58,7 @@ def model_config(settings: Settings) -> PretrainedConfig:
     """
     if settings.preset:
         return preset_config(settings.model_name, settings.seq_len)
-    config = pretrained.causal_config(settings.model_name, settings.model_option)
+    config = pretrained.causal_config(settings.model_name, settings.model_option, weights=bool(settings.init_from))
     named = f"{settings.model_option} {settings.model_name}"
     pretrained.check_positions(config, settings.seq_len, named, "lower --seq_len")
     return config

@@ -52,11 +52,15 @@ def read_config(name: str, option: str) -> PretrainedConfig:
         raise ConfigError(f"{option} {name}: {what}: {reason(error)}") from error
 
 
-def causal_config(name: str, option: str) -> PretrainedConfig:
+def causal_config(name: str, option: str, weights: bool) -> PretrainedConfig:
     """As :func:`read_config`, of a model that predicts the next token.
 
+    Args:
+        weights: its weights will be read too, not its shapes alone.
+
     Raises:
-        ConfigError: also where transformers has no causal LM of the model type, or only the decoder of a larger model.
+        ConfigError: also where transformers has no causal LM of the model type, or only the decoder of a larger model,
+            and for quantised weights.
     """
     config = read_config(name, option)
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -65,6 +69,10 @@ def causal_config(name: str, option: str) -> PretrainedConfig:
             f"{option} {name}: {config.model_type} is {what} in transformers; a model that predicts the next token is "
             "needed, such as llama, qwen3 or gpt2"
         )
+    if getattr(config, "quantization_config", None) is not None:
+        if weights:
+            raise ConfigError(f"{option} {name}: its weights are quantised; training needs them as they were before")
+        del config.quantization_config
     config.use_cache = False
     return config
 

@@ -122,6 +122,15 @@ def test_configs_as_transformers_saves_them(make_settings, tmp_path, kind):
         assert (config.model_type, config.use_cache) == (kind, False)
 
 
+def test_quantised_models_give_shapes_but_no_weights(make_settings, tmp_path):
+    write_config(tmp_path / "config.json", model_type="llama", quantization_config={"quant_method": "fp8"})
+    (tmp_path / "tokenizer.json").touch()
+    config = models.model_config(make_settings("--model", str(tmp_path), "--max_steps", "3"))
+    assert not hasattr(config, "quantization_config")
+    with pytest.raises(ConfigError, match="its weights are quantised"):
+        models.model_config(make_settings("--init_from", str(tmp_path), "--max_steps", "3"))
+
+
 def test_config_file_with_too_small_a_vocabulary(make_settings, tmp_path):
     path = write_config(tmp_path / "m.json", model_type="llama", vocab_size=100)
     settings = make_settings("--model_config", path, "--max_steps", "3")

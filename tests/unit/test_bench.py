@@ -30,6 +30,16 @@ def test_help_shows_what_it_is_for_as_it_is_written(name, capsys):
     assert capsys.readouterr().err.startswith("error: unknown option --sede")
 
 
+@pytest.mark.parametrize("name", ["resume", "equality"])
+def test_help_of_the_long_measurements_starts_nothing(name, capsys, monkeypatch):
+    program = importlib.import_module(f"tests.{name}")
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 0
+    assert program.__doc__.strip() in capsys.readouterr().out
+
+
 def test_memory(capsys):
     assert (
         main(["memory", "--model", "llama-tiny", "--rank", "16", "--world_sizes", "1", "3", "--shape", "300", "200"])

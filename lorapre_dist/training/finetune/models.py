@@ -29,7 +29,7 @@ def model_config(settings: FinetuneSettings) -> PretrainedConfig:
     Raises:
         ConfigError: not a model folder or hub name of a causal LM.
     """
-    return pretrained.causal_config(settings.model_name, "--model")
+    return pretrained.causal_config(settings.model_name, "--model", weights=True)
 
 
 def check_sizes(config: PretrainedConfig, settings: FinetuneSettings, vocab_size: int, longest: int) -> None:
