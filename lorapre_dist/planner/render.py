@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lorapre_dist.checkpoint.inspect import readable
 from lorapre_dist.config import ConfigError
 
@@ -143,6 +141,7 @@ def chart(request: Request, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from tqdm import tqdm
 
     worlds, ranks = _worlds(request), _ranks(request)
     with tqdm(total=len(worlds) + len(ranks), desc="chart", unit="plan", delay=PATIENCE, leave=False) as bar:
