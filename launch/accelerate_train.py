@@ -22,6 +22,7 @@ from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, get_
 from lorapre_dist import LoRAPre
 from lorapre_dist.training.hf_accelerate import LoRAPreAccelerator
 from lorapre_dist.training.interruption import end_with_launcher
+from lorapre_dist.training.metrics import METRICS_FILE, keep_until
 from lorapre_dist.training.models import preset_config
 from lorapre_dist.training.settings import default_cache
 
@@ -58,6 +59,9 @@ def main() -> None:
     if args.resume_from_checkpoint:
         accelerator.load_state(str(args.resume_from_checkpoint))
         step = int(args.resume_from_checkpoint.name.removeprefix("step"))
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        keep_until(args.output_dir / METRICS_FILE, step)  # what a run that went further has logged comes again
     while step < args.max_steps:
         epoch, done = divmod(step, len(loader))
         loader.set_epoch(epoch)
@@ -71,8 +75,7 @@ def main() -> None:
             step += 1
             mean = accelerator.reduce(loss.detach(), "mean").item()
             if accelerator.is_main_process:
-                args.output_dir.mkdir(parents=True, exist_ok=True)
-                with open(args.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                with open(args.output_dir / METRICS_FILE, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, "loss": mean, "lr": optimizer.param_groups[0]["lr"]}) + "\n")
             if step % args.save_steps == 0 or step == args.max_steps:
                 accelerator.save_state(str(args.output_dir / f"step{step}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,16 @@ class Parser(argparse.ArgumentParser):
         if bad is not None:
             self.error(f"argument {bad.removesuffix('=--')}: expected one argument")
         return super().parse_known_args(given, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, which would complain of a missing option where it is given with a typing error."""
+        for word in sys.argv[1:] if args is None else args:
+            if word == "--":
+                break
+            option = word.split("=")[0]
+            if re.fullmatch(r"--[A-Za-z]\w*", option) and option not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {option}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError about a bad command line."""

@@ -9,6 +9,7 @@ reference, which never stopped.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def visits(folder: str, walk: list[int], precision: str = "fp32") -> Iterator[tu
 
 def main() -> None:
     """Print the largest distance seen after arriving at each layout."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     worst: dict[tuple[int, int], float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for step, (layout, error) in enumerate(visits(folder, every_pair(len(LAYOUTS)))):

@@ -24,6 +24,7 @@ from lorapre_dist.checkpoint.consolidate import consolidate
 from lorapre_dist.optimizer import LoRAPre
 from lorapre_dist.training.presets import PRESETS
 
+from .options import bench_parser
 from .shapes import projections
 
 PHASES = ("save", "background save", "load", "consolidate")
@@ -31,7 +32,7 @@ PHASES = ("save", "background save", "load", "consolidate")
 
 def main(argv: list[str]) -> None:
     """Print the table; ``--json FILE`` writes the figures."""
-    parser = argparse.ArgumentParser(prog="lorapre_dist.bench checkpoint", description=__doc__)
+    parser = bench_parser("checkpoint", __doc__)
     parser.add_argument("--model", default="llama-350m")
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")

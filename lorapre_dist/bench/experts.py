@@ -7,7 +7,6 @@ Both are measured alternately in one run, on one thread unless told otherwise; m
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from lorapre_dist.core import batching
 from lorapre_dist.optimizer import LoRAPre
 
+from .options import bench_parser
 from .step import synchronize
 
 CASES = [(256, (64, 64), 8), (64, (128, 96), 8), (64, (256, 128), 16)]
@@ -24,7 +24,7 @@ CASES = [(256, (64, 64), 8), (64, (128, 96), 8), (64, (256, 128), 16)]
 
 def main(argv: list[str]) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="lorapre_dist.bench experts", description=__doc__)
+    parser = bench_parser("experts", __doc__)
     parser.add_argument("--experts", type=int)
     parser.add_argument("--shape", type=int, nargs=2, default=(256, 128))
     parser.add_argument("--rank", type=int, default=16)

@@ -36,6 +36,7 @@ from lorapre_dist.training.settings import BUILTIN, default_cache
 
 from . import quality
 from .contenders import BASE_LR, BETAS, EPS, Row
+from .options import bench_parser
 
 MATRIX_LR = 0.001
 EVERY = 50
@@ -297,9 +298,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lorapre_dist.bench gauges", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("gauges", __doc__)
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of every run (default: 1000)")
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 4], help="of the first moment (default: 16 4)")
     parser.add_argument(

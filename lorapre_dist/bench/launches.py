@@ -11,7 +11,6 @@ draws its projections at the first step).
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorapre_dist.optimizers import OPTIMIZERS
 
+from .options import bench_parser
 from .scaling import fake_world, row_shards
 from .shapes import projections
 
@@ -63,9 +63,7 @@ class Launches(TorchDispatchMode):
 
 def main(argv: list[str]) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        prog="lorapre_dist.bench launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("launches", __doc__)
     parser.add_argument("--model", default="llama-60m")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--world_size", type=int, default=8, help="simulated ranks of the row shards")

@@ -8,7 +8,6 @@ the growth of this process's resident memory during a step on one matrix.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -21,12 +20,13 @@ from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.layouts.ranges import equal_ranges
 from lorapre_dist.optimizer import LoRAPre
 
+from .options import bench_parser
 from .shapes import projections
 
 
 def main(argv: list[str]) -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(prog="lorapre_dist.bench memory", description=__doc__)
+    parser = bench_parser("memory", __doc__)
     parser.add_argument("--model", default="llama-60m")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--rank_v", type=int)

@@ -13,7 +13,6 @@ machine that speak gloo.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import Counter
@@ -36,6 +35,7 @@ from lorapre_dist.layouts import ddp, whole
 from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.optimizers import LoRAPreMuon
 
+from .options import bench_parser
 from .ranks import spawn
 from .shapes import projections
 
@@ -45,7 +45,7 @@ Named = list[tuple[str, torch.Tensor, int]]
 
 def main(argv: list[str]) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(prog="lorapre_dist.bench muon", description=__doc__)
+    parser = bench_parser("muon", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shape", type=int, nargs=2, default=[2048, 5504], help="matrix of the bytes")
     parser.add_argument("--rank", type=int, default=128)

@@ -32,6 +32,7 @@ from lorapre_dist.training.schedule import scheduler_factory
 from lorapre_dist.training.settings import BUILTIN, default_cache, load_settings
 
 from .contenders import BASE_LR, ROWS, Row
+from .options import bench_parser
 
 if TYPE_CHECKING:
     from lorapre_dist.training.settings import Settings
@@ -87,7 +88,7 @@ def prepare(args: argparse.Namespace) -> Task:
     plan = BatchPlan(args.batch, args.batch, world_size=1, rank=0)
     config = model_config(settings)
     data = prepare_data(settings, plan, config.vocab_size)
-    fit_vocabulary(config, settings, data.vocab_size)
+    fit_vocabulary(config, settings, data.tokenizer)
     batches = [data.train.next_batch() for _ in range(args.steps)]
     return Task(
         build_model(config, settings), batches, data.held_out, settings.warmup_steps, args.seed, tuple(args.eval_at)
@@ -275,11 +276,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lorapre_dist.bench quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = bench_parser("quality", __doc__)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run (default: 300)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--lrs", nargs="+", type=float, help="matrices' lrs for every row (default: three of its own)")

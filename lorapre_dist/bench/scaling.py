@@ -34,6 +34,7 @@ from lorapre_dist.layouts.base import Layout, Piece, SubGroups, Unit
 from lorapre_dist.layouts.zero12 import flat_group
 from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
 
+from .options import bench_parser
 from .ranks import spawn
 from .shapes import projections
 
@@ -43,9 +44,7 @@ Shapes = list[tuple[str, tuple[int, int]]]
 
 def main(argv: list[str]) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(
-        prog="lorapre_dist.bench scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("scaling", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="llama-60m")
     parser.add_argument("--layers", type=int, help="of the model; default: all")

@@ -61,6 +61,8 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizers import OPTIMIZERS
 
+from .options import bench_parser
+
 REFERENCE: dict[str, Callable[..., None]] = {
     "LoRAPre": reference.lorapre_adam_step,
     "LoRAPreMuon": reference.lorapre_muon_step,
@@ -433,9 +435,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[int, tuple[int, int], list[in
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lorapre_dist.bench soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser("soak", __doc__)
     parser.add_argument("--steps", type=int, default=50_000, help="default: 50,000")
     parser.add_argument("--every", type=int, default=1000, help="steps from look to look (default: 1,000)")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))

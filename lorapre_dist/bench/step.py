@@ -20,12 +20,13 @@ import torch
 
 from lorapre_dist.optimizer import LoRAPre
 
+from .options import bench_parser
 from .shapes import projections
 
 
 def main(argv: list[str]) -> None:
     """Print the table; ``--json FILE`` writes the figures."""
-    parser = argparse.ArgumentParser(prog="lorapre_dist.bench step", description=__doc__)
+    parser = bench_parser("step", __doc__)
     parser.add_argument("--model", default="llama-60m")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--rank_v", type=int)

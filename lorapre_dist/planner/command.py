@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import VARIANTS, ConfigError, LoRAPreConfig
+from lorapre_dist.training.presets import PRESETS
 
-from .models import load
+from .models import find
 from .plan import plan, smallest_world
 from .render import as_json, chart, table
 from .request import BYTES, LAYOUTS, Request, Zero
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SMALLEST_MEMORY = 2**20
 # What of the JSON's optimizer.params memory depends on.
 SETTINGS = ("rank", "rank_v", "variant", "target_modules")
 
@@ -24,7 +26,11 @@ SETTINGS = ("rank", "rank_v", "variant", "target_modules")
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("--model", required=True, help="a preset (llama-60m ... llama-7b), or a model folder or config.json of HF's")
+    add(
+        "--model",
+        required=True,
+        help="a preset (llama-60m ... llama-7b), or a model folder, config.json or hub name of HF's",
+    )
     add("--layout", choices=LAYOUTS, help="where parameters lie (default: zero2)")
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage: another name of --layout zero0 to zero3")
     add("--world_size", type=int, default=1, help="data-parallel ranks (default: 1)")
@@ -78,9 +84,11 @@ def request_of(given: argparse.Namespace) -> Request:
     values |= {"layout": layout} if layout else {}
     ours |= {k: v for k in SETTINGS if (v := getattr(given, k)) is not None}
     name = Path(given.model).name or given.model
+    name = name if name != "config.json" else Path(given.model).resolve().parent.name
+    kind, parameters = find(given.model)
     return Request(
-        name if name != "config.json" else Path(given.model).resolve().parent.name,
-        load(given.model),
+        name if given.model in PRESETS else f"{name} ({kind})",
+        parameters,
         optimizer=LoRAPreConfig.from_params(ours),
         **values,
     )
@@ -138,12 +146,15 @@ def size_of(text: str) -> int:
     """Bytes of ``80GiB``, ``80G`` (the same) or ``85899345920``.
 
     Raises:
-        ConfigError: not a size.
+        ConfigError: not a size, or one that no device has, as of a number whose unit was forgotten.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B?)\s*", text, re.IGNORECASE)
     if not found or float(found.group(1)) == 0:
         raise ConfigError(f"--max_memory {text}: must be a size such as 80GiB or 40960MiB")
-    return int(float(found.group(1)) * UNITS[(found.group(2) or "").upper()])
+    size = int(float(found.group(1)) * UNITS[(found.group(2) or "").upper()])
+    if size < SMALLEST_MEMORY:
+        raise ConfigError(f"--max_memory {text}: is {size:,} bytes; give a unit, such as {found.group(1)}GiB")
+    return size
 
 
 def _fits(request: Request, limit: int) -> dict[str, int | None]:

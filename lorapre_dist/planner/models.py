@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,42 +14,64 @@ from lorapre_dist.training.presets import PRESETS
 
 from .request import Parameter
 
+LLAMA = "LlamaForCausalLM"
+# What models are trained for, as transformers sorts them; the first that a model type has is taken.
+TASKS = (
+    *("CAUSAL_LM", "PRETRAINING", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"),
+    *("TEXT_TO_WAVEFORM", "MASKED_LM", ""),
+)
 LLAMA_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
 def load(model: str) -> tuple[Parameter, ...]:
-    """The trainable parameters of a preset, a model folder or a ``config.json``, tied ones once.
+    """The trainable parameters of :func:`find`."""
+    return find(model)[1]
+
+
+def find(model: str) -> tuple[str, tuple[Parameter, ...]]:
+    """Class and trainable parameters (tied ones once) of a preset, a model folder, a ``config.json`` or a hub name.
 
     Raises:
-        ConfigError: there is no such model, or transformers cannot build a causal LM from its config.
+        ConfigError: there is no such model, or transformers cannot build one from its config.
     """
     if model in PRESETS:
-        return llama(asdict(PRESETS[model]))
+        return LLAMA, llama(asdict(PRESETS[model]))
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
-    if not path.exists():
-        raise ConfigError(
-            f"--model {model}: no such folder or file; give one that holds a Hugging Face config.json, or a preset: "
-            + ", ".join(PRESETS)
-        )
     if not file.is_file():
-        raise ConfigError(f"--model {model}: the folder holds no config.json")
+        _check_hub_name(model, path)
     values = _json(file)
-    if values.get("model_type") == "llama" and _has_sizes(values):  # transformers takes seconds to import
-        return llama(values)
-    from lorapre_dist.training.models import file_config
+    if values.get("model_type") == "llama" and _has_sizes(values) and values.get("architectures") in (None, [LLAMA]):
+        return LLAMA, llama(values)  # transformers takes seconds to import
+    from lorapre_dist.training.pretrained import read_config
 
+    config = read_config(str(file) if path.exists() else model, "--model")
     try:
-        return parameters(file_config(str(file), 1))
+        return _built(config)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("--model_config", "--model", 1)) from error
+        raise ConfigError(f"--model {model}: {error}") from error
+
+
+def _check_hub_name(model: str, path: Path) -> None:
+    """Raise a ConfigError if ``model``, which is no file, means a local one or a preset."""
+    from lorapre_dist.training.settings import looks_like_path
+
+    if path.is_dir():
+        raise ConfigError(f"--model {model}: the folder holds no config.json")
+    near = [] if "/" in model else difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.6)
+    if near or looks_like_path(model):
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"--model {model}: no such folder or file{hint}; give a folder with a Hugging Face config.json, a hub name "
+            f"or a preset: {', '.join(PRESETS)}"
+        )
 
 
 def _json(file: Path) -> dict[str, Any]:
     """The object in a file, or nothing: then transformers says what is wrong with it."""
     try:
         values = json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, OSError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -91,15 +114,51 @@ def llama(config: Mapping[str, Any]) -> tuple[Parameter, ...]:
 
 
 def parameters(config: Any) -> tuple[Parameter, ...]:
-    """Names and shapes of the causal LM that ``config`` describes, built on the meta device."""
+    """Names and shapes of the model that ``config`` describes."""
+    return _built(config)[1]
+
+
+def _built(config: Any) -> tuple[str, tuple[Parameter, ...]]:
+    """Class, names and shapes of the model that ``config`` describes, built on the meta device.
+
+    Raises:
+        ConfigError: transformers has none, or its code raises.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    from lorapre_dist.training.pretrained import reason
+
+    kind = _class_of(config)
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config)
+            model = kind(config)
         model.tie_weights()
     except Exception as error:  # whatever a model's own code raises
-        raise ConfigError(f"cannot build a causal LM from {type(config).__name__}: {error}") from error
-    return tuple(Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad)
+        raise ConfigError(f"transformers cannot build {kind.__name__} from this config: {reason(error)}") from error
+    return kind.__name__, tuple(Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def _class_of(config: Any) -> Any:
+    """The class that the config names, else the one that the model type is trained as; all of it, not a part.
+
+    Raises:
+        ConfigError: transformers has none.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and getattr(named, "config_class", None) is type(config):
+            return named
+    for task in TASKS:
+        found = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING" if task else "MODEL_MAPPING").get(type(config), None)
+        kind = found[0] if isinstance(found, tuple) else found
+        # Of an encoder-decoder or a composite model the causal LM is its decoder, or its language model, alone.
+        part = (task == "CAUSAL_LM" and config.is_encoder_decoder) or (
+            kind is not None and kind.config_class in config.sub_configs.values()
+        )
+        if kind is not None and not part:
+            return kind
+    raise ConfigError(f"transformers has no model of type {config.model_type}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ TITLES = {
     "fsdp2": "FSDP2",
     "ddp": "DDP",
 }
+# Seconds before a chart says how far it is: a plan of thousands of ranks and experts takes some.
+PATIENCE = 2.0
 COLOURS = ("C0", "C1", "C2", "C3")
 # What the column "buffers" is, by layout.
 BUFFERS = {
@@ -138,10 +141,13 @@ def chart(request: Request, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from tqdm import tqdm
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    _against_world(request, left)
-    _against_rank(request, right)
+    worlds, ranks = _worlds(request), _ranks(request)
+    with tqdm(total=len(worlds) + len(ranks), desc="chart", unit="plan", delay=PATIENCE, leave=False) as bar:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
+        _against_world(request, left, worlds, bar)
+        _against_rank(request, right, ranks, bar)
     figure.suptitle(
         f"{request.model}, {TITLES[request.layout]}, {request.precision}: largest rank, without activations"
     )
@@ -153,10 +159,25 @@ def chart(request: Request, path: Path) -> None:
         plt.close(figure)
 
 
-def _against_world(request: Request, axes: Any) -> None:
+def _worlds(request: Request) -> list[int]:
     last = max(64, request.world_size)
-    worlds = sorted({1 << k for k in range(last.bit_length()) if 1 << k <= last} | {request.world_size})
-    plans = [plan(replace(request, world_size=world)) for world in worlds]
+    return sorted({1 << k for k in range(last.bit_length()) if 1 << k <= last} | {request.world_size})
+
+
+def _ranks(request: Request) -> list[int]:
+    smallest = min(min(p.shape[-2:]) for p in request.parameters if request.is_low_rank(p))
+    floor = request.optimizer.rank_v or 1
+    return sorted({1 << k for k in range(2, 20) if max(1 << k, floor - 1) < smallest} | {request.optimizer.rank})
+
+
+def _planned(requests: Iterable[Request], bar: Any) -> Iterator[Usages]:
+    for request in requests:
+        yield plan(request)
+        bar.update()
+
+
+def _against_world(request: Request, axes: Any, worlds: list[int], bar: Any) -> None:
+    plans = list(_planned((replace(request, world_size=world) for world in worlds), bar))
     for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
         axes.plot(worlds, [p[name].total.max() / 2**30 for p in plans], "o-", color=colour, markersize=4, label=name)
     axes.set_xscale("log", base=2)
@@ -164,16 +185,13 @@ def _against_world(request: Request, axes: Any) -> None:
     axes.set_xlabel(f"ranks (rank {request.optimizer.rank})")
     axes.set_ylabel("memory of the fullest rank (GiB)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(axes)
 
 
-def _against_rank(request: Request, axes: Any) -> None:
+def _against_rank(request: Request, axes: Any, ranks: list[int], bar: Any) -> None:
     """Total and state, on average; ``rank_v`` follows its default where it is not given."""
-    smallest = min(min(p.shape[-2:]) for p in request.parameters if request.is_low_rank(p))
-    floor = request.optimizer.rank_v or 1
-    ranks = sorted({1 << k for k in range(2, 20) if max(1 << k, floor - 1) < smallest} | {request.optimizer.rank})
-    settings = [replace(request.optimizer, rank=rank) for rank in ranks]
-    plans = [plan(replace(request, optimizer=ours)) for ours in settings]
+    settings = (replace(request.optimizer, rank=rank) for rank in ranks)
+    plans = list(_planned((replace(request, optimizer=ours) for ours in settings), bar))
     for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
         axes.plot(ranks, [p[name].total.mean() / 2**30 for p in plans], "o-", color=colour, markersize=4, label=name)
         if not request.offload:
@@ -184,4 +202,9 @@ def _against_rank(request: Request, axes: Any) -> None:
     axes.set_xlabel(f"rank ({request.world_size:,} ranks share the model)")
     axes.set_ylabel("memory per rank, mean (GiB)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Below the axes, where no curve is."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize="small", frameon=False)

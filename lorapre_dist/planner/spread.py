@@ -131,7 +131,7 @@ class _Shares:
             return
         for e, parts in _experts(p.shape, ranks, held).items():
             matrix = Parameter(expert_name(p.name, e), p.shape[1:])
-            intervals = Intervals(parts.values(), q)
+            intervals = _shared(tuple(parts.values()), q)
             ahead = count + e, columns + e * q
             self.found.append(Share(matrix, True, _array(parts), intervals, ahead, call))
 
@@ -231,6 +231,11 @@ def _experts(shape: tuple[int, ...], ranks: Array, held: Intervals) -> dict[int,
 
 def _array(ranks: Iterable[int]) -> Array:
     return np.array(list(ranks), np.int64)
+
+
+@functools.lru_cache(maxsize=4096)  # thousands of experts lie alike, and count their rows once
+def _shared(ranges: tuple[Range, ...], q: int) -> Intervals:
+    return Intervals(ranges, q)
 
 
 @functools.lru_cache(maxsize=64)  # the same few shapes come again and again, and there may be thousands of ranks

@@ -26,8 +26,8 @@ def _set_up(settings: Settings) -> Trainer:
     plan = BatchPlan(settings.batch.global_batch, settings.batch.micro_batch, ranks.world_size(), ranks.rank())
     with ranks.together():
         config = models.model_config(settings)
-        data = prepare_data(settings, plan, config.vocab_size)
-        models.fit_vocabulary(config, settings, data.vocab_size)
+        data = prepare_data(settings, plan, config.get_text_config().vocab_size)
+        models.fit_vocabulary(config, settings, data.tokenizer)
     ranks.agree_on("the text or the tokenizer", data.fingerprint)
     engine, writer, step, tokens = program.start(
         settings,

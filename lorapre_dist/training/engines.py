@@ -103,7 +103,7 @@ def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, 
     accumulation = plan.per_rank // plan.micro_batch
     lines = [
         f"model      {settings.model_name}, {models.count_parameters(engine.module):,} parameters, "
-        f"vocabulary {data.vocab_size:,}",
+        f"vocabulary {data.vocab_size:,}, {settings.first_weights}",
         f"layout     {layout_name(settings)}, {plan.world_size} ranks, {precision(settings.ds_config)}",
         f"batch      {plan.global_batch} x {settings.seq_len} tokens = {plan.world_size} ranks x "
         f"{plan.micro_batch} sequences x {accumulation} accumulation",

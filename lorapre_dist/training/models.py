@@ -1,10 +1,9 @@
-"""Causal language models from a preset or a config file, with the same initial weights under every ZeRO stage."""
+"""Causal language models from a preset or of Hugging Face's, with the same first weights under every backend."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,14 +12,21 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 from lorapre_dist.config import ConfigError
 from lorapre_dist.layouts.base import local
 from lorapre_dist.layouts.dtensor import block
-from lorapre_dist.training import ranks
+from lorapre_dist.training import pretrained, ranks
 from lorapre_dist.training.ds_json import precision
+from lorapre_dist.training.interruption import lost_rank
 from lorapre_dist.training.presets import PRESETS
 from lorapre_dist.training.settings import Settings
 
@@ -44,78 +50,61 @@ def preset_config(name: str, seq_len: int = 256, vocab_size: int | None = None) 
     )
 
 
-def file_config(path: str, seq_len: int) -> PretrainedConfig:
-    """The model config in the JSON file ``path``.
+def model_config(settings: Settings) -> PretrainedConfig:
+    """The config that ``--model``, ``--model_config`` or ``--init_from`` asks for, with its own vocabulary size.
 
     Raises:
-        ConfigError: not readable as a config of a known model type, or shorter than ``seq_len``.
+        ConfigError: it cannot be read, is of no causal LM, or has fewer positions than ``--seq_len``.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        model_type = values.pop("model_type")
-        config = AutoConfig.for_model(model_type, **values)
-    except KeyError as error:
-        raise ConfigError(f"--model_config {path}: needs 'model_type', a model type that transformers knows") from error
-    except Exception as error:
-        raise ConfigError(f"--model_config {path}: not a usable model config: {error}") from error
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
-        raise ConfigError(f"--seq_len {seq_len}: more than the model's max_position_embeddings {limit}")
-    config.use_cache = False
+    if settings.preset:
+        return preset_config(settings.model_name, settings.seq_len)
+    config = pretrained.causal_config(settings.model_name, settings.model_option, weights=bool(settings.init_from))
+    named = f"{settings.model_option} {settings.model_name}"
+    pretrained.check_positions(config, settings.seq_len, named, "lower --seq_len")
     return config
 
 
-def model_config(settings: Settings) -> PretrainedConfig:
-    """The config that ``--model`` or ``--model_config`` asks for, with its own vocabulary size."""
-    if settings.model_config:
-        return file_config(settings.model_config, settings.seq_len)
-    assert settings.model is not None
-    return preset_config(settings.model, settings.seq_len)
-
-
-def fit_vocabulary(config: PretrainedConfig, settings: Settings, tokens: int) -> None:
-    """Set a preset's vocabulary to the tokenizer's ``tokens``; a config file's must hold them already.
+def fit_vocabulary(config: PretrainedConfig, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a preset's vocabulary to the tokenizer's; another model's must hold it already.
 
     Raises:
-        ConfigError: the config file's vocabulary is smaller than the tokenizer's.
+        ConfigError: it does not, or its weights know other token ids.
     """
-    if settings.model_config is None:
-        config.vocab_size = tokens
-    elif config.vocab_size < tokens:
-        raise ConfigError(
-            f"--model_config: vocab_size {config.vocab_size} is less than the tokenizer's {tokens} tokens"
-        )
+    if settings.preset:
+        config.vocab_size = len(tokenizer)
+        return
+    pretrained.check_vocabulary(config, len(tokenizer), f"{settings.model_option} {settings.model_name}")
+    if settings.init_from and settings.tokenizer != settings.init_from:
+        pretrained.check_token_ids(settings.init_from, "--init_from", tokenizer)
 
 
 def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
-    """Construct the model, partitioned from birth under ZeRO-3 and FSDP2, and initialise it.
+    """Construct the model, partitioned from birth under ZeRO-3 and FSDP2, and initialise or load it.
 
     For DeepSpeed it is in the JSON's precision, otherwise in fp32 and on this rank's device. Initial weights depend on
     the seed and each module's name only: not on the backend, the stage, the number of ranks, or (up to rounding) the
     precision.
 
     Raises:
-        ConfigError: transformers cannot build a causal LM from this config.
+        ConfigError: transformers cannot build a causal LM from this config, or ``--init_from`` cannot be loaded.
     """
-    kind, dtype, born = precision(settings.ds_config), torch.float32, contextlib.nullcontext()
-    if settings.backend == "deepspeed":
-        dtype = DTYPES[kind]
-        if settings.zero_stage == 3:
-            born = deepspeed.zero.Init(config_dict_or_path=settings.ds_config)
-    elif settings.backend == "fsdp2":
-        born = _without_storage()
-    with no_init_weights(), born:
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, ImportError, AttributeError) as error:
-            raise ConfigError(f"cannot build a causal LM from {type(config).__name__}: {error}") from error
+    kind, option = precision(settings.ds_config), "--init_from"
+    dtype = DTYPES[kind] if settings.backend == "deepspeed" else torch.float32
+    if settings.init_from and settings.backend != "fsdp2":
+        zero3 = settings.ds_config if settings.zero_stage == 3 else None
+        model = pretrained.load(config, settings.init_from, option, dtype, zero3)
+    else:
+        model = _without_weights(config, settings, dtype)
     if settings.backend == "fsdp2":
         _shard(model, kind)
+        if settings.init_from:
+            with ranks.together():
+                pretrained.fill_shards(model, settings.init_from, option, ranks.device())
     if settings.backend != "deepspeed":
         device = ranks.device()
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    initialise(model, settings.seed)
+    if not settings.init_from:
+        initialise(model, settings.seed)
     model.tie_weights()
     if settings.gradient_checkpointing:
         # ZeRO-3 frees a recomputed parameter's storage between forward and backward, which the non-reentrant form
@@ -123,6 +112,23 @@ def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel
         reentrant = settings.zero_stage == 3
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return model
+
+
+def _without_weights(config: PretrainedConfig, settings: Settings, dtype: torch.dtype) -> PreTrainedModel:
+    """The model before it has weights, partitioned already under ZeRO-3, without storage under FSDP2."""
+    born: Any = contextlib.nullcontext()
+    if settings.zero_stage == 3:
+        born = deepspeed.zero.Init(config_dict_or_path=settings.ds_config)
+    elif settings.backend == "fsdp2":
+        born = _without_storage()
+    with no_init_weights(), born:
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        except Exception as error:  # whatever a model's own code raises
+            if lost_rank(error) is not None:
+                raise
+            text = f"cannot build a causal LM from {type(config).__name__}: {pretrained.reason(error)}"
+            raise ConfigError(text) from error
 
 
 @contextlib.contextmanager

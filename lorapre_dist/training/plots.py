@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label=f"held out (last {losses[-1]:.3f})")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
@@ -37,11 +40,13 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     temporary.replace(path)
 
 
-def running_mean(values: tuple[float, ...], decay: float = 0.95) -> list[float]:
-    """Exponential running mean without the start's bias."""
-    result, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = decay * total + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(total / weight)
-    return result
+def running_mean(values: Sequence[float], window: int | None = None) -> list[float]:
+    """Mean over as many values before as after each one, so that it does not lag behind a falling loss.
+
+    Args:
+        window: values on either side at most (default: a fiftieth of all); fewer towards both ends.
+    """
+    window = max(1, len(values) // 50) if window is None else window
+    sums = [0.0, *itertools.accumulate(values)]
+    reach = [min(k, len(values) - 1 - k, window) for k in range(len(values))]
+    return [(sums[k + r + 1] - sums[k - r]) / (2 * r + 1) for k, r in enumerate(reach)]

@@ -34,6 +34,10 @@ LOCAL_SUFFIXES = {
     ".csv": "csv",
 }
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+# Each names the model, so that one of them is given at most.
+MODEL_OPTIONS = ("model", "model_config", "init_from")
+# Of files that hold a tokenizer.
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ class RunSettings:
         """What to call the model."""
         return self.model or ""
 
+    @property
+    def first_weights(self) -> str:
+        """What training starts from."""
+        return "its own weights"
+
     def identity(self) -> dict[str, Any]:
         """What must be the same in a resumed run for it to continue the interrupted one, beside the data."""
         return {
@@ -99,6 +108,7 @@ class Settings(RunSettings):
 
     recipe: str | None
     model_config: str | None
+    init_from: str | None
     eval_dataset: str | None
     eval_split: str
     text_column: str | None
@@ -111,8 +121,23 @@ class Settings(RunSettings):
 
     @property
     def model_name(self) -> str:
-        """The preset, or the path of the config file."""
-        return self.model or str(self.model_config)
+        """The preset, or the folder, config file or hub name of a Hugging Face model."""
+        return str(getattr(self, self.model_option.removeprefix("--")))
+
+    @property
+    def model_option(self) -> str:
+        """The option that gave it."""
+        return next(f"--{name}" for name in MODEL_OPTIONS if getattr(self, name))
+
+    @property
+    def preset(self) -> bool:
+        """Whether the model is one of ours."""
+        return self.model in PRESETS
+
+    @property
+    def first_weights(self) -> str:
+        """What training starts from."""
+        return super().first_weights if self.init_from else "random weights"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -152,8 +177,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(group: Any) -> None:
-    group.add_argument("--model", help=f"preset: {', '.join(PRESETS)} (default: llama-tiny)")
+    group.add_argument(
+        "--model",
+        help=f"preset: {', '.join(PRESETS)}; or folder or hub name of a Hugging Face causal LM: its shapes, with "
+        "random weights (default: llama-tiny)",
+    )
     group.add_argument("--model_config", help="a Hugging Face config.json of any causal LM, instead of --model")
+    group.add_argument(
+        "--init_from",
+        help="folder or hub name of a Hugging Face causal LM, instead of --model: training goes on from its weights, "
+        "with its tokenizer",
+    )
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
 
 
@@ -240,11 +274,12 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
             defaults["tokenizer"] = None  # a tokenised folder brings its own
         parser.set_defaults(**defaults)
         args = vars(parser.parse_args(argv))
-        if args["model_config"]:
+        if args["model"] == defaults["model"] and (args["model_config"] or args["init_from"]):
             args["model"] = None
     if args["deepspeed_config"] is None:
         raise ConfigError("--deepspeed_config is needed: a file of ds_configs/, or --recipe")
     _check_model(args)
+    _own_tokenizer(args)
     check_corpus(args)
     check_run(args, eval_batches=0, shuffle_buffer=0, seq_len=2)
     ds_config = read_deepspeed_config(args["deepspeed_config"])
@@ -262,23 +297,49 @@ def describe(settings: RunSettings) -> dict[str, Any]:
 
 
 def _check_model(args: dict[str, Any]) -> None:
-    if args["model"] and args["model_config"]:
-        raise ConfigError("give --model or --model_config, not both")
-    if args["model_config"]:
-        if not Path(args["model_config"]).is_file():
-            raise ConfigError(f"--model_config {args['model_config']}: no such file")
-    else:
-        args["model"] = args["model"] or "llama-tiny"
-        if args["model"] not in PRESETS:
-            near = difflib.get_close_matches(args["model"], PRESETS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"unknown --model {args['model']}: {hint}presets: {', '.join(PRESETS)}")
+    given = [name for name in MODEL_OPTIONS if args[name]]
+    if len(given) > 1:
+        raise ConfigError(f"give --{given[0]} or --{given[1]}, not both")
+    if not given:
+        args["model"] = "llama-tiny"
+    elif args["model_config"] and not Path(args["model_config"]).is_file():
+        raise ConfigError(f"--model_config {args['model_config']}: no such file")
+    elif args["init_from"]:
+        check_model_folder("--init_from", args["init_from"])
+    elif args["model"] and args["model"] not in PRESETS:
+        near = difflib.get_close_matches(args["model"], PRESETS, n=1, cutoff=0.6)
+        if near and "/" not in args["model"] and not Path(args["model"]).exists():
+            raise ConfigError(
+                f"unknown --model {args['model']}: did you mean {near[0]}? presets: {', '.join(PRESETS)}; or folder or "
+                "hub name of a Hugging Face model"
+            )
+        if not Path(args["model"]).is_file():
+            check_model_folder("--model", args["model"])
     if args["max_steps"] is None:
-        if args["model"] is None:
-            raise ConfigError("--max_steps is needed with --model_config")
+        if args["model"] not in PRESETS:
+            raise ConfigError(f"--max_steps is needed with --{given[0]}")
         args["max_steps"] = PRESETS[args["model"]].steps
     if args["warmup_steps"] is None:
         args["warmup_steps"] = max(1, args["max_steps"] // 10)
+
+
+def check_model_folder(option: str, name: str) -> None:
+    """Raise a ConfigError if ``name`` means a local folder and no Hugging Face model is there."""
+    folder = Path(name)
+    if looks_like_path(name) and not folder.is_dir():
+        raise ConfigError(f"{option} {name}: no such folder")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{option} {name}: holds no config.json; name a Hugging Face model folder")
+
+
+def _own_tokenizer(args: dict[str, Any]) -> None:
+    """Weights know the token ids of their own tokenizer; tokenised text was cut by one already."""
+    folder = args["init_from"]
+    if folder is None or args["tokenizer"] is not None or (Path(args["dataset"]) / "manifest.json").is_file():
+        return
+    if Path(folder).is_dir() and not any(file for pattern in TOKENIZER_FILES for file in Path(folder).glob(pattern)):
+        raise ConfigError(f"--init_from {folder}: holds no tokenizer; say with --tokenizer which one its weights know")
+    args["tokenizer"] = folder
 
 
 def check_corpus(args: dict[str, Any]) -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
-from tests.launch.conftest import PRETRAIN, REPO, ds_json, environment
+from lorapre_dist.training.tokenizer import train_bpe
+from tests.launch.conftest import PRETRAIN, REPO, TINY_LLAMA, ds_json, environment
+from tests.training.conftest import documents
 
 FORKING = Path(__file__).with_name("forking.py")
 
@@ -75,6 +78,27 @@ def checkpoint(damage: Callable[[Path], None] | None, *options: str) -> Callable
     return prepare
 
 
+def weights(tokens: int | None, other: int | None = None, cut: bool = False) -> Callable[[Path], list[str]]:
+    """A Llama's folder for ``--init_from``: perhaps with a tokenizer of so many ``tokens``, and cut safetensors.
+
+    ``other``: size of a tokenizer of other text, which is given as ``--tokenizer``.
+    """
+
+    def prepare(folder: Path) -> list[str]:
+        model, options = folder / "model", ["--init_from", str(folder / "model")]
+        LlamaConfig(**TINY_LLAMA | {"vocab_size": 320}).save_pretrained(model)
+        if tokens is not None:
+            train_bpe(documents(20), tokens).save_pretrained(model)
+        if other is not None:
+            train_bpe(["quite another text, other words"] * 9, other).save_pretrained(folder / "other")
+            options += ["--tokenizer", str(folder / "other")]
+        if cut:
+            (model / "model.safetensors").write_bytes(b"\x10\x00")
+        return options
+
+    return prepare
+
+
 def write_manifest(tag: Path) -> None:
     files = {"tensors/__0_0.distcp": {"bytes": 1, "blake2b": "00"}}
     (tag / "manifest.json").write_text(json.dumps({"format": 1, "tag": tag.name, "step": 4, "files": files}))
@@ -124,6 +148,32 @@ CASES = {
     ),
     "unknown backend": Case(["--backend", "fsdp3", "deepspeed", "fsdp2", "ddp"], ["--backend", "fsdp3"]),
     "unknown preset": Case(["llama-tiny", "did you mean"], ["--model", "llama-tinny"]),
+    "hub model that cannot be had": Case(
+        ["--model no-such-owner/no-such-model: cannot be loaded", "hub name"],
+        ["--model", "no-such-owner/no-such-model"],
+    ),
+    "folder without a model": Case(["--model", "holds no config.json"], ["--model", str(REPO / "launch")]),
+    "model that sees": Case(
+        ["--model", "llava is no causal LM"], prepare=file_option("--model", "m.json", '{"model_type": "llava"}')
+    ),
+    "two models": Case(["--model or --init_from, not both"], ["--init_from", "x/y", "--model", "llama-tiny"]),
+    "weights that are not there": Case(["--init_from ./gone: no such folder"], ["--init_from", "./gone"]),
+    "weights without a tokenizer": Case(["holds no tokenizer", "--tokenizer"], prepare=weights(tokens=None)),
+    "weights of another tokenizer": Case(
+        ["--init_from", "tokens of the tokenizer in use have other ids", "leave --tokenizer out"],
+        prepare=weights(tokens=300, other=300),
+    ),
+    "tokenizer larger than the model": Case(
+        ["--init_from", "vocab_size 320 is less than the tokenizer's 330 tokens"], prepare=weights(tokens=330)
+    ),
+    "folder without weights": Case(["--init_from", "cannot be loaded"], prepare=weights(tokens=300)),
+    "folder without weights, FSDP2": Case(
+        ["--init_from", "model.safetensors is not there"], ["--backend", "fsdp2"], prepare=weights(tokens=300)
+    ),
+    "cut weights": Case(["--init_from", "cannot be loaded"], prepare=weights(tokens=300, cut=True)),
+    "cut weights, FSDP2": Case(
+        ["--init_from", "cannot be loaded"], ["--backend", "fsdp2"], prepare=weights(tokens=300, cut=True)
+    ),
     "unknown option": Case(["--max_stepps", "did you mean --max_steps"], ["--max_stepps", "3"]),
     "max_steps": Case(["--max_steps 0"], ["--max_steps", "0"]),
     "missing dataset": Case(["no such file", "gone.jsonl"], ["--dataset", "gone.jsonl"]),
@@ -148,7 +198,9 @@ CASES = {
     ),
     "missing tokenizer": Case(["--tokenizer ./none"], ["--tokenizer", "./none"]),
     "folder without tokenizer": Case(["--tokenizer", "cannot be loaded"], ["--tokenizer", str(REPO / "launch")]),
-    "model config": Case(["model_type"], ["--max_steps", "2"], prepare=file_option("--model_config", "m.json", "{}")),
+    "model config": Case(
+        ["--model_config", "model_type"], ["--max_steps", "2"], prepare=file_option("--model_config", "m.json", "{}")
+    ),
     "output_dir is a file": Case(["--output_dir", "is a file"], ["--output_dir", str(PRETRAIN)]),
     "resume tag": Case(["--resume step9", "none"], ["--resume", "step9"]),
     "checkpoint without manifest": Case(["cannot resume", "has no manifest.json"], prepare=checkpoint(None)),

@@ -16,7 +16,8 @@ from lorapre_dist.cli import main
 from lorapre_dist.config import ConfigError, LoRAPreConfig
 from lorapre_dist.planner import LAYOUTS, OPTIMIZERS, PARTS, Parameter, Request, Zero, plan, smallest_world
 from lorapre_dist.planner.command import size_of
-from lorapre_dist.planner.models import llama, load, parameters
+from lorapre_dist.planner.models import find, llama, load, parameters
+from lorapre_dist.planner.render import chart
 from lorapre_dist.training.models import preset_config
 from lorapre_dist.training.presets import PRESETS
 
@@ -197,6 +198,55 @@ def test_other_architectures(kind, tmp_path):
     assert plan(request)["LoRAPre"].memory["state"].max() < plan(request)["AdamW"].memory["state"].max()
 
 
+# Published sizes: facebook/bart-large, openai/whisper-tiny (37.8M, of which 0.6M are fixed positions), t5-small and
+# llava-1.5-7b.
+WHOLE = {
+    "bart": ("BartForConditionalGeneration", 406_291_456),
+    "whisper": ("WhisperForConditionalGeneration", 37_184_640),
+    "t5": ("T5ForConditionalGeneration", 60_506_624),
+    "llava": ("LlavaForConditionalGeneration", 7_062_902_784),
+    "mamba2": ("Mamba2ForCausalLM", None),
+    "bamba": ("BambaForCausalLM", None),
+    "mllama": ("MllamaForConditionalGeneration", None),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_all_of_a_model_is_planned(kind, tmp_path):
+    """Not the decoder of an encoder-decoder alone, nor the language model of one that sees."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    name, elements = WHOLE[kind]
+    found, shapes = find(str(tmp_path))
+    assert found == name
+    if elements is not None:
+        assert sum(p.numel for p in shapes) == elements
+
+
+def test_a_config_that_names_its_class_is_planned_as_that(tmp_path):
+    config = LlamaConfig(**LLAMA_70B | {"num_hidden_layers": 1, "architectures": ["LlamaForSequenceClassification"]})
+    config.save_pretrained(tmp_path)
+    found, shapes = find(str(tmp_path))
+    assert found == "LlamaForSequenceClassification"
+    assert shapes[-1] == Parameter("score.weight", (2, 8192))
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"model_type": "idefics2_vision"}, "transformers has no model of type idefics2_vision"),
+        ({"model_type": "bart", "d_model": 15}, "cannot build BartForConditionalGeneration from this config: "),
+        ({"model_type": "gpt2", "n_embd": -4}, "cannot build GPT2LMHeadModel from this config: "),
+        ({"model_type": "qwen2", "hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_a_model_that_transformers_does_not_build_is_a_short_line(values, words, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --model {tmp_path}") and words in error
+    assert error.count("\n") == 1 and len(error) < 500 + len(str(tmp_path))
+
+
 # the command --------------------------------------------------------------------------------------------------------
 
 ARGUMENTS = ["plan", "--model", "llama-60m", "--stage", "2", "--world_size", "6", "--rank", "128"]
@@ -276,11 +326,31 @@ def test_plot_draws_a_picture(layout, tmp_path, capsys):
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
+def test_the_chart_covers_no_curve_and_says_how_far_it_is(monkeypatch, tmp_path, capsys):
+    """Its legends lie below the axes; a bar counts the plans where there are many, and large ones."""
+    overlaps = []
+
+    def saved(figure, path, **_):
+        figure.canvas.draw()
+        for axes in figure.axes:
+            overlaps.append(axes.get_legend().get_window_extent().overlaps(axes.get_window_extent()))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", saved)
+    monkeypatch.setattr("lorapre_dist.planner.render.PATIENCE", 0.0)
+    request = Request("60m", load("llama-60m"), "zero2", 8, optimizer=LoRAPreConfig(rank=16))
+    chart(request, tmp_path / "p.png")
+    assert overlaps == [False, False]
+    assert "0/14" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         ([], "--model"),
+        (["--modle", "llama-7b"], "unknown option --modle: did you mean --model?"),
         (["--model", "llama-8b"], "llama-7b"),
+        (["--model", "no-such-owner/no-such-model"], "no such folder, and as a hub name"),
+        (["--model", "./llama"], "no such folder or file"),
         (["--model", "/"], "no config.json"),
         (["--model", "setup.py"], "not a usable model config"),
         (["--model", "llama-tiny", "--world_size", "0"], "world_size 0: must be from 1"),
@@ -295,13 +365,16 @@ def test_plot_draws_a_picture(layout, tmp_path, capsys):
         (["--model", "llama-tiny", "--rank", "8", "--layout", "ddp", "--offload"], "offload: needs"),
         (["--model", "llama-tiny", "--rank", "8", "--accumulation", "0"], "accumulation 0"),
         (["--model", "llama-tiny", "--max_memory", "big"], "must be a size such as 80GiB"),
+        (["--model", "llama-tiny", "--max_memory", "80"], "is 80 bytes; give a unit, such as 80GiB"),
+        (["--model", "llama-tiny", "--max_memory", "1023.5KiB"], "is 1,048,064 bytes; give a unit"),
         (["--model", "llama-tiny", "--deepspeed_config", "/nowhere.json"], "no such file"),
         (["--model", "llama-tiny", "--rank", "8", "--plot", "/nowhere/p.png"], "cannot be written"),
         (["--model", "llama-tiny", "--rank", "8", "--plot", "p.nothing"], "cannot be written"),
         (["--model", "llama-tiny", "--wrld_size", "2"], "did you mean --world_size?"),
     ],
 )
-def test_bad_input_is_one_line(arguments, words, capsys):
+def test_bad_input_is_one_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
@@ -333,7 +406,7 @@ def test_batch_sizes_that_do_not_fit_the_ranks_are_named(capsys):
 
 @pytest.mark.parametrize(
     "text, size",
-    [("80GiB", 80 * 2**30), ("80 gb", 80 * 2**30), ("1.5T", 3 * 2**39), ("123", 123), ("5B", 5), ("7m", 7 * 2**20)],
+    [("80GiB", 80 * 2**30), ("80 gb", 80 * 2**30), ("1.5T", 3 * 2**39), ("85899345920", 80 * 2**30), ("7m", 7 * 2**20)],
 )
 def test_sizes(text, size):
     assert size_of(text) == size

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import models
+from lorapre_dist.training import models, pretrained
 from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.tokenizer import train_bpe
 from tests.distributed.harness import run_ranks
 
+from .conftest import documents
 from .model_cases import born_in_shards
 
 # GaLore's shapes: (hidden, intermediate, heads, layers), and parameters without embeddings and lm_head:
@@ -79,7 +81,7 @@ def test_any_causal_model_by_config_file(make_settings, tmp_path):
     path = write_config(tmp_path / "gpt2.json", **values)
     settings = make_settings("--model_config", path, "--max_steps", "3", "--seq_len", "16")
     config = models.model_config(settings)
-    models.fit_vocabulary(config, settings, 280)
+    models.fit_vocabulary(config, settings, [""] * 280)
     assert config.vocab_size == 300
     model = models.build_model(config, settings)
     assert model.lm_head.weight is model.get_input_embeddings().weight  # GPT-2 ties them
@@ -91,28 +93,49 @@ def test_any_causal_model_by_config_file(make_settings, tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({}, "needs 'model_type'"),
-        ({"model_type": "no-such-model"}, "not a usable model config|needs 'model_type'"),
-        ({"model_type": "gpt2", "n_positions": 8}, "max_position_embeddings 8"),
+        ({}, "not a usable model config: .*`model_type`"),
+        ({"model_type": "no-such-model"}, "not a usable model config: .*no-such-model"),
+        ({"model_type": "gpt2", "n_embd": "many"}, "not a usable model config: .*n_embd"),
+        ({"model_type": "gpt2", "n_positions": 8}, "max_position_embeddings 8 is less than the 16 tokens"),
+        ({"model_type": "vit"}, "vit is no causal LM"),
+        ({"model_type": "llava"}, "llava is no causal LM"),
+        ({"model_type": "bart"}, "bart is an encoder-decoder"),
+        ({"model_type": "whisper"}, "whisper is an encoder-decoder"),
+        ({"model_type": "mistral", "auto_map": {"AutoConfig": "code.Config"}, "hidden_size": -1}, "cannot build"),
     ],
 )
-def test_bad_config_files(tmp_path, values, words):
-    with pytest.raises(ConfigError, match=words):
-        models.file_config(write_config(tmp_path / "m.json", **values), 16)
+@pytest.mark.parametrize("option", ["--model_config", "--model"])
+def test_configs_that_cannot_be_trained_are_refused_in_a_short_line(make_settings, tmp_path, option, values, words):
+    path = write_config(tmp_path / "m.json", **values)
+    settings = make_settings(option, path, "--max_steps", "3", "--seq_len", "16")
+    with pytest.raises(ConfigError, match=words) as caught:
+        models.build_model(models.model_config(settings), settings)
+    assert len(str(caught.value)) < 500 + len(path) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "bamba", "nemotron_h", "jetmoe"])
+def test_configs_as_transformers_saves_them(make_settings, tmp_path, kind):
+    """Also those that JSON has no number for: Mamba2's time_step_limit is infinite."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    for given in (["--model", str(tmp_path)], ["--model_config", str(tmp_path / "config.json")]):
+        config = models.model_config(make_settings(*given, "--max_steps", "3"))
+        assert (config.model_type, config.use_cache) == (kind, False)
+
+
+def test_quantised_models_give_shapes_but_no_weights(make_settings, tmp_path):
+    write_config(tmp_path / "config.json", model_type="llama", quantization_config={"quant_method": "fp8"})
+    (tmp_path / "tokenizer.json").touch()
+    config = models.model_config(make_settings("--model", str(tmp_path), "--max_steps", "3"))
+    assert not hasattr(config, "quantization_config")
+    with pytest.raises(ConfigError, match="its weights are quantised"):
+        models.model_config(make_settings("--init_from", str(tmp_path), "--max_steps", "3"))
 
 
 def test_config_file_with_too_small_a_vocabulary(make_settings, tmp_path):
     path = write_config(tmp_path / "m.json", model_type="llama", vocab_size=100)
     settings = make_settings("--model_config", path, "--max_steps", "3")
     with pytest.raises(ConfigError, match="vocab_size 100 is less"):
-        models.fit_vocabulary(models.model_config(settings), settings, 300)
-
-
-def test_model_that_is_no_causal_lm(make_settings, tmp_path):
-    path = write_config(tmp_path / "vit.json", model_type="vit")
-    settings = make_settings("--model_config", path, "--max_steps", "3")
-    with pytest.raises(ConfigError, match="cannot build a causal LM"):
-        models.build_model(models.model_config(settings), settings)
+        models.fit_vocabulary(models.model_config(settings), settings, [""] * 300)
 
 
 def test_fsdp2_models_are_born_in_shards_with_the_same_weights(make_settings, tmp_path):
@@ -132,6 +155,43 @@ def test_fsdp2_models_are_born_in_shards_with_the_same_weights(make_settings, tm
             assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
             assert sum(sizes.values()) < 0.5 * sum(p.numel() for p in wanted.values())
             assert loss == pytest.approx(math.log(50), abs=0.5)
+
+
+def test_weights_accept_their_own_token_ids_and_new_ones(tmp_path):
+    own = train_bpe(documents(20), 300)
+    own.save_pretrained(tmp_path)
+    more = train_bpe(documents(20), 300)
+    more.add_tokens(["<new>"])
+    for tokenizer in (own, more):
+        pretrained.check_token_ids(str(tmp_path), "--init_from", tokenizer)
+    with pytest.raises(ConfigError, match=r"\d+ of the \d+ tokens .* have other ids"):
+        pretrained.check_token_ids(str(tmp_path), "--init_from", train_bpe(["another text, other words"] * 9, 300))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_fsdp2_reads_the_saved_weights_rows_by_rows(kind, make_settings, tmp_path):
+    """In several files, tied, named without a prefix, and experts that the files hold one by one; uneven shards."""
+    sizes = {"vocab_size": 50, "hidden_size": 20, "intermediate_size": 36, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    config = {
+        "llama": LlamaConfig(**sizes),
+        "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2),
+        "mixtral": MixtralConfig(**sizes, num_local_experts=5),
+    }[kind]
+    torch.manual_seed(0)
+    saved = AutoModelForCausalLM.from_config(config)
+    (saved.transformer if kind == "gpt2" else saved).save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    (tmp_path / "tokenizer.json").touch()
+    options = ["--init_from", str(tmp_path), "--max_steps", "3", "--seq_len", "16", "--backend", "fsdp2"]
+    settings = make_settings(*options, ds={"optimizer": {"type": "LoRAPre", "params": {"rank": 4}}})
+    wanted, tokens = dict(saved.named_parameters()), torch.arange(32).view(2, 16)
+    loss = saved.eval()(input_ids=tokens, labels=tokens).loss.item()
+    for whole, sizes, found in run_ranks(3, born_in_shards, settings=settings):
+        assert whole.keys() == wanted.keys()
+        assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
+        assert sum(sizes.values()) < 0.5 * sum(p.numel() for p in wanted.values())
+        assert found == pytest.approx(loss, rel=1e-6)
 
 
 def test_buffers_keep_their_precision(make_settings):

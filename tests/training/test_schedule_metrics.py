@@ -61,7 +61,29 @@ def test_plot_is_written_for_any_rows(tmp_path):
     for name, part in (("all", rows), ("none", []), ("first", rows[:1])):
         plot_loss(part, tmp_path / f"{name}.png", "title")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert running_mean((2.0, 2.0, 2.0)) == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_the_running_mean_does_not_lag():
+    assert running_mean([]) == []
+    assert running_mean([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    falling = [7.6 - 0.01 * k for k in range(400)]
+    assert running_mean(falling) == pytest.approx(falling)
+    curve = [3.8 + 3.8 * math.exp(-k / 60) for k in range(800)]  # the quick start's
+    assert max(abs(a - b) for a, b in zip(curve, running_mean(curve), strict=True)) < 0.05
+    noise = torch.randn(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    assert max(map(abs, running_mean(noise)[100:-100])) < 0.7  # of 41 values each
+
+
+def test_steps_are_whole_on_the_plot(tmp_path, monkeypatch):
+    ticks = []
+
+    def saved(figure, path, **_):
+        ticks.extend(figure.axes[0].get_xticks())
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", saved)
+    plot_loss([{"step": step, "loss": 7.0} for step in range(1, 4)], tmp_path / "loss.png", "title")
+    assert len(ticks) > 1 and all(tick == round(tick) for tick in ticks)
 
 
 def test_evaluation_counts_next_token_losses_only():

@@ -52,6 +52,31 @@ def test_a_tokenised_folder_brings_the_tokenizer_of_a_recipe(make_settings, tmp_
     assert given.tokenizer == "x/y"
 
 
+def test_weights_bring_their_tokenizer(make_settings, tmp_path):
+    """The folder's, unless another is given, or the text is tokenised already."""
+    model, tokenised = tmp_path / "model", tmp_path / "tokenised"
+    for folder, files in ((model, ("config.json", "tokenizer.json")), (tokenised, ("manifest.json",))):
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    options = ["--init_from", str(model), "--max_steps", "3"]
+    settings = make_settings(*options)
+    assert (settings.model, settings.tokenizer, settings.model_name) == (None, str(model), str(model))
+    assert (settings.model_option, settings.first_weights) == ("--init_from", "its own weights")
+    assert make_settings(*options, "--tokenizer", "x/y").tokenizer == "x/y"
+    assert make_settings(*options, "--dataset", str(tokenised)).tokenizer is None
+    assert make_settings("--recipe", "llama-60m", *options).model_name == str(model)
+    assert make_settings("--init_from", "owner/name", "--max_steps", "3").tokenizer == "owner/name"
+
+
+def test_a_model_folder_gives_shapes_alone(make_settings, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in (str(tmp_path), str(tmp_path / "config.json"), "owner/name", "gpt2"):
+        settings = make_settings("--model", name, "--max_steps", "3")
+        assert (settings.model_name, settings.preset) == (name, False)
+        assert (settings.tokenizer, settings.first_weights) == (None, "random weights")
+
+
 def test_lr_overrides_the_json_only_where_given(make_settings):
     assert make_settings().ds_config["optimizer"]["params"]["lr"] == 0.01
     assert make_settings("--lr", "0.003").ds_config["optimizer"]["params"]["lr"] == 0.003
@@ -68,6 +93,10 @@ def test_lr_overrides_the_json_only_where_given(make_settings):
         (["--model", "llama-60n"], "did you mean llama-60m"),
         (["--model", "llama-60m", "--model_config", "x.json"], "not both"),
         (["--model_config", "missing.json"], "no such file"),
+        (["--model", "owner/name"], "--max_steps is needed with --model"),
+        (["--model", "/no/such/folder"], "--model /no/such/folder: no such folder"),
+        (["--init_from", "x/y", "--model_config", "x.json"], "--model_config or --init_from, not both"),
+        (["--init_from", "x/y"], "--max_steps is needed with --init_from"),
         (["--max_step", "3"], "did you mean --max_steps"),
         (["--max_steps", "many"], "invalid int value"),
         (["--dataset", "missing.jsonl"], "no such file"),

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
-from lorapre_dist.bench.__main__ import main
+import pytest
+
+from lorapre_dist.bench.__main__ import BENCHES, main
 
 
 def rows(text, first):
     """Words of the lines that begin with a number, from the line after the one that contains ``first``."""
     _, *lines = text[text.index(first) :].splitlines()
     return [line.split() for line in lines if line.split()[0].isdigit()]
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_help_shows_what_it_is_for_as_it_is_written(name, capsys):
+    """Commands in lines of their own."""
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    described = importlib.import_module(f"lorapre_dist.bench.{name}").__doc__
+    assert described.strip() in said
+    assert f"\n    python -m lorapre_dist.bench {name}" in described
+    assert main([name, "--sede", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown option --sede")
+
+
+@pytest.mark.parametrize("name", ["resume", "equality"])
+def test_help_of_the_long_measurements_starts_nothing(name, capsys, monkeypatch):
+    program = importlib.import_module(f"tests.{name}")
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 0
+    assert program.__doc__.strip() in capsys.readouterr().out
 
 
 def test_memory(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,33 +10,26 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
 from lorapre_dist.param_groups import matches
-from lorapre_dist.training import ranks
+from lorapre_dist.training import pretrained, ranks
 from lorapre_dist.training.ds_json import precision, zero_stage
 from lorapre_dist.training.finetune.settings import FinetuneSettings
-from lorapre_dist.training.interruption import lost_rank
 from lorapre_dist.training.models import DTYPES
-from lorapre_dist.training.reading import first_line
+from lorapre_dist.training.pretrained import tied_names
 
 
 def model_config(settings: FinetuneSettings) -> PretrainedConfig:
     """The config of ``--model``.
 
     Raises:
-        ConfigError: not a model folder or hub name.
+        ConfigError: not a model folder or hub name of a causal LM.
     """
-    try:
-        config = AutoConfig.from_pretrained(settings.model)
-    except Exception as error:  # transformers raises many kinds
-        raise ConfigError(f"--model {settings.model}: cannot be loaded: {first_line(error)}") from error
-    config.use_cache = False
-    return config
+    return pretrained.causal_config(settings.model_name, "--model", weights=True)
 
 
 def check_sizes(config: PretrainedConfig, settings: FinetuneSettings, vocab_size: int, longest: int) -> None:
@@ -47,17 +39,9 @@ def check_sizes(config: PretrainedConfig, settings: FinetuneSettings, vocab_size
         vocab_size: of the tokenizer.
         longest: tokens of the longest sequence that training or scoring may see.
     """
-    text = config.get_text_config()
-    if text.vocab_size < vocab_size:
-        raise ConfigError(
-            f"--model {settings.model}: its vocab_size {text.vocab_size} is less than the tokenizer's {vocab_size}"
-        )
-    limit = getattr(text, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"--model {settings.model}: its max_position_embeddings {limit} is less than the {longest} tokens that may "
-            "be needed; lower --seq_len or --max_new_tokens"
-        )
+    named = f"--model {settings.model}"
+    pretrained.check_vocabulary(config, vocab_size, named)
+    pretrained.check_positions(config, longest, named, "lower --seq_len or --max_new_tokens")
 
 
 def load_model(config: PretrainedConfig, settings: FinetuneSettings) -> PreTrainedModel:
@@ -66,30 +50,9 @@ def load_model(config: PretrainedConfig, settings: FinetuneSettings) -> PreTrain
     Raises:
         ConfigError: the weights cannot be loaded, or some are missing.
     """
-    disable_progress_bar()
-    set_verbosity_error()  # what it would report is checked here
-    stage = zero_stage(settings.ds_config)
-    zero3 = None
-    if stage == 3:
-        from transformers.integrations import HfDeepSpeedConfig
-
-        # While this lives, from_pretrained builds under zero.Init and reads the files on rank 0 alone.
-        zero3 = HfDeepSpeedConfig(copy.deepcopy(settings.ds_config))
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            settings.model, config=config, dtype=DTYPES[precision(settings.ds_config)], output_loading_info=True
-        )
-    except Exception as error:  # transformers raises many kinds
-        if lost_rank(error) is not None:
-            raise
-        raise ConfigError(f"--model {settings.model}: cannot be loaded: {first_line(error)}") from error
-    finally:
-        del zero3
-    missing = sorted({*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])} - tied_names(model))
-    if missing:
-        raise ConfigError(
-            f"--model {settings.model}: holds no weights for {', '.join(missing[:3])}; name a complete model"
-        )
+    stage, dtype = zero_stage(settings.ds_config), DTYPES[precision(settings.ds_config)]
+    zero3 = settings.ds_config if stage == 3 else None
+    model = pretrained.load(config, settings.model_name, "--model", dtype, zero3)
     if settings.optimizer == "lora":
         add_adapters(model, settings)
     if settings.gradient_checkpointing:
@@ -99,11 +62,6 @@ def load_model(config: PretrainedConfig, settings: FinetuneSettings) -> PreTrain
             model.enable_input_require_grads()
     model.train()
     return model
-
-
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of parameters that share another's storage: a model's files hold them once."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def add_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> None:

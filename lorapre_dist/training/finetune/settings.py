@@ -17,11 +17,11 @@ from lorapre_dist.training.settings import (
     RunSettings,
     add_output_options,
     add_run_options,
+    check_model_folder,
     check_run,
     check_source,
     check_tokenizer,
     default_cache,
-    looks_like_path,
 )
 
 # MetaMath's (and Alpaca's) prompt, https://github.com/meta-math/MetaMath; the response follows at once.
@@ -167,11 +167,7 @@ def with_optimizer(config: dict[str, Any], name: str | None) -> dict[str, Any]:
 
 
 def _check_model(args: dict[str, Any]) -> None:
-    model = args["model"]
-    if looks_like_path(model) and not Path(model).is_dir():
-        raise ConfigError(f"--model {model}: no such folder")
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ConfigError(f"--model {model}: holds no config.json; name a Hugging Face model folder")
+    check_model_folder("--model", args["model"])
     check_tokenizer(args["tokenizer"])
 
 
