@@ -21,19 +21,11 @@ from lorapre_dist.training.ds_json import (
     read_deepspeed_config,
     zero_stage,
 )
+from lorapre_dist.training.local_files import COMPRESSIONS, LOCAL_SUFFIXES, is_hub_form, is_local, is_saved, local_files
 from lorapre_dist.training.presets import PRESETS, RECIPES, recipe
 
 BUILTIN = "builtin"
 BACKENDS = ("deepspeed", "fsdp2", "ddp")
-LOCAL_SUFFIXES = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 
 
 @dataclass(frozen=True)
@@ -307,22 +299,22 @@ def looks_like_path(name: str) -> bool:
 
 
 def check_source(option: str, name: str) -> None:
-    """Raise :class:`ConfigError` if ``name`` means a local file that is not there or not readable."""
-    if "://" in name:
-        return
+    """Raise :class:`ConfigError` if ``name`` means local files and there are none, or none that can be read."""
+    path = Path(name)
     suffix = Path(name.removesuffix(next((c for c in COMPRESSIONS if name.endswith(c)), ""))).suffix
-    if any(c in name for c in "*?["):
-        import glob
-
-        if not glob.glob(name, recursive=True):
-            raise ConfigError(f"{option} {name}: no file matches")
-    elif Path(name).is_file():
-        if suffix not in LOCAL_SUFFIXES:
-            raise ConfigError(f"{option} {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
-        if not os.access(name, os.R_OK):
-            raise ConfigError(f"{option} {name}: not readable")
-    elif not Path(name).exists() and (looks_like_path(name) or suffix in LOCAL_SUFFIXES):
-        raise ConfigError(f"{option} {name}: no such file or folder")
+    if "://" in name or name == BUILTIN:
+        return
+    if not is_local(name):
+        if looks_like_path(name) or suffix in LOCAL_SUFFIXES:
+            raise ConfigError(f"{option} {name}: no such file or folder")
+        return
+    if path.is_file() and suffix not in LOCAL_SUFFIXES:
+        raise ConfigError(f"{option} {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
+    if path.is_dir() and (is_saved(path) or is_hub_form(path) or (path / "manifest.json").is_file()):
+        return
+    unreadable = next((file for file in local_files(name, option) if not os.access(file, os.R_OK)), None)
+    if unreadable is not None:
+        raise ConfigError(f"{option} {unreadable}: not readable")
 
 
 def check_run(args: dict[str, Any], **least: int) -> None:
