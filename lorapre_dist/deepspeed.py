@@ -53,7 +53,7 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
 
 
 def register() -> None:
-    """Make the values of ``"type"`` known to DeepSpeed and to ZeRO. Called by ``import lorapre_dist``; idempotent."""
+    """Make the values of ``"type"`` known to DeepSpeed and to ZeRO. See :mod:`lorapre_dist.registration`; idempotent."""
     for name, cls in OPTIMIZERS.items():
         setattr(torch.optim, name, cls)
         if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:

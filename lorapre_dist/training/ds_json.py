@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.config import ConfigError
-from lorapre_dist.optimizers import OPTIMIZERS
+from lorapre_dist.config import CONFIGS, ConfigError
 
 #: What the backends without DeepSpeed read, or can do without telling.
 NATIVE = {
@@ -116,9 +115,9 @@ def check_native(backend: str, config: dict[str, Any]) -> None:
     if precision(config) == "fp16":
         raise ConfigError(f"--backend {backend}: fp16 is not supported; enable bf16, or use --backend deepspeed")
     kind = config["optimizer"]["type"]
-    if kind not in OPTIMIZERS:
+    if kind not in CONFIGS:
         raise ConfigError(
-            f"--backend {backend}: optimizer.type {kind!r} is not supported; take one of {', '.join(OPTIMIZERS)}, or "
+            f"--backend {backend}: optimizer.type {kind!r} is not supported; take one of {', '.join(CONFIGS)}, or "
             "--backend deepspeed"
         )
     clip = config.get("gradient_clipping", 0.0)
