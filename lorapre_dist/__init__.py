@@ -16,7 +16,8 @@ from .config import (
 from .param_groups import param_groups
 
 if TYPE_CHECKING:
-    from . import deepspeed, reference
+    from . import deepspeed as deepspeed
+    from . import reference
     from .deepspeed import initialize
     from .optimizer import NonFiniteError
     from .optimizers import LoRAPre, LoRAPreAdafactor, LoRAPreLion, LoRAPreMuon, LoRAPreSGD

@@ -1,4 +1,4 @@
-"""Command lines whose errors are one line."""
+"""Command lines whose errors are one line, and sizes as they print them."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(wanted, [o for a in self._actions for o in a.option_strings], n=1)
             raise ConfigError(f"unknown option {wanted}: " + (f"did you mean {near[0]}?" if near else "see --help"))
         raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def readable(count: int) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

@@ -53,7 +53,7 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
 
 
 def register() -> None:
-    """Make the values of ``"type"`` known to DeepSpeed and to ZeRO. See :mod:`lorapre_dist.registration`; idempotent."""
+    """Make the values of ``"type"`` known to DeepSpeed and to ZeRO; idempotent. See :mod:`.registration` for when."""
     for name, cls in OPTIMIZERS.items():
         setattr(torch.optim, name, cls)
         if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import awaiting
-from . import param_groups as naming
 from .config import ConfigError, LoRAPreConfig, LowRankConfig
 from .core import adam, adamw, gauge
 from .core.comm import Comm
@@ -30,6 +30,9 @@ from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import StatefulOptimizer, state_dtype
 from .tensors import flat, may_step, number, refuse_duplicates, send_stepped
+
+# ``from . import`` would give the function that the package has by the same name.
+naming = importlib.import_module(".param_groups", __package__)
 
 
 @dataclass

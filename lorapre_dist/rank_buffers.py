@@ -1,7 +1,7 @@
 """The buffers in shared memory of DeepSpeed's ranks on a CPU: without a name as soon as every rank has them.
 
-Each rank makes one of 66 MiB in ``/dev/shm``, opens those of the others by name, and leaves it behind when it ends. What
-is open stays usable without a name, and then goes with its last process, however that ends.
+Each rank makes one of 66 MiB in ``/dev/shm``, opens those of the others by name, and leaves it behind when it ends.
+What is open stays usable without a name, and then goes with its last process, however that ends.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Makes the optimizers known to torch and DeepSpeed when those are imported: before or after this package, or never.
 
 A command line can be checked in a tenth of a second while torch, DeepSpeed and transformers take ten, so importing
-``lorapre_dist`` imports none of them. What it owes their users is done at their import: ``torch.optim.LoRAPre`` is there
-as soon as ``torch.optim`` is, and ``DeepSpeedEngine`` binds our optimizers as soon as there is such a class.
+``lorapre_dist`` imports none of them. What it owes their users is done at their import: ``torch.optim.LoRAPre`` is
+there as soon as ``torch.optim`` is, and ``DeepSpeedEngine`` binds our optimizers as soon as there is such a class.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ class _Imports(importlib.abc.MetaPathFinder):
     """Leaves finding modules to the other finders, and adds to the execution of those that are waited for."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, Then] = {}
+        self.waiting: dict[str, list[Then]] = {}
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        then = self.waiting.pop(name, None)
-        if then is None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in self.waiting:
             return None
+        waiting = self.waiting.pop(name)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec
@@ -40,7 +38,8 @@ class _Imports(importlib.abc.MetaPathFinder):
 
         def execute_and_then(module: ModuleType) -> None:
             execute(module)
-            then(module)
+            for then in waiting:
+                then(module)
 
         spec.loader.exec_module = execute_and_then  # type: ignore[method-assign]
         return spec
@@ -54,7 +53,7 @@ def when_imported(name: str, then: Then) -> None:
     if name in sys.modules:
         then(sys.modules[name])
         return
-    _IMPORTS.waiting[name] = then
+    _IMPORTS.waiting.setdefault(name, []).append(then)
     if _IMPORTS not in sys.meta_path:
         sys.meta_path.insert(0, _IMPORTS)
 
@@ -87,11 +86,12 @@ def _bind(module: Any) -> None:
     configure = engine._configure_optimizer
 
     def import_and_configure(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if engine._configure_optimizer is import_and_configure:
-            engine._configure_optimizer = configure
-            from . import deepspeed
+        if engine._configure_optimizer is not import_and_configure:  # registered, and called by what binds
+            return configure(self, *args, **kwargs)
+        engine._configure_optimizer = configure
+        from . import deepspeed
 
-            deepspeed.register()
+        deepspeed.register()
         return engine._configure_optimizer(self, *args, **kwargs)
 
     engine._configure_optimizer = import_and_configure

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import readable
 from ..shards import OPTIMIZER
 from . import content, folder, run, stored
 from .consolidate import WEIGHTS_INDEX
@@ -170,14 +171,6 @@ def columns(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as lines with aligned columns."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def readable(count: int) -> str:
-    """Bytes in a unit that suits them."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
 
 
 def _number(value: Any) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .comm import Comm
 from .factors import Factors, Matrix
-from .guard import SAMPLES, Go, Size, bounds, sizes
+from .guard import Go, Size, bounds, sizes
+from .sizes import SAMPLES
 
 
 @dataclass

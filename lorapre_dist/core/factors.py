@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guard import SAMPLES, Counted, sample
+from .guard import Counted, sample
 from .interval import Range, RowInterval, column_block, cut_rows
+from .sizes import SAMPLES
 
 #: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
 SQUARES = {"rms_row": "v_row", "rms_col": "v_col"}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Elements of the Grams that are solved at a time on a CPU.
-CHUNK = 1 << 16
+from .sizes import CHUNK
 
 
 def damped_inverses(grams: list[Tensor], damping: float, relative: bool) -> list[Tensor]:

@@ -20,7 +20,8 @@ from .exchange import Item, Moment, Work, by_moment
 from .factors import Matrix
 from .interval import Segment
 from .newton_schulz import gram
-from .refresh import CHUNK, damped_inverses
+from .refresh import damped_inverses
+from .sizes import CHUNK
 from .workspace import Workspace
 
 _T = TypeVar("_T")

@@ -7,7 +7,6 @@ and its pieces are k x n. Larger matrices have products that are long enough by 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,28 +17,7 @@ from torch import Tensor
 
 from .exchange import Item
 from .factors import Factors, Matrix
-
-#: Matrices of a kind are stacked if so many of them fit in a block: larger ones do not make up for their being copied.
-FEWEST = 8
-
-
-def runs(kinds: Sequence[Hashable], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """For each stack the places of its matrices: of one kind, as many as have ``limit`` bytes of weights together.
-
-    Args:
-        kinds: of each matrix; None for one that stays alone.
-        sizes: bytes of each matrix's weights, the same within a kind.
-    """
-    equal: dict[Hashable, list[int]] = defaultdict(list)
-    for k, kind in enumerate(kinds):
-        if kind is not None:
-            equal[kind].append(k)
-    found = []
-    for places in equal.values():
-        size = limit // sizes[places[0]]
-        if size >= FEWEST:
-            found += [places[k : k + size] for k in range(0, len(places), size)]
-    return [run for run in found if len(run) > 1]
+from .sizes import runs
 
 
 def of(matrices: Sequence[Matrix], limit: int, others: Sequence[Hashable] = ()) -> list[list[int]]:

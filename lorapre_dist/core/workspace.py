@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: An accelerator takes blocks so many times as large: there it is not a cache that counts but the number of launches.
-ACCELERATOR = 16
+from .sizes import ACCELERATOR, BLOCK, BUCKET
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Workspace:
         bucket: bytes of gathered factors, their gradients and Grams that are in flight at a time.
     """
 
-    block: int = 1 << 20
-    bucket: int = 32 << 20
+    block: int = BLOCK
+    bucket: int = BUCKET
     buffers: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     views: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 

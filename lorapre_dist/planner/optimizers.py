@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lorapre_dist.core import stacks
-from lorapre_dist.core.guard import SAMPLES
-from lorapre_dist.core.refresh import CHUNK
-from lorapre_dist.core.workspace import ACCELERATOR, Workspace
+from lorapre_dist.core import sizes
+from lorapre_dist.core.sizes import ACCELERATOR, BLOCK, BUCKET, CHUNK, SAMPLES
 
 from .request import Request
 from .spread import Array, Spread
@@ -185,7 +183,7 @@ def _held(spread: Spread, fullest: int, ranks: tuple[int, ...]) -> dict[int, lis
             count, columns = start.setdefault(rank, share.first) if spread.own_order else (0, 0)
             if share.low_rank:
                 ahead = _bytes(ranks, 5 * (share.ahead[1] - columns), 4 * (share.ahead[0] - count))
-                found[rank].append(Held(rows, held.q, parts, cut, group, share.call, ahead // Workspace.bucket))
+                found[rank].append(Held(rows, held.q, parts, cut, group, share.call, ahead // BUCKET))
     return found
 
 
@@ -237,9 +235,9 @@ def _workspace(matrices: list[Held], ranks: tuple[int, ...], energies: int, cpu:
     """The bound that ``memory_report`` states, from numbers alone (``workspace_bytes`` of ``core/regression.py``)."""
     if not matrices:
         return 0
-    limit = Workspace.block * (1 if cpu else ACCELERATOR)
+    limit = BLOCK * (1 if cpu else ACCELERATOR)
     kinds = [(m.rows, m.q) if m.parts == 1 else None for m in matrices]
-    places = stacks.runs(kinds, [FP32 * m.rows * m.q for m in matrices], limit)
+    places = sizes.runs(kinds, [FP32 * m.rows * m.q for m in matrices], limit)
     stacked = {k for run in places for k in run}
     runs: list[tuple[list[Held], int, Any]]
     runs = [(run, 0, max) for run in _runs([m for k, m in enumerate(matrices) if k not in stacked])]
@@ -251,7 +249,7 @@ def _workspace(matrices: list[Held], ranks: tuple[int, ...], energies: int, cpu:
     if cpu:
         batch = min(batch, max(CHUNK, square))
     block = max(most(min(max(limit, m.q * FP32), m.rows * m.q * FP32) for m in run) for run, _, most in runs)
-    blocks = 4 * block + max(2 * block, 5 * Workspace.block)
+    blocks = 4 * block + max(2 * block, 5 * BLOCK)
     rows = max(most(min(m.rows, max(1, limit // (m.q * FP32))) for m in run) for run, _, most in runs)
     held = max(sum(_transient(m, ranks) for m in run) + copied for run, copied, _ in runs)
     r = max(ranks)
