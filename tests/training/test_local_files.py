@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib.util
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -150,13 +152,22 @@ def test_a_mark_before_the_text_is_dropped_and_half_characters_replaced(tmp_path
         assert texts_of(tmp_path / name) == ["one"], name
 
 
-def test_every_compression_is_read_in_members_too(tmp_path):
-    def zstd(content: bytes) -> bytes:
-        sink = pa.BufferOutputStream()
-        with pa.CompressedOutputStream(sink, "zstd") as stream:
-            stream.write(content)
-        return sink.getvalue().to_pybytes()
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
 
+
+@pytest.mark.skipif(importlib.util.find_spec("zstandard") is not None, reason="the package is there")
+def test_the_package_that_a_hub_dataset_needs_is_named(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "train.jsonl.zst").write_bytes(zstd(b'{"text": "one"}\n'))
+    with pytest.raises(ConfigError, match="zstd not supported; .* pip install zstandard"):
+        texts_of(tmp_path)
+
+
+def test_every_compression_is_read_in_members_too(tmp_path):
     parts = [b'{"text": "one"}\n', b'{"text": "two"}\n']
     for suffix, compress in {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}.items():
         path = tmp_path / f"a.jsonl.{suffix}"
@@ -250,8 +261,6 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied", str(path))
         return original(path)
-
-    import os
 
     original = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
