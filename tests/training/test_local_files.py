@@ -163,7 +163,7 @@ def zstd(content: bytes) -> bytes:
 def test_the_package_that_a_hub_dataset_needs_is_named(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     (tmp_path / "train.jsonl.zst").write_bytes(zstd(b'{"text": "one"}\n'))
-    with pytest.raises(ConfigError, match="zstd not supported; .* pip install zstandard"):
+    with pytest.raises(ConfigError, match=r"zstd not supported; .* pip install zstandard"):
         texts_of(tmp_path)
 
 
