@@ -19,6 +19,7 @@ def wanted() -> bool:
     return os.environ.get(VERBOSE, "0") in ("", "0")
 
 
+@functools.cache
 def deepspeed() -> None:
     """From now on, this process says neither that there is no GPU nor, four times, that an op is built."""
     if wanted():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,11 +110,12 @@ def open_rows(name: str, config: str | None, split: str, option: str = "--datase
         ConfigError: nothing there, an unknown kind of file, no such configuration or split; names ``option``.
     """
     path = Path(name)
+    folder = os.path.isdir(name)  # unlike Path's, also asked about names that are too long for one
     if "://" in name:
         return _url_rows(name, option)
-    if path.is_dir() and is_saved(path):
+    if folder and is_saved(path):
         return _saved_rows(path, split, option)
-    if is_local(name) and not (path.is_dir() and is_hub_form(path)):
+    if is_local(name) and not (folder and is_hub_form(path)):
         return _local_rows(name, option)
     repository, default = HUB_ALIASES.get(name, (name, None))
     datasets = _datasets()

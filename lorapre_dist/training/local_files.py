@@ -33,7 +33,7 @@ def kind_of(path: Path) -> str | None:
 
 def is_local(name: str) -> bool:
     """Whether ``name`` means something on this machine: what is there goes before what it could be a glob for."""
-    return "://" not in name and (Path(name).exists() or any(c in name for c in MAGIC))
+    return "://" not in name and (os.path.exists(name) or any(c in name for c in MAGIC))
 
 
 def is_saved(path: Path) -> bool:
@@ -67,7 +67,7 @@ def local_files(name: str, option: str = "--dataset") -> list[Path]:
     if len({kind_of(f) for f in files}) > 1 and {f.name for f in files if kind_of(f) == "text"} == {"README.md"}:
         files = [f for f in files if f.name != "README.md"]
     if not files:
-        if not Path(name).exists() and not glob.glob(name):
+        if not os.path.exists(name) and not glob.glob(name):
             raise ConfigError(f"{option} {name}: no file matches")
         raise ConfigError(f"{option} {name}: holds no {', '.join(LOCAL_SUFFIXES)} file")
     kinds = {kind_of(f) or "": f for f in reversed(files)}

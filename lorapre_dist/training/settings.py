@@ -156,7 +156,7 @@ def add_corpus_options(parser: Any, eval_fraction: float) -> None:
         "--dataset",
         default=BUILTIN,
         help="'builtin' (documentation of this Python installation), a file, folder or glob of .txt, .jsonl, .json, "
-        ".csv or .parquet (also compressed), the URL of one, 'c4', or a Hugging Face hub name",
+        ".csv or .parquet (also compressed) or of save_to_disk, the URL of one, 'c4', or a Hugging Face hub name",
     )
     add("--dataset_config", help="configuration of a hub dataset")
     add("--dataset_split", default="train", help="training split of a hub dataset")
@@ -227,7 +227,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     args = vars(parser.parse_args(argv))
     if args["recipe"] is not None:
         defaults = recipe(args["recipe"])
-        if (Path(args["dataset"]) / "manifest.json").is_file():
+        if os.path.isfile(os.path.join(args["dataset"], "manifest.json")):
             defaults["tokenizer"] = None  # a tokenised folder brings its own
         parser.set_defaults(**defaults)
         args = vars(parser.parse_args(argv))
@@ -295,7 +295,7 @@ def check_tokenizer(tokenizer: str | None) -> None:
 
 def looks_like_path(name: str) -> bool:
     """Whether ``name`` can only mean a path: a hub name has at most one slash and no leading dot or slash."""
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).exists()
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(name)
 
 
 def check_source(option: str, name: str) -> None:

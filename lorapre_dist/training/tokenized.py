@@ -33,9 +33,9 @@ PARTS = ("train", "held_out")
 
 def is_tokenized(path: Path) -> bool:
     """Whether ``lorapre tokenize`` has written, or begun to write, the folder ``path``."""
-    if (path / WORK).is_dir():
-        return True
     try:
+        if (path / WORK).is_dir():
+            return True
         return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["kind"] == KIND
     except (OSError, ValueError, KeyError, TypeError):
         return False

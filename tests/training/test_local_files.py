@@ -253,6 +253,15 @@ def test_folders_of_save_to_disk(tmp_path, make_settings):
     assert isinstance(stream, ShardStream) and stream.shards == 3
 
 
+@pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}.jsonl", "x\0y.jsonl", "a/" * 3000 + "b.jsonl"])
+def test_names_that_no_file_can_have_are_one_line(name, monkeypatch):
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("no such data"))
+    )
+    with pytest.raises(ConfigError, match=r"no such (file or folder|data)"):
+        texts_of(name)
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", [{"text": "a"}])
     (tmp_path / "closed").mkdir()
