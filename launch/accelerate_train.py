@@ -19,7 +19,10 @@ from hf_trainer import SEQ_LEN, VOCABULARY, data
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
-from lorapre_dist import LoRAPre
+from lorapre_dist import LoRAPre, quiet
+from lorapre_dist.arguments import Parser
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training import ranks
 from lorapre_dist.training.hf_accelerate import LoRAPreAccelerator
 from lorapre_dist.training.interruption import end_with_launcher
 from lorapre_dist.training.metrics import METRICS_FILE, keep_until
@@ -29,7 +32,7 @@ from lorapre_dist.training.settings import default_cache
 
 def options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=60)
     parser.add_argument("--save_steps", type=int, default=20)
@@ -37,11 +40,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume_from_checkpoint", type=Path)
-    return parser.parse_args()
+    given = parser.parse_args()
+    resume = given.resume_from_checkpoint
+    if resume is not None and not (resume.is_dir() and resume.name.removeprefix("step").isdecimal()):
+        what = "is no checkpoint of this program's" if resume.exists() else "no such folder"
+        raise ConfigError(f"--resume_from_checkpoint {resume}: {what}; name one as runs/acc/step20")
+    return given
 
 
 def main() -> None:
     """Train, save every ``--save_steps``, and log every step to ``metrics.jsonl``."""
+    quiet.deepspeed()
     args = options()
     end_with_launcher()
     accelerator = LoRAPreAccelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
@@ -86,6 +95,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    code = ranks.one_line(main)
     sys.stdout.flush()
-    os._exit(0)  # see launch/pretrain.py
+    os._exit(code)  # see launch/pretrain.py

@@ -19,8 +19,11 @@ import datasets
 import torch
 from transformers import DataCollatorForLanguageModeling, HfArgumentParser, LlamaForCausalLM, TrainingArguments
 
+from lorapre_dist import quiet
+from lorapre_dist.arguments import Parser
 from lorapre_dist.checkpoint.files import weights_only
-from lorapre_dist.training import builtin_text
+from lorapre_dist.config import ConfigError
+from lorapre_dist.training import builtin_text, ranks
 from lorapre_dist.training.hf_trainer import LoRAPreTrainer
 from lorapre_dist.training.interruption import end_with_launcher
 from lorapre_dist.training.models import preset_config
@@ -46,6 +49,30 @@ class Choice:
     optimizer_type: str | None = None
 
 
+class OptionParser(Parser, HfArgumentParser):
+    """Whose errors are one line."""
+
+
+def options(arguments: list[str]) -> tuple[Arguments, Choice]:
+    """The command line.
+
+    Raises:
+        ConfigError: an unknown or bad option, or no checkpoint where one is to be resumed from.
+    """
+    parser = OptionParser((Arguments, Choice))
+    try:
+        training, choice, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    resume = training.resume_from_checkpoint
+    if resume is not None and not (Path(resume) / "trainer_state.json").is_file():
+        what = "is no checkpoint of Trainer's" if Path(resume).exists() else "no such folder"
+        raise ConfigError(f"--resume_from_checkpoint {resume}: {what}; name one as runs/hf/checkpoint-20")
+    return training, choice
+
+
 def data(cache: str) -> tuple[datasets.Dataset, object]:
     """Sequences of the built-in text, and their tokenizer."""
     from itertools import islice
@@ -63,8 +90,8 @@ def main() -> None:
     end_with_launcher()
     cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
     cpu += ["--ddp_backend", "gloo"] if cpu and "LOCAL_RANK" in os.environ else []
-    parser = HfArgumentParser((Arguments, Choice))
-    arguments, choice = parser.parse_args_into_dataclasses([*sys.argv[1:], *cpu])
+    quiet.deepspeed()
+    arguments, choice = options([*sys.argv[1:], *cpu])
     rows, tokenizer = data(default_cache())
     torch.manual_seed(arguments.seed)
     trainer = LoRAPreTrainer(
@@ -83,6 +110,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    code = ranks.one_line(main)
     sys.stdout.flush()
-    os._exit(0)  # see launch/pretrain.py
+    os._exit(code)  # see launch/pretrain.py

@@ -32,8 +32,6 @@ RANKS="$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)'
 say "training llama-tiny on $RANKS ranks by $OPTIMIZER"
 SECONDS=0
 PORT="$(free_port)"
-# DeepSpeed's CPU collectives leave a buffer of 66 MiB per rank behind.
-trap 'rm -f /dev/shm/deepspeed_*_"$PORT"_*' EXIT
 deepspeed --log_level error --num_gpus "$RANKS" --master_addr 127.0.0.1 --master_port "$PORT" launch/pretrain.py \
     --model llama-tiny --deepspeed_config "$CONFIG" --dataset builtin --data_cache "$LORAPRE_CACHE/data" \
     --seq_len 128 --max_steps 800 --warmup_steps 40 --eval_every 100 --save_every 400 \

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from . import reference
+from . import lazily, registration
 from .config import (
     ConfigError,
     LoRAPreAdafactorConfig,
@@ -17,9 +13,14 @@ from .config import (
     LoRAPreMuonConfig,
     LoRAPreSGDConfig,
 )
-from .optimizer import NonFiniteError
-from .optimizers import LoRAPre, LoRAPreAdafactor, LoRAPreLion, LoRAPreMuon, LoRAPreSGD
 from .param_groups import param_groups
+
+if TYPE_CHECKING:
+    from . import deepspeed as deepspeed
+    from . import reference
+    from .deepspeed import initialize
+    from .optimizer import NonFiniteError
+    from .optimizers import LoRAPre, LoRAPreAdafactor, LoRAPreLion, LoRAPreMuon, LoRAPreSGD
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,17 +41,16 @@ __all__ = [
     "reference",
 ]
 
-if Path((sys.argv or [""])[0]).name in ("lorapre", "-m"):
-    # The command ``lorapre`` prints results on stdout, where DeepSpeed says at import that it finds no GPU.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to" not in record.getMessage())
-
-if importlib.util.find_spec("deepspeed"):
-    from . import deepspeed
-    from .deepspeed import initialize
-
-    deepspeed.register()
-else:
-
-    def initialize(*_: Any, **__: Any) -> Any:
-        """Needs DeepSpeed."""
-        raise ImportError("lorapre_dist.initialize needs DeepSpeed: pip install deepspeed")
+# What imports torch, or DeepSpeed: see lorapre_dist.registration.
+__getattr__, __dir__ = lazily.attributes(
+    __name__,
+    {
+        **dict.fromkeys(("LoRAPre", "LoRAPreAdafactor", "LoRAPreLion", "LoRAPreMuon", "LoRAPreSGD"), "optimizers"),
+        "NonFiniteError": "optimizer",
+        "initialize": "deepspeed",
+        "deepspeed": "deepspeed",
+        "reference": "reference",
+        "checkpoint": "checkpoint",
+    },
+)
+registration.register()

@@ -1,4 +1,4 @@
-"""Command lines whose errors are one line."""
+"""Command lines whose errors are one line, and sizes as they print them."""
 
 from __future__ import annotations
 
@@ -57,3 +57,11 @@ def naming_paths() -> Iterator[None]:
         if error.filename is None:
             raise
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
+
+
+def readable(count: int) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

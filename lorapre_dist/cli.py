@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist import __version__
-from lorapre_dist.arguments import Parser
+from lorapre_dist import __version__, quiet
+from lorapre_dist.arguments import Parser, readable
 from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.config import ConfigError
 
@@ -62,7 +62,6 @@ def _consolidate_options(parser: argparse.ArgumentParser) -> None:
 
 def _consolidate(options: argparse.Namespace) -> int:
     from lorapre_dist.checkpoint.consolidate import consolidate
-    from lorapre_dist.checkpoint.inspect import readable
 
     source = _announced(options.checkpoint)
     result = consolidate(
@@ -245,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 1 where ``inspect`` finds a checkpoint damaged, and 2 after one line on stderr about what went wrong.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    quiet.deepspeed()  # results alone go to stdout
     try:
         if not given or given[0] not in COMMANDS:
             return _no_command(given)

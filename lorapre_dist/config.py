@@ -419,3 +419,10 @@ def _max_update(config: LoRAPreConfig | LoRAPreAdafactorConfig) -> float:
     if config.max_update is not None:
         return config.max_update
     return math.inf if config.variant == "paper" else 3.0
+
+
+#: By the name under which a DeepSpeed JSON asks for the optimizer.
+CONFIGS: dict[str, type[LowRankConfig]] = {
+    config.optimizer: config
+    for config in (LoRAPreConfig, LoRAPreMuonConfig, LoRAPreSGDConfig, LoRAPreLionConfig, LoRAPreAdafactorConfig)
+}

@@ -66,7 +66,7 @@ _AGREED = (
 
 
 def register() -> None:
-    """Make the values of ``"type"`` known to DeepSpeed and to ZeRO. Called by ``import lorapre_dist``; idempotent."""
+    """Make the values of ``"type"`` known to DeepSpeed and to ZeRO; idempotent. See :mod:`.registration` for when."""
     for name, cls in OPTIMIZERS.items():
         setattr(torch.optim, name, cls)
         if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib
 import warnings
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import advise, agreement, awaiting
-from . import param_groups as naming
 from .checks import boolean, shown
 from .config import ConfigError, LoRAPreConfig, LowRankConfig
 from .core import adamw, batching, gauge
@@ -37,6 +37,9 @@ from .tensors import check_given, check_tensors, flat, may_step, number, refuse_
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# ``from . import`` would give the function that the package has by the same name.
+naming = importlib.import_module(".param_groups", __package__)
 
 
 @dataclass
@@ -573,8 +576,8 @@ class LowRankOptimizer(StatefulOptimizer):
         """Bound on what a step on these matrices allocates for itself."""
         if not matrices:
             return 0
-        outlines, device = [matrix.outline for matrix in matrices], matrices[0].taken.device
-        return batching.workspace_bytes(outlines, self.workspace, device)
+        outlines, kind = [matrix.outline for matrix in matrices], matrices[0].taken.device.type
+        return batching.workspace_bytes(outlines, self.workspace, kind)
 
     def full_state_dict(self) -> dict[str, dict[str, Any]]:
         """The whole state in host memory of rank 0, ``{}`` on the others; a collective, streamed tensor by tensor.

@@ -55,12 +55,12 @@ def measure(
         parameter.grad = (torch.randn(parameter.shape, generator=generator) * 1e-3).to(device)
         optimizer = LoRAPre([("experts.up_proj", parameter)], lr=1e-4, rank=rank)
         if not stacked:  # a block of one matrix
-            limit = optimizer.workspace.block_on(device) // optimizer.workspace.block
+            limit = optimizer.workspace.block_on(device.type) // optimizer.workspace.block
             block = parameter[0].numel() * parameter.element_size() // limit
             optimizer.workspace = replace(optimizer.workspace, block=block)
         optimizers.append(optimizer)
     matrices = [bound.state for bound in optimizers[0].bound()]
-    limits = batching.Limits.of(optimizers[0].workspace, device)
+    limits = batching.Limits.of(optimizers[0].workspace, device.type)
     waves = batching.plan([matrix.outline for matrix in matrices], limits)
     found = [len(run) for wave in waves for bucket in wave for run in bucket]
     times: list[list[float]] = [[], []]

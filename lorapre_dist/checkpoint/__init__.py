@@ -5,9 +5,24 @@ for programs without it. :func:`verify` and :func:`newest_whole` look at what is
 :mod:`lorapre_dist.checkpoint.run` for its form.
 """
 
-from .engine import wait
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .. import lazily
 from .files import CheckpointError
-from .native import load, save
-from .run import newest_whole, verify
+
+if TYPE_CHECKING:
+    from .engine import wait
+    from .native import load, save
+    from .run import newest_whole, verify
 
 __all__ = ["CheckpointError", "load", "newest_whole", "save", "verify", "wait"]
+
+__getattr__, __dir__ = lazily.attributes(
+    __name__,
+    {
+        **{"wait": "engine", "load": "native", "save": "native", "newest_whole": "run", "verify": "run"},
+        **{name: name for name in ("consolidate", "engine", "inspect", "native", "run", "stored")},
+    },
+)

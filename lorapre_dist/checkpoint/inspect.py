@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..arguments import readable
 from ..shards import OPTIMIZER
 from . import content, folder, run, stored
 from .files import CheckpointError, shown
@@ -166,14 +167,6 @@ def columns(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as lines with aligned columns."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def readable(count: int) -> str:
-    """Bytes in a unit that suits them."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
 
 
 def _number(value: Any) -> str:

@@ -10,26 +10,62 @@ A rank's shared matrices come first: ranks wait for each other there, and a rank
 keep the others waiting. Peers have to find the same buckets, though each holds other matrices beside those that they
 share: a matrix's place follows from what is ahead of it in the layout (``before``), the same on all of them.
 
-All of this is decided by shapes; the planner asks here as well, with outlines of matrices that nobody holds.
+All of this is decided by shapes; the planner asks here as well, with outlines of matrices that nobody holds and without
+torch.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .exchange import Item
-from .factors import Factors, Outline
-from .refresh import CHUNK
-from .workspace import Workspace
+from .interval import column_block
+from .sizes import CHUNK, Sizes
 
 Run = list[int]
 Bucket = list[Run]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What decides how a matrix goes through a step (``batching.py``), its elements apart.
+
+    Attributes:
+        shape: of the whole matrix.
+        rows: touched on this rank.
+        ranks: of the factors of each moment.
+        statistics: numbers of state beside the factors.
+        itemsize: bytes of a number.
+        parts: ranks that share the matrix.
+        lends: see :attr:`lorapre_dist.core.factors.Matrix.lends`.
+        largest: bytes of the largest piece that any rank holds.
+        alike: the same for matrices that can be one stack: of one shape, that lie alike on the same ranks.
+        turn: see :class:`lorapre_dist.core.factors.Peers`.
+        before: see :class:`lorapre_dist.layouts.base.Piece`.
+    """
+
+    shape: tuple[int, int]
+    rows: int
+    ranks: tuple[int, ...]
+    statistics: int
+    itemsize: int
+    parts: int
+    lends: bool
+    largest: int
+    alike: Hashable
+    turn: int
+    before: tuple[int, int, int]
+
+    @property
+    def block_size(self) -> int:
+        """Columns in every rank's block of ``A``, the last ones padded."""
+        return -(-self.shape[1] // self.parts)
+
+    def bytes(self, columns: int, squares: int) -> int:
+        """Bytes of so many columns of ``A``, or rows of ``B``, and so many r x r matrices, of all moments."""
+        return (columns * sum(self.ranks) + squares * sum(r * r for r in self.ranks)) * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -49,9 +85,9 @@ class Limits:
     per_element: int = 0
 
     @classmethod
-    def of(cls, workspace: Workspace, device: torch.device, per_element: int = 0) -> Limits:
-        """Those of a workspace on a device."""
-        return cls(workspace.bucket_on(device), workspace.block_on(device), workspace.fewest_on(device), per_element)
+    def of(cls, sizes: Sizes, kind: str, per_element: int = 0) -> Limits:
+        """Those of a workspace on a kind of device (``"cpu"``, ``"cuda"``)."""
+        return cls(sizes.bucket_on(kind), sizes.block_on(kind), sizes.fewest_on(kind), per_element)
 
 
 def plan(outlines: Sequence[Outline], limits: Limits, others: Sequence[Hashable] = ()) -> Iterator[list[Bucket]]:
@@ -113,8 +149,8 @@ def transient_bytes(one: Outline) -> int:
 
 def workspace_bytes(
     outlines: Sequence[Outline],
-    workspace: Workspace,
-    device: torch.device,
+    sizes: Sizes,
+    kind: str,
     per_element: int = 0,
     more: Sequence[int] | None = None,
 ) -> int:
@@ -124,18 +160,18 @@ def workspace_bytes(
         per_element: as in :class:`Limits`.
         more: bytes of each matrix that its optimizer allocates beside what all do.
     """
-    limits = Limits.of(workspace, device, per_element)
-    sizes = [transient_bytes(one) + (more[k] if more else 0) for k, one in enumerate(outlines)]
+    limits = Limits.of(sizes, kind, per_element)
+    each = [transient_bytes(one) + (more[k] if more else 0) for k, one in enumerate(outlines)]
     worst = 0
     for wave in plan(outlines, limits):
-        held = max(sum(sizes[k] + _copied(outlines[k], run) for run in bucket for k in run) for bucket in wave)
+        held = max(sum(each[k] + _copied(outlines[k], run) for run in bucket for k in run) for bucket in wave)
         runs = [[outlines[k] for k in run] for bucket in wave for run in bucket]
-        worst = max(worst, held + _buffers(runs, workspace, limits, device.type == "cpu"))
+        worst = max(worst, held + _buffers(runs, sizes.block, limits, kind == "cpu"))
     return worst
 
 
-def _buffers(runs: list[list[Outline]], workspace: Workspace, limits: Limits, cpu: bool) -> int:
-    """Bytes that a wave of stacks takes beside what each bucket's matrices do."""
+def _buffers(runs: list[list[Outline]], part: int, limits: Limits, cpu: bool) -> int:
+    """Bytes that a wave of stacks takes beside what each bucket's matrices do; AdamW goes by ``part`` bytes."""
     size, block = runs[0][0].itemsize, limits.block
     kept = sum(_kept(one, 1, one.shape[1]) for run in runs for one in run)
     # In fp64: the stacked Grams, their Cholesky factors, the inverses, and a copy that the solver makes.
@@ -150,7 +186,7 @@ def _buffers(runs: list[list[Outline]], workspace: Workspace, limits: Limits, cp
 
     # Four temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
     largest = max(rows(run, run[0].shape[1]) * run[0].shape[1] * size for run in runs)
-    blocks = 4 * largest + max(2 * largest, 5 * workspace.block)
+    blocks = 4 * largest + max(2 * largest, 5 * part)
     beside = max(4 * rows(run, run[0].shape[1]) * sum(run[0].ranks) for run in runs)
     gauged = max(r * (run[0].block_size * len(run) + rows(run, r)) for run in runs for r in run[0].ranks)
     return kept + 4 * batch * 8 + blocks + (beside + gauged) * size
@@ -169,57 +205,11 @@ def _most_rows(one: Outline) -> int:
     return min(p, -(-one.largest // (q * one.itemsize)) + 1)
 
 
-def kind(item: Item) -> Hashable:
-    """What the matrices of a stack have in common in a step beside their outline: types of tensors."""
-    return tuple((t.dtype, t.device) for t in (item.theta, item.grad))
+def evenly_dealt(numbers: Sequence[int], ranks: int) -> bool:
+    """Whether so many Grams (of each r) are enough for all ranks, so that little of what is sent is padding."""
+    return all(-(-n // ranks) * ranks <= 2 * n for n in numbers)
 
 
-def stacked(run: list[Item]) -> Item:
-    """One item for all of ``run``, which has been done to each of them once :func:`unstack` has been called.
-
-    The matrices' state is brought together once: from then on it lies in the stack, and theirs are views.
-    """
-    matrices = [item.matrix for item in run]
-    factors = {
-        moment: Factors(*(_lying_together([m.factors[moment] for m in matrices], side) for side in ("B", "A")))
-        for moment in matrices[0].factors
-    }
-    vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}
-    matrix = replace(matrices[0], factors=factors, vectors=vectors, taken=_lying_together(matrices, "taken"))
-    theta, grad = (_joined([getattr(item, of) for item in run]) for of in ("theta", "grad"))
-    return Item(matrix, theta, grad, _joined([item.largest for item in run]), run[0].go)
-
-
-def unstack(stack: Item, run: list[Item]) -> None:
-    """Copy the stack's weights to where they came from, unless they lie there."""
-    if not _shares(stack.theta, run[0].theta):
-        torch._foreach_copy_([item.theta for item in run], list(stack.theta.unbind()))
-
-
-def _lying_together(owners: list[Any], name: str) -> Tensor:
-    """The stack of the tensors that ``owners`` (objects or dicts) have by a name; they become views of it."""
-    get, put = (dict.__getitem__, dict.__setitem__) if isinstance(owners[0], dict) else (getattr, setattr)
-    pieces = [get(owner, name) for owner in owners]
-    stack = _joined(pieces)
-    if not _shares(stack, pieces[0]):
-        for owner, piece in zip(owners, stack.unbind(), strict=True):
-            put(owner, name, piece)
-    return stack
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """Tensors of one shape in one, of a dimension more: a view where they lie behind each other, as experts do."""
-    first, size = pieces[0], pieces[0].numel()
-    if len(pieces) == 1:
-        return first[None]
-    start = first.storage_offset()
-    if all(
-        t.storage_offset() == start + k * size and t.is_contiguous() and _shares(t, first) for k, t in enumerate(pieces)
-    ):
-        return first.as_strided((len(pieces), *first.shape), (size, *first.stride()))
-    return torch.stack(pieces)
-
-
-def _shares(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors lie in one storage; fake tensors have no pointers to compare."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+def owned(number: int, ranks: int, index: int) -> tuple[int, int]:
+    """From where to where a rank solves ``number`` Grams of one side."""
+    return column_block(number, ranks, index)

@@ -12,10 +12,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .batching import evenly_dealt, owned
 from .comm import Comm
 from .factors import Factors, Matrix, Peers
-from .guard import SAMPLES, Go, Size, bounds, sizes
-from .interval import column_block
+from .guard import Go, Size, bounds, sizes
+from .sizes import SAMPLES
 
 
 @dataclass
@@ -215,16 +216,6 @@ def deal_out(
         for (places, _), answer in zip(sides, answers, strict=True):
             _deal_back(found, places, grams, receive(answer))
     return [[found[k, m] for m in range(len(some))] for k, some in enumerate(grams)]
-
-
-def evenly_dealt(numbers: Sequence[int], ranks: int) -> bool:
-    """Whether so many Grams (of each r) are enough for all ranks, so that little of what is sent is padding."""
-    return all(-(-n // ranks) * ranks <= 2 * n for n in numbers)
-
-
-def owned(number: int, ranks: int, index: int) -> tuple[int, int]:
-    """From where to where a rank solves ``number`` Grams of one side."""
-    return column_block(number, ranks, index)
 
 
 def _by_side(places: Sequence[int], grams: list[list[Tensor]]) -> list[tuple[list[tuple[int, int]], Tensor]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .guard import SAMPLES, Counted, sample
+from .batching import Outline
+from .guard import Counted, sample
 from .interval import Range, RowInterval, column_block, cut_rows
+from .sizes import SAMPLES
 
 #: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
 SQUARES = {"rms_row": "v_row", "rms_col": "v_col"}
@@ -76,46 +78,6 @@ class Factors:
 
     B: Tensor
     A: Tensor
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What decides how a matrix goes through a step (``batching.py``), its elements apart.
-
-    Attributes:
-        shape: of the whole matrix.
-        rows: touched on this rank.
-        ranks: of the factors of each moment.
-        statistics: numbers of state beside the factors.
-        itemsize: bytes of a number.
-        parts: ranks that share the matrix.
-        lends: see :attr:`Matrix.lends`.
-        largest: bytes of the largest piece that any rank holds.
-        alike: the same for matrices that can be one stack: of one shape, that lie alike on the same ranks.
-        turn: see :class:`Peers`.
-        before: see :class:`lorapre_dist.layouts.base.Piece`.
-    """
-
-    shape: tuple[int, int]
-    rows: int
-    ranks: tuple[int, ...]
-    statistics: int
-    itemsize: int
-    parts: int
-    lends: bool
-    largest: int
-    alike: Hashable
-    turn: int
-    before: tuple[int, int, int]
-
-    @property
-    def block_size(self) -> int:
-        """Columns in every rank's block of ``A``, the last ones padded."""
-        return -(-self.shape[1] // self.parts)
-
-    def bytes(self, columns: int, squares: int) -> int:
-        """Bytes of so many columns of ``A``, or rows of ``B``, and so many r x r matrices, of all moments."""
-        return (columns * sum(self.ranks) + squares * sum(r * r for r in self.ranks)) * self.itemsize
 
 
 @dataclass

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Elements of a matrix's gradient that are looked at to tell its size.
-SAMPLES = 64
+from .sizes import SAMPLES
+
 #: Elements larger than so many times the sample's second largest count as 0.
 OUTLIER = 2.0**36
 #: Sizes within which nothing has to be divided: squares of what is so many times as large, summed up, are fp32 numbers.

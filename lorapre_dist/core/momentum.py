@@ -78,7 +78,7 @@ class Momentum:
     def finish(self, works: list[Work], comm: Comm, workspace: Workspace) -> None:
         """The update where it is made orthogonal."""
         if self.orthogonal:
-            limit = workspace.block_on(works[0].item.theta.device)
+            limit = workspace.block_on(works[0].item.theta.device.type)
             pieces = [(work.matrix, work.context, work.size) for work in works]
             orthogonal.orthogonalise(pieces, self.orthogonal, comm, limit, workspace.bucket)
             for work in works:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Elements of the Grams that are solved at a time on a CPU.
-CHUNK = 1 << 16
+from .sizes import CHUNK
 
 
 def damped_inverses(grams: Tensor, damping: float, relative: bool) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import batching, exchange, gauge, regression
+from . import batching, exchange, gauge, regression, stacks
 from .batching import Bucket, Limits
 from .comm import Comm
 from .exchange import Item, Work
@@ -65,8 +65,8 @@ def step(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace) -> Non
     if not items:
         return
     outlines = [item.matrix.outline for item in items]
-    limits = Limits.of(workspace, items[0].theta.device, rule.per_element * outlines[0].itemsize)
-    for wave in batching.plan(outlines, limits, [batching.kind(item) for item in items]):
+    limits = Limits.of(workspace, items[0].theta.device.type, rule.per_element * outlines[0].itemsize)
+    for wave in batching.plan(outlines, limits, [stacks.kind(item) for item in items]):
         works: list[Work] = []
         for k, bucket in enumerate(wave):
             # What is shared is reduced into other memory.
@@ -78,8 +78,8 @@ def step(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace) -> Non
 def _update(bucket: Bucket, items: list[Item], rule: Rule, comm: Comm, workspace: Workspace, label: str) -> list[Work]:
     """Update theta, the rows of B, and this rank's block of Z."""
     how, runs = rule.regression, [[items[k] for k in run] for run in bucket]
-    stacks = [batching.stacked(run) for run in runs]
-    works = exchange.gather(stacks, comm, rule.boundary_sums)
+    found = [stacks.stacked(run) for run in runs]
+    works = exchange.gather(found, comm, rule.boundary_sums)
     for work in works:
         work.matrix.taken.add_(work.item.go.value)
         _sum_boundary(work, rule, workspace)
@@ -100,8 +100,8 @@ def _update(bucket: Bucket, items: list[Item], rule: Rule, comm: Comm, workspace
             regression.row_grams(work)
     exchange.reduce(works, comm)
     rule.finish(works, comm, workspace)
-    for stack, run, work in zip(stacks, runs, works, strict=True):
-        batching.unstack(stack, run)
+    for stack, run, work in zip(found, runs, works, strict=True):
+        stacks.unstack(stack, run)
         work.release()
     return works
 

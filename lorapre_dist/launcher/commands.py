@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorapre_dist import quiet
 from lorapre_dist.config import ConfigError
 from lorapre_dist.launcher.checks import REPO, SSH_OPTIONS, environment_of_ranks
 from lorapre_dist.launcher.settings import ClusterSettings
@@ -67,6 +68,8 @@ def _deepspeed(launcher: str, settings: ClusterSettings, ranks: dict[str, str], 
     if address:
         words += ["--master_addr", address]
     words += ["--master_port", str(settings.master_port)]
+    if quiet.wanted():  # of the launcher, which says each of its steps on every host
+        words += ["--log_level", "error"]
     if settings.ssh_port:
         words += ["--ssh_port", str(settings.ssh_port)]
     variables = {"DS_ENV_FILE": str(ranks_file(settings))}

@@ -6,15 +6,15 @@ A matrix is stepped by one rank, a vector by each rank in part; then each sends 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .base import Layout, Piece, Send, Unit
-from .matrices import LowRank, expert_name
-from .ranges import equal_ranges
+from .matrices import LowRank
+from .ranges import equal_ranges, expert_name, owners
 
 Named = Iterable[tuple[str, torch.Tensor, int]]
 
@@ -43,12 +43,3 @@ def layout(named: Named, group: Any, is_low_rank: LowRank) -> Layout:
 def _matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """Name and sides of the matrices in a low-rank parameter: itself, or those of a stack."""
     return [(name, shape)] if len(shape) == 2 else [(expert_name(name, e), shape[1:]) for e in range(shape[0])]
-
-
-def owners(elements: Mapping[str, int], size: int) -> dict[str, int]:
-    """The rank that steps each matrix, from their numbers of elements: largest first, each to the least loaded rank."""
-    owner, load = {}, [0] * size
-    for name, numel in sorted(elements.items(), key=lambda pair: -pair[1]):
-        owner[name] = load.index(min(load))
-        load[owner[name]] += numel
-    return owner

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ..core.factors import Peers
 from ..core.interval import Range
 from .base import Layout, Piece
+from .ranges import expert_name
 
 #: Of a parameter's name, its shape, and the index of its group.
 LowRank = Callable[[str, tuple[int, ...], int], bool]
@@ -46,11 +47,6 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
             count, columns, elements = count + size, columns + size * q, elements + size * numel
         unit.pieces = pieces
     layout.numbered = count, columns, elements
-
-
-def expert_name(name: str, e: int) -> str:
-    """Matrix ``e`` of a stack."""
-    return f"{name}[{e}]"
 
 
 def _experts(piece: Piece, peers: dict[tuple[str, int], Peers]) -> Iterator[tuple[int, Piece]]:

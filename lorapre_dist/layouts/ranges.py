@@ -1,6 +1,8 @@
-"""How buffers are dealt out to ranks in equal parts."""
+"""How buffers and matrices are dealt out to ranks; integers and names alone, for a plan as for a run."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from ..core.interval import Range
 
@@ -24,3 +26,17 @@ def holders(start: int, stop: int, size: int) -> dict[int, Range]:
     """
     ranks = range(start // size, -(-stop // size)) if start < stop else range(0)
     return {k: overlap(start, stop, k * size, (k + 1) * size) for k in ranks}
+
+
+def owners(elements: Mapping[str, int], size: int) -> dict[str, int]:
+    """The rank that steps each matrix, from their numbers of elements: largest first, each to the least loaded rank."""
+    owner, load = {}, [0] * size
+    for name, numel in sorted(elements.items(), key=lambda pair: -pair[1]):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += numel
+    return owner
+
+
+def expert_name(name: str, e: int) -> str:
+    """Matrix ``e`` of a stack."""
+    return f"{name}[{e}]"

@@ -28,12 +28,12 @@ class LoRAPreMuon(MomentumOptimizer):
         """Bound on what a step allocates for itself."""
         if not matrices:
             return 0
-        device, segments = matrices[0].taken.device, _newton_schulz(self.config).segments()
-        limit = self.workspace.block_on(device)
+        kind, segments = matrices[0].taken.device.type, _newton_schulz(self.config).segments()
+        limit = self.workspace.block_on(kind)
         return batching.workspace_bytes(
             [matrix.outline for matrix in matrices],
             self.workspace,
-            device,
+            kind,
             orthogonal.PER_ELEMENT * matrices[0].dtype.itemsize,
             [orthogonal.transient_bytes(matrix, segments, limit) for matrix in matrices],
         )

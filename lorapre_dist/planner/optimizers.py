@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from lorapre_dist.core import batching
-from lorapre_dist.core.batching import Limits
-from lorapre_dist.core.exchange import evenly_dealt
-from lorapre_dist.core.factors import Outline
-from lorapre_dist.core.guard import SAMPLES
-from lorapre_dist.core.workspace import Workspace
+from lorapre_dist.core.batching import Limits, Outline, evenly_dealt
+from lorapre_dist.core.sizes import SAMPLES, Sizes
 
 from .request import Request
 from .spread import Array, Spread
@@ -116,12 +112,12 @@ def lorapre(request: Request, spread: Spread) -> Costs:
         state += spread.total(share, FP32 * numbers)
     workspace = _zeros(spread)
     sent: dict[str, Array] = defaultdict(lambda: _zeros(spread))
-    device = torch.device("cpu" if request.cpu or request.offload else "cuda")
+    kind = "cpu" if request.cpu or request.offload else "cuda"
     for rank, matrices in _held(spread, int(np.argmax(state)), ranks, energies).items():
         same = slice(None) if spread.uniform else slice(rank, rank + 1)
         outlines = [matrix.outline for matrix in matrices]
-        workspace[same] = batching.workspace_bytes(outlines, Workspace(), device)
-        for purpose, count in _sent(matrices, Limits.of(Workspace(), device), ours.variant == "paper").items():
+        workspace[same] = batching.workspace_bytes(outlines, Sizes(), kind)
+        for purpose, count in _sent(matrices, Limits.of(Sizes(), kind), ours.variant == "paper").items():
             sent[purpose][same] += count
     if request.layout in ("fsdp2", "ddp") and request.world_size > 1:  # DeepSpeed's engine looks at gradients itself
         flags = 1 + len(request.parameters)  # whether all is finite, and who has a gradient

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.checkpoint.inspect import readable
+from lorapre_dist.arguments import readable
 from lorapre_dist.config import ConfigError
 
 from .optimizers import OPTIMIZERS

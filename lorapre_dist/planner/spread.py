@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from lorapre_dist.core.interval import Range, column_block, cut_rows
-from lorapre_dist.layouts.ddp import owners
-from lorapre_dist.layouts.matrices import expert_name
-from lorapre_dist.layouts.ranges import equal_ranges, holders, overlap
+from lorapre_dist.layouts.ranges import equal_ranges, expert_name, holders, overlap, owners
 
 from .request import Parameter, Request
 

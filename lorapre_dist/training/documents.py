@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training import builtin_text
+from lorapre_dist.training.local_files import LOCAL_SUFFIXES, is_hub_form, is_local, is_saved, kind_of, local_files
 from lorapre_dist.training.reading import ATTEMPTS, Reader, first_line, private
-from lorapre_dist.training.settings import BUILTIN, COMPRESSIONS, LOCAL_SUFFIXES
+from lorapre_dist.training.rows import read_rows
+from lorapre_dist.training.settings import BUILTIN
 
 # Short names of hub datasets, and what needs a configuration: (repository, configuration).
 HUB_ALIASES: dict[str, tuple[str, str | None]] = {
@@ -65,29 +69,59 @@ def open_source(
     """
     if name == BUILTIN:
         return Source(name, builtin_text.fingerprint(), builtin_text.documents)
-    stream, facts, where = open_rows(name, config, split)
-    finite, hub = where == "local" and not streaming, where == "hub"
-    return _stream_source(name, facts, stream, column, attempts, finite=finite, hub=hub)
+    rows = open_rows(name, config, split)
+    column = _text_column(name, rows.stream, column, attempts)
+    digest = hashlib.blake2b(f"{rows.facts}:{column}".encode(), digest_size=8).hexdigest()
+    stream = rows.only((column,))
+
+    def documents() -> Iterator[str]:
+        reader = Reader(name, private(stream), attempts)
+        while not reader.ended:
+            yield from texts(name, column, reader.read(PULL_ROWS))
+
+    return Source(name, digest, documents, stream, column, rows.local and not streaming, rows.splits, attempts)
 
 
-def open_rows(name: str, config: str | None, split: str, option: str = "--dataset") -> tuple[Any, str, str]:
+@dataclass(frozen=True)
+class Rows:
+    """What a name stands for, as a ``datasets.IterableDataset``.
+
+    Attributes:
+        stream: with every column.
+        facts: change when the rows do.
+        only: the stream of some columns alone, which are text.
+        local: on this machine, and neither a stream of the hub's nor of a URL's.
+        splits: it has named splits.
+    """
+
+    stream: Any
+    facts: str
+    only: Callable[[tuple[str, ...]], Any]
+    local: bool = False
+    splits: bool = False
+
+
+def open_rows(name: str, config: str | None, split: str, option: str = "--dataset") -> Rows:
     """The rows of a local file, folder or glob, of the URL of files, or of a hub dataset.
 
-    Returns:
-        A ``datasets.IterableDataset``, facts that change when the rows do, and ``"local"``, ``"url"`` or ``"hub"``.
+    A folder with a dataset card is read as the hub would, one of ``save_to_disk`` by ``load_from_disk``.
 
     Raises:
         ConfigError: nothing there, an unknown kind of file, no such configuration or split; names ``option``.
     """
+    path = Path(name)
+    folder = os.path.isdir(name)  # unlike Path's, also asked about names that are too long for one
     if "://" in name:
         return _url_rows(name, option)
-    if Path(name).exists() or any(c in name for c in "*?["):
-        files = local_files(name, option)
-        if files:
-            return _local_rows(name, files, option)
+    if folder and is_saved(path):
+        return _saved_rows(path, split, option)
+    if is_local(name) and not (folder and is_hub_form(path)):
+        return _local_rows(name, option)
     repository, default = HUB_ALIASES.get(name, (name, None))
-    stream = _load(name, option, repository, config or default, split=split)
-    return stream, json.dumps([repository, config or default, split]), "hub"
+    datasets = _datasets()
+    with _refusing(option, name):
+        stream = datasets.load_dataset(repository, config or default, split=split, streaming=True)
+    return Rows(stream, json.dumps([repository, config or default, split]), lambda _: stream, splits=True)
 
 
 def stream_of(source: Source) -> Any:
@@ -103,55 +137,71 @@ def _builtin_rows() -> Iterator[dict[str, str]]:
     return ({"text": text} for text in builtin_text.documents())
 
 
-def local_files(name: str, option: str = "--dataset") -> list[Path]:
-    """The data files that ``name`` (file, folder or glob) means, sorted; all of one kind.
-
-    A folder with a dataset card (``README.md`` and no other text) is read as the hub would; then the list is empty.
-
-    Raises:
-        ConfigError: no data file, or several kinds.
-    """
-    path = Path(name)
-    if path.is_dir():
-        if (path / "README.md").is_file() and (path / "README.md").read_text(encoding="utf-8").startswith("---"):
-            return []
-        found = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
-    else:
-        found = sorted(Path(p) for p in (glob.glob(name, recursive=True) if not path.is_file() else [name]))
-        found = [p for p in found if p.is_file() and kind_of(p)]
-    if not found:
-        raise ConfigError(f"{option} {name}: holds no {', '.join(LOCAL_SUFFIXES)} file")
-    kinds = sorted({kind_of(p) or "" for p in found})
-    if len(kinds) > 1:
-        raise ConfigError(f"{option} {name}: mixes {' and '.join(kinds)} files; name one kind with a glob")
-    return found
-
-
-def kind_of(path: Path) -> str | None:
-    """Which ``datasets`` builder reads the file, ``None`` for an unknown kind."""
-    suffix = path.suffix if path.suffix not in COMPRESSIONS else path.with_suffix("").suffix
-    return LOCAL_SUFFIXES.get(suffix)
-
-
-def _local_rows(name: str, files: list[Path], option: str) -> tuple[Any, str, str]:
+def _local_rows(name: str, option: str) -> Rows:
+    files = local_files(name, option)
     if not any(f.stat().st_size for f in files):
         raise ConfigError(f"{option} {name}: is empty")
     kind = kind_of(files[0]) or ""
-    stream = _load(name, option, kind, data_files=[str(f) for f in files], split="train", **_options(kind))
-    return stream, json.dumps([kind, [file_facts(f) for f in files]]), "local"
+    facts = json.dumps([kind, [file_facts(f) for f in files]])
+    return _file_rows([str(f) for f in files], kind, facts, local=True)
 
 
-def _url_rows(name: str, option: str) -> tuple[Any, str, str]:
+def _url_rows(name: str, option: str) -> Rows:
     kind = kind_of(Path(name))
     if kind is None:
         raise ConfigError(f"{option} {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
-    stream = _load(name, option, kind, data_files=name, split="train", **_options(kind))
-    return stream, json.dumps([kind, name]), "url"
+    datasets = _datasets()
+    with _refusing(option, name):
+        files = datasets.data_files.resolve_pattern(name, base_path="")
+    return _file_rows([str(file) for file in files], kind, json.dumps([kind, name]))
 
 
-def _options(kind: str) -> dict[str, Any]:
-    # Paragraphs: one document per blank-line separated block of a text file.
-    return {"sample_by": "paragraph"} if kind == "text" else {}
+def _file_rows(files: list[str], kind: str, facts: str, local: bool = False) -> Rows:
+    def stream(columns: tuple[str, ...] | None) -> Any:
+        options = {"files": files, "kind": kind, "columns": columns}
+        return _datasets().IterableDataset.from_generator(read_rows, gen_kwargs=options)
+
+    return Rows(stream(None), facts, stream, local)
+
+
+def _saved_rows(path: Path, split: str, option: str) -> Rows:
+    datasets = _datasets()
+    with _refusing(option, str(path)):
+        saved = datasets.load_from_disk(str(path))
+    splits = isinstance(saved, datasets.DatasetDict)
+    if splits and split not in saved:
+        raise ConfigError(f"{option} {path}: has no split {split!r}, only {', '.join(saved)}")
+    table = (saved[split] if splits else saved).with_format(None)
+    files = [Path(file["filename"]) for file in table.cache_files]
+
+    def stream(columns: tuple[str, ...] | None) -> Any:
+        chosen = table if columns is None else table.select_columns(list(columns))
+        return chosen.to_iterable_dataset(num_shards=max(1, min(len(files), len(chosen))))
+
+    return Rows(stream(None), json.dumps(["arrow", [file_facts(f) for f in files]]), stream, True, splits)
+
+
+def _datasets() -> Any:
+    """The library, silent: it logs what it also raises."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
+@contextmanager
+def _refusing(option: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # datasets raises many kinds, from network errors to bare Exception
+        raise ConfigError(f"{option} {name}: cannot be opened: {first_line(error)}{_missing_decoder(error)}") from error
+
+
+def _missing_decoder(error: BaseException) -> str:
+    """What to install, where ``datasets`` could not decode a hub's ``.zst`` files."""
+    missing = "zst" in str(error).lower() and importlib.util.find_spec("zstandard") is None
+    return "; the package zstandard decodes it: pip install zstandard" if missing else ""
 
 
 def file_facts(path: Path) -> list[Any]:
@@ -163,32 +213,6 @@ def file_facts(path: Path) -> list[Any]:
         file.seek(max(0, size - EDGE_BYTES))
         digest.update(file.read(EDGE_BYTES))
     return [path.name, size, digest.hexdigest()]
-
-
-def _load(name: str, option: str, *args: Any, **options: Any) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    # It logs what it also raises.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        return datasets.load_dataset(*args, streaming=True, **options)
-    except Exception as error:  # datasets raises many kinds, from network errors to bare Exception
-        raise ConfigError(f"{option} {name}: cannot be opened: {first_line(error)}") from error
-
-
-def _stream_source(
-    name: str, facts: str, stream: Any, column: str | None, attempts: int, *, finite: bool, hub: bool = False
-) -> Source:
-    column = _text_column(name, stream, column, attempts)
-    digest = hashlib.blake2b(f"{facts}:{column}".encode(), digest_size=8).hexdigest()
-
-    def documents() -> Iterator[str]:
-        reader = Reader(name, private(stream), attempts)
-        while not reader.ended:
-            yield from texts(name, column, reader.read(PULL_ROWS))
-
-    return Source(name, digest, documents, stream, column, finite, hub, attempts)
 
 
 def texts(name: str, column: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -216,6 +240,9 @@ def _text_column(name: str, stream: Any, column: str | None, attempts: int) -> s
         return column
     if "text" in first:
         return "text"
-    if len(strings) == 1:
+    # A text beside a list of objects may be the version of a file whose rows are in the list.
+    inner = next((k for k, v in first.items() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
+    if len(strings) == 1 and inner is None:
         return strings[0]
-    raise ConfigError(f"--dataset {name}: name one of its columns with --text_column: {', '.join(first)}")
+    hint = "" if inner is None else f"; if the rows are the objects in {inner!r}, write those to a file, one a line"
+    raise ConfigError(f"--dataset {name}: name one of its columns with --text_column: {', '.join(first)}{hint}")

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorapre_dist import ds_config
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import CONFIGS, ConfigError
 from lorapre_dist.ds_config import BATCH_SIZES, precision, zero_stage
-from lorapre_dist.optimizers import OPTIMIZERS
 
 #: What the backends without DeepSpeed read, or can do without telling.
 NATIVE = {*BATCH_SIZES, *ds_config.PRECISIONS, "gradient_clipping", "optimizer", "steps_per_print"}
@@ -65,9 +64,9 @@ def check_native(backend: str, config: dict[str, Any]) -> None:
     if precision(config) == "fp16":
         raise ConfigError(f"--backend {backend}: fp16 is not supported; enable bf16, or use --backend deepspeed")
     kind = config["optimizer"]["type"]
-    if kind not in OPTIMIZERS:
+    if kind not in CONFIGS:
         raise ConfigError(
-            f"--backend {backend}: optimizer.type {kind!r} is not supported; take one of {', '.join(OPTIMIZERS)}, or "
+            f"--backend {backend}: optimizer.type {kind!r} is not supported; take one of {', '.join(CONFIGS)}, or "
             "--backend deepspeed"
         )
 

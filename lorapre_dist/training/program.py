@@ -13,12 +13,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorapre_dist import quiet
 from lorapre_dist.arguments import naming_paths
 from lorapre_dist.checkpoint import lock
 from lorapre_dist.checkpoint.folder import write_atomically
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import CONFIGS, ConfigError
 from lorapre_dist.ds_config import naming
-from lorapre_dist.training import cpu_op, discovery, interruption, ranks
+from lorapre_dist.training import discovery, interruption, ranks
 from lorapre_dist.training.settings import RunSettings, describe
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def run(
         interruption.end_with_launcher()
         discovery.find_ranks()
         settings = load(argv, ranks.world_size())
+        _check_options(settings)
         _quiet()
         check_config(settings)
         _check_resume(settings)
@@ -62,6 +64,17 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet.deepspeed()
+
+
+def _check_options(settings: RunSettings) -> None:
+    """The optimizer's options, before torch and DeepSpeed are imported, which takes ten seconds."""
+    optimizer = settings.ds_config["optimizer"]
+    if optimizer["type"] in CONFIGS:
+        try:
+            CONFIGS[optimizer["type"]].from_params(optimizer.get("params") or {})
+        except ConfigError as error:
+            raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: {error}") from error
 
 
 def check_config(settings: RunSettings) -> None:
@@ -93,8 +106,6 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
     import deepspeed
     import torch.distributed as dist
 
-    if settings.backend == "deepspeed":
-        cpu_op.load()
     from lorapre_dist.checkpoint import CheckpointError
     from lorapre_dist.optimizer import NonFiniteError
     from lorapre_dist.training.loop import DivergedError

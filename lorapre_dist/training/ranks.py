@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,18 @@ def _cpu_group() -> Any:
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
-def report(error: ConfigError) -> int:
+def one_line(main: Callable[[], object]) -> int:
+    """Run ``main``; 0, or 2 after one line about bad input or a checkpoint that does not fit."""
+    from lorapre_dist.checkpoint import CheckpointError
+
+    try:
+        main()
+    except (ConfigError, CheckpointError) as error:
+        return report(error)
+    return 0
+
+
+def report(error: Exception) -> int:
     """Write one line about ``error`` to stderr, from rank 0 where possible; the exit code is 2."""
     if rank() != 0:
         sys.stderr.flush()

@@ -30,6 +30,10 @@ class ReadError(ConfigError):
     """A corpus could not be read, and trying again did not help; a run that raises it can be resumed."""
 
 
+class FileError(Exception):
+    """One file of a corpus cannot be read; the message begins with its name."""
+
+
 class Reader:
     """The rows of a stream, a number at a time.
 
@@ -106,8 +110,10 @@ def transient(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The innermost cause of ``error`` in one line."""
-    while error.__cause__ is not None:
+    """The innermost cause of ``error`` that a file is named with, or else the innermost, in one line."""
+    while error.__cause__ is not None and not isinstance(error, FileError):
         error = error.__cause__
     lines = str(error).strip().splitlines()
+    if isinstance(error, FileError):
+        return " ".join(lines)
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

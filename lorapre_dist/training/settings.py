@@ -21,19 +21,11 @@ from lorapre_dist.training.ds_json import (
     read_deepspeed_config,
     zero_stage,
 )
+from lorapre_dist.training.local_files import COMPRESSIONS, LOCAL_SUFFIXES, is_hub_form, is_local, is_saved, local_files
 from lorapre_dist.training.presets import PRESETS, RECIPES, recipe
 
 BUILTIN = "builtin"
 BACKENDS = ("deepspeed", "fsdp2", "ddp")
-LOCAL_SUFFIXES = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # Each names the model, so that one of them is given at most.
 MODEL_OPTIONS = ("model", "model_config", "init_from")
 # Of files that hold a tokenizer.
@@ -198,7 +190,7 @@ def add_corpus_options(parser: Any, eval_fraction: float) -> None:
         "--dataset",
         default=BUILTIN,
         help="'builtin' (documentation of this Python installation), a file, folder or glob of .txt, .jsonl, .json, "
-        ".csv or .parquet (also compressed), the URL of one, 'c4', or a Hugging Face hub name",
+        ".csv or .parquet (also compressed) or of save_to_disk, the URL of one, 'c4', or a Hugging Face hub name",
     )
     add("--dataset_config", help="configuration of a hub dataset")
     add("--dataset_split", default="train", help="training split of a hub dataset")
@@ -270,7 +262,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     args = vars(parser.parse_args(argv))
     if args["recipe"] is not None:
         defaults = recipe(args["recipe"])
-        if (Path(args["dataset"]) / "manifest.json").is_file():
+        if os.path.isfile(os.path.join(args["dataset"], "manifest.json")):
             defaults["tokenizer"] = None  # a tokenised folder brings its own
         parser.set_defaults(**defaults)
         args = vars(parser.parse_args(argv))
@@ -365,26 +357,26 @@ def check_tokenizer(tokenizer: str | None) -> None:
 
 def looks_like_path(name: str) -> bool:
     """Whether ``name`` can only mean a path: a hub name has at most one slash and no leading dot or slash."""
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).exists()
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or os.path.exists(name)
 
 
 def check_source(option: str, name: str) -> None:
-    """Raise :class:`ConfigError` if ``name`` means a local file that is not there or not readable."""
-    if "://" in name:
-        return
+    """Raise :class:`ConfigError` if ``name`` means local files and there are none, or none that can be read."""
+    path = Path(name)
     suffix = Path(name.removesuffix(next((c for c in COMPRESSIONS if name.endswith(c)), ""))).suffix
-    if any(c in name for c in "*?["):
-        import glob
-
-        if not glob.glob(name, recursive=True):
-            raise ConfigError(f"{option} {name}: no file matches")
-    elif Path(name).is_file():
-        if suffix not in LOCAL_SUFFIXES:
-            raise ConfigError(f"{option} {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
-        if not os.access(name, os.R_OK):
-            raise ConfigError(f"{option} {name}: not readable")
-    elif not Path(name).exists() and (looks_like_path(name) or suffix in LOCAL_SUFFIXES):
-        raise ConfigError(f"{option} {name}: no such file or folder")
+    if "://" in name or name == BUILTIN:
+        return
+    if not is_local(name):
+        if looks_like_path(name) or suffix in LOCAL_SUFFIXES:
+            raise ConfigError(f"{option} {name}: no such file or folder")
+        return
+    if path.is_file() and suffix not in LOCAL_SUFFIXES:
+        raise ConfigError(f"{option} {name}: unknown kind of file; known: {', '.join(LOCAL_SUFFIXES)}")
+    if path.is_dir() and (is_saved(path) or is_hub_form(path) or (path / "manifest.json").is_file()):
+        return
+    unreadable = next((file for file in local_files(name, option) if not os.access(file, os.R_OK)), None)
+    if unreadable is not None:
+        raise ConfigError(f"{option} {unreadable}: not readable")
 
 
 def check_run(args: dict[str, Any], **least: int) -> None:

@@ -36,9 +36,9 @@ PARTS = ("train", "held_out")
 
 def is_tokenized(path: Path) -> bool:
     """Whether ``lorapre tokenize`` has written, or begun to write, the folder ``path``."""
-    if (path / WORK).is_dir():
-        return True
     try:
+        if (path / WORK).is_dir():
+            return True
         return _manifest(path).get("kind") == KIND
     except (CheckpointError, OSError):
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -380,3 +381,11 @@ def refused_case(rank: int, world_size: int, *, changes: dict[str, Any], params:
     except lorapre_dist.ConfigError as error:
         return str(error)
     return "accepted"
+
+
+def buffers_case(rank: int, world_size: int) -> list[str]:
+    """The buffers of DeepSpeed's ranks that are mapped here."""
+    deepspeed.init_distributed(verbose=False)
+    dist.barrier()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line.split(maxsplit=5)[5] for line in lines if "deepspeed_allreduce_buffer" in line})

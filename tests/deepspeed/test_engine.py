@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lorapre_dist.bench.memory import closed_form
 from lorapre_dist.bench.shapes import projections
 from tests.distributed.harness import run_ranks
 
 from .cases import (
+    buffers_case,
     equality_case,
     refused_case,
     state_bytes_case,
@@ -75,3 +77,9 @@ def test_a_real_llama_matches_one_process(stage):
     for error, name, loss in run_ranks(2, llama_case, stage=stage, steps=20):
         assert error <= 1e-5, name
         assert loss < 4.5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks with a GPU have no buffers in shared memory")
+def test_the_buffers_of_ranks_have_no_name_and_so_go_with_them():
+    for held in run_ranks(2, buffers_case):
+        assert len(held) == 2 and all(name.endswith(" (deleted)") for name in held), held

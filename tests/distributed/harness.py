@@ -15,7 +15,6 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("spawn")
@@ -73,9 +72,6 @@ class Pool:
         for process in self.processes:
             process.join()
         shutil.rmtree(self.folder, ignore_errors=True)
-        # DeepSpeed's CPU collectives leave a buffer of 66 MiB per rank behind.
-        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"):
-            buffer.unlink(missing_ok=True)
 
 
 def run_ranks(world_size: int, case: Callable[..., Any], timeout: float = 180, **arguments: Any) -> list[Any]:

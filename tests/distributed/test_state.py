@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorapre_dist.core.guard import SAMPLES
+from lorapre_dist.core.sizes import SAMPLES
 
 from .harness import run_ranks
 from .state_cases import STEPS, columns_case, dense_path, fresh_case, refusal_case, relay_case, whole_case

@@ -37,23 +37,10 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
-_ports: list[int] = []
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        _ports.append(probe.getsockname()[1])
-    return _ports[-1]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _leave_no_buffers():
-    """DeepSpeed's CPU collectives leave a buffer of 66 MiB per rank behind."""
-    yield
-    for port in _ports:
-        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
-            buffer.unlink(missing_ok=True)
+        return probe.getsockname()[1]
 
 
 def launch(ranks: int, *options: str, program: Path = PRETRAIN) -> subprocess.Popen[str]:

@@ -47,8 +47,6 @@ def start(program: str, world_size: int, argv: list[str], log: Path) -> list[int
                 sys.stdout.flush()
                 os._exit(code)
         children.append(child)
-    for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
-        buffer.unlink(missing_ok=True)
     return children
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lorapre_dist.training import ranks
 from tests.launch import forked_ranks
 from tests.launch.conftest import REPO, environment, free_port
 
@@ -135,3 +137,38 @@ def test_accelerate_launch(folder, tmp_path):
     done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert rows(tmp_path) == whole
+
+
+def example(name: str) -> Any:
+    """A program of ``launch/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPO / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "name, argv, words",
+    [
+        ("hf_trainer", ["--outptu_dir", "x"], "unknown option --outptu_dir: did you mean --output_dir?"),
+        ("hf_trainer", ["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
+        ("hf_trainer", ["--eval_strategy", "often"], "often"),
+        ("hf_trainer", ["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone: no such folder"),
+        ("hf_trainer", ["--resume_from_checkpoint", "."], "--resume_from_checkpoint .: is no checkpoint of Trainer's"),
+        ("accelerate_train", ["--outptu_dir", "x"], "required: --output_dir"),
+        ("accelerate_train", ["--output_dir", "x", "--max_step", "3"], "--max_step"),
+        ("accelerate_train", ["--output_dir", "x", "--resume_from_checkpoint", "gone"], "gone: no such folder"),
+        (
+            "accelerate_train",
+            ["--output_dir", "x", "--resume_from_checkpoint", "."],
+            "is no checkpoint of this program's",
+        ),
+    ],
+)
+def test_bad_options_of_the_examples_are_one_line(name, argv, words, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(REPO / "launch"))
+    monkeypatch.setattr(sys, "argv", [name, *argv])
+    program = example(name)
+    assert ranks.one_line((lambda: program.options(argv)) if name == "hf_trainer" else program.options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error

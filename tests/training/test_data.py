@@ -97,7 +97,7 @@ def test_folders_without_data_or_with_mixed_kinds_are_refused(tmp_path):
         source_of(tmp_path)
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
-    with pytest.raises(ConfigError, match="mixes json and text"):
+    with pytest.raises(ConfigError, match=r"mixes json \(b.jsonl\) and text \(a.txt\) files"):
         source_of(tmp_path)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lorapre_dist import NonFiniteError
-from lorapre_dist.core.guard import SAMPLES, sample
+from lorapre_dist.core.guard import sample
+from lorapre_dist.core.sizes import SAMPLES
 from lorapre_dist.optimizers import OPTIMIZERS
 
 from .toy import Toy, loss_of, state_tensors

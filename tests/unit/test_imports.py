@@ -14,13 +14,15 @@ PACKAGE = ROOT / "lorapre_dist"
 
 # An import goes to a lower layer, or stays within its own.
 LAYERS = [
-    {"checks", "config", "core", "param_groups", "arguments", "ds_config"},
+    {"checks", "config", "core", "param_groups", "arguments", "ds_config", "lazily", "op_builds", "rank_buffers"},
     {"layouts"},
     {
         *("optimizer", "optimizers", "agreement", "awaiting", "advise", "tensors", "state", "torch_state", "report"),
         *("shards", "gather"),
     },
     {"deepspeed", "ds_keys", "upstream", "checkpoint"},
+    {"registration"},  # which names the two layers below in functions
+    {"quiet"},
     {"training", "launcher", "bench", "cli", "planner"},
 ]
 # Beside the layers: the oracle, which nothing but its users' front page and measurements may lean on.
@@ -28,7 +30,7 @@ ORACLE = "reference"
 # Modules that name the library deepspeed: the door, what asks it which keys it reads, the layouts that read its
 # optimizers, and in the training program what builds a model under zero.Init, what starts the ranks, asks MPI for them
 # and reads the JSON (there only inside functions).
-DEEPSPEED_LAZILY = {f"lorapre_dist.training.{name}" for name in ("program", "discovery", "cpu_op", "ds_json")}
+DEEPSPEED_LAZILY = {f"lorapre_dist.training.{name}" for name in ("program", "discovery", "ds_json")}
 MODELS = {"lorapre_dist.training.models", "lorapre_dist.training.finetune.models"}
 DEEPSPEED = {"lorapre_dist.deepspeed", "lorapre_dist.ds_keys", *MODELS, *DEEPSPEED_LAZILY}
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
@@ -70,6 +72,10 @@ def imports(name: str) -> list[tuple[str, bool]]:
             # ``from package import module`` imports the module, ``from module import name`` the module before it.
             targets = [f"{source}.{alias.name}" for alias in node.names]
             found += [(t if t in MODULES else source, node in lazy) for t in targets]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            target = node.args[0]
+            if isinstance(target, ast.Constant) and target.value.startswith("."):
+                found.append((package + target.value, node in lazy))
     return found
 
 
@@ -158,7 +164,7 @@ def test_offline_work_joins_no_group(name):
 
 
 def test_the_command_line_imports_what_a_command_needs_when_it_runs():
-    light = {"lorapre_dist", "lorapre_dist.arguments", "lorapre_dist.config", "lorapre_dist.checkpoint"}
+    light = {f"lorapre_dist{name}" for name in ("", ".arguments", ".config", ".checkpoint", ".quiet")}
     for target, lazy in imports("lorapre_dist.cli"):
         assert lazy or target in light or target.split(".")[0] in sys.stdlib_module_names, target
 

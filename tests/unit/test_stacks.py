@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapre_dist.core import batching
+from lorapre_dist.core import stacks as stacking
 from lorapre_dist.core.batching import Limits
 from lorapre_dist.core.exchange import Item
 from lorapre_dist.core.guard import taken_for_granted
@@ -126,7 +127,7 @@ def test_only_what_is_alike_is_stacked():
         return Item(matrix, empty, empty, torch.ones(()), taken_for_granted(empty.device))
 
     items = [item(matrix, torch.bfloat16 if k == 3 else torch.float32) for k, matrix in enumerate(matrices)]
-    (run,) = stacks(matrices, 1 << 20, [batching.kind(item) for item in items])
+    (run,) = stacks(matrices, 1 << 20, [stacking.kind(item) for item in items])
     # However many steps each has behind it; not the matrix of another shape, nor the one of another type.
     assert len(run) == 2 * EXPERTS - 1 and {matrices[k].step for k in run} == {2, 3} and 3 not in run
     sizes = [len(run) for run in stacks(matrices, 8 * 12 * 10 * 8)]
@@ -136,11 +137,11 @@ def test_only_what_is_alike_is_stacked():
 
 def test_pieces_that_lie_behind_each_other_are_joined_by_a_view():
     pieces = list(torch.arange(24.0).view(4, 2, 3).unbind())
-    joined = batching._joined(pieces)
+    joined = stacking._joined(pieces)
     assert joined.shape == (4, 2, 3) and joined.data_ptr() == pieces[0].data_ptr()
     assert torch.equal(joined, torch.stack(pieces))
     for apart in ([pieces[0], pieces[2]], [pieces[1], pieces[0]], [t.T for t in pieces]):
-        joined = batching._joined(apart)
+        joined = stacking._joined(apart)
         assert joined.data_ptr() != apart[0].data_ptr() and torch.equal(joined, torch.stack(apart))
 
 

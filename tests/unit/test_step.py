@@ -7,9 +7,8 @@ import torch
 
 from lorapre_dist.bench import launches, scaling
 from lorapre_dist.bench.shapes import projections
-from lorapre_dist.core import batching, exchange, refresh
-from lorapre_dist.core.batching import Limits
-from lorapre_dist.core.factors import Outline
+from lorapre_dist.core import batching, refresh
+from lorapre_dist.core.batching import Limits, Outline
 from lorapre_dist.optimizers import OPTIMIZERS
 
 MODEL = "llama-60m"
@@ -83,9 +82,9 @@ def test_no_gram_is_solved_twice(monkeypatch, size):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("number", [1, 2, 7, 8, 9, 64, 100])
 def test_owners_have_each_gram_once(number, ranks):
-    parts = [exchange.owned(number, ranks, index) for index in range(ranks)]
+    parts = [batching.owned(number, ranks, index) for index in range(ranks)]
     assert [k for low, high in parts for k in range(low, high)] == list(range(number))
-    assert exchange.evenly_dealt([number], ranks) == (-(-number // ranks) * ranks <= 2 * number)
+    assert batching.evenly_dealt([number], ranks) == (-(-number // ranks) * ranks <= 2 * number)
 
 
 # what goes together ---------------------------------------------------------------------------------------------

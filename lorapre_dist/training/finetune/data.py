@@ -84,13 +84,13 @@ def _tokenizer(settings: FinetuneSettings) -> PreTrainedTokenizerBase:
 
 def _examples(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Examples]:
     """The tokenised examples, and a key that changes when any of them does."""
-    rows, facts, _ = open_rows(settings.dataset, settings.dataset_config, settings.dataset_split)
-    columns = _training_columns(settings, _first_row("--dataset", settings.dataset, rows))
-    facts = json.dumps([facts, columns, settings.prompt_template, settings.seq_len, fingerprint(tokenizer)])
+    rows = open_rows(settings.dataset, settings.dataset_config, settings.dataset_split)
+    columns = _training_columns(settings, _first_row("--dataset", settings.dataset, rows.stream))
+    facts = json.dumps([rows.facts, columns, settings.prompt_template, settings.seq_len, fingerprint(tokenizer)])
     key = hashlib.blake2b(facts.encode(), digest_size=12).hexdigest()
 
     def pairs() -> Iterator[tuple[str, str]]:
-        for query, response in _texts("--dataset", settings.dataset, rows, columns):
+        for query, response in _texts("--dataset", settings.dataset, rows.only(columns), columns):
             yield settings.prompt_template.replace("{query}", query), response
 
     def build(folder: Path) -> None:
@@ -124,8 +124,8 @@ def _training_columns(settings: FinetuneSettings, first: dict[str, Any]) -> tupl
 
 
 def _problems(name: str, settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    rows, _, _ = open_rows(name, None, settings.score_split, "--score")
-    first = _first_row("--score", name, rows)
+    rows = open_rows(name, None, settings.score_split, "--score")
+    first = _first_row("--score", name, rows.stream)
     question = next((column for column in ("question", "problem") if column in first), None)
     if question is None or "answer" not in first:
         raise ConfigError(
@@ -133,7 +133,8 @@ def _problems(name: str, settings: FinetuneSettings, tokenizer: PreTrainedTokeni
             "answer (as MATH-500)"
         )
     found = []
-    for text, answer in _texts("--score", name, rows, (question, "answer")):
+    columns = (question, "answer")
+    for text, answer in _texts("--score", name, rows.only(columns), columns):
         if question == "question":
             if "####" not in answer:
                 raise ConfigError(f"--score {name}: the answer {answer[-40:]!r} holds no '#### ' with the number")

@@ -1,0 +1,73 @@
+"""Matrices that are alike as one: each operation of a step is done once for all of them, in batched products.
+
+Which go together is decided in ``batching.py``. A stack goes through the step like one matrix: its tensors have a
+dimension more, in front, and its pieces are k x n. A matrix alone is a stack of one, and a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exchange import Item
+from .factors import Factors
+
+
+def kind(item: Item) -> Hashable:
+    """What the matrices of a stack have in common in a step beside their outline: types of tensors."""
+    return tuple((t.dtype, t.device) for t in (item.theta, item.grad))
+
+
+def stacked(run: list[Item]) -> Item:
+    """One item for all of ``run``, which has been done to each of them once :func:`unstack` has been called.
+
+    The matrices' state is brought together once: from then on it lies in the stack, and theirs are views.
+    """
+    matrices = [item.matrix for item in run]
+    factors = {
+        moment: Factors(*(_lying_together([m.factors[moment] for m in matrices], side) for side in ("B", "A")))
+        for moment in matrices[0].factors
+    }
+    vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}
+    matrix = replace(matrices[0], factors=factors, vectors=vectors, taken=_lying_together(matrices, "taken"))
+    theta, grad = (_joined([getattr(item, of) for item in run]) for of in ("theta", "grad"))
+    return Item(matrix, theta, grad, _joined([item.largest for item in run]), run[0].go)
+
+
+def unstack(stack: Item, run: list[Item]) -> None:
+    """Copy the stack's weights to where they came from, unless they lie there."""
+    if not _shares(stack.theta, run[0].theta):
+        torch._foreach_copy_([item.theta for item in run], list(stack.theta.unbind()))
+
+
+def _lying_together(owners: list[Any], name: str) -> Tensor:
+    """The stack of the tensors that ``owners`` (objects or dicts) have by a name; they become views of it."""
+    get, put = (dict.__getitem__, dict.__setitem__) if isinstance(owners[0], dict) else (getattr, setattr)
+    pieces = [get(owner, name) for owner in owners]
+    stack = _joined(pieces)
+    if not _shares(stack, pieces[0]):
+        for owner, piece in zip(owners, stack.unbind(), strict=True):
+            put(owner, name, piece)
+    return stack
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Tensors of one shape in one, of a dimension more: a view where they lie behind each other, as experts do."""
+    first, size = pieces[0], pieces[0].numel()
+    if len(pieces) == 1:
+        return first[None]
+    start = first.storage_offset()
+    if all(
+        t.storage_offset() == start + k * size and t.is_contiguous() and _shares(t, first) for k, t in enumerate(pieces)
+    ):
+        return first.as_strided((len(pieces), *first.shape), (size, *first.stride()))
+    return torch.stack(pieces)
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one storage; fake tensors have no pointers to compare."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
