@@ -18,8 +18,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import torch
-
 #: What DeepSpeed's own files hold beside tensors and plain values.
 _DEEPSPEED_RECORDS = {
     "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
@@ -139,6 +137,8 @@ def load_archive(file: BinaryIO | Slice, size: int, what: str, to: str = "cpu") 
     Raises:
         CheckpointError: it is something else; ``what`` names it.
     """
+    import torch  # not for who only asks for a folder
+
     try:
         check_stored(file, size)
         file.seek(0)
@@ -166,6 +166,8 @@ def weights_only(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: a file is not so.
     """
+    import torch  # not for who only asks for a folder
+
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         if (found := kind(path.lstat().st_mode)) not in (None, "a folder"):
             raise CheckpointError(f"{shown(str(path))} is {found}, not a file")
