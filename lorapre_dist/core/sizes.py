@@ -24,7 +24,7 @@ class Sizes:
 
     block: int = 1 << 20
     bucket: int = 32 << 20
-    accelerator_bucket: int = 128 << 20
+    accelerator_bucket: int = 64 << 20
     fewest: int | None = None
 
     def block_on(self, kind: str) -> int:
