@@ -104,7 +104,7 @@ class LowRankConfig:
             if name in ELSEWHERE:
                 raise ConfigError(f"{cls.optimizer} has no option {name!r}: {ELSEWHERE[name]}")
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
+                close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known options: {', '.join(known)}"
                 raise ConfigError(f"unknown {cls.optimizer} option {name!r}{hint}")
         config = cls(**params)
