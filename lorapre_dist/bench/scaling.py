@@ -126,7 +126,7 @@ def row_shards(
         units.append(Unit(piece, 0, [Piece(name, (p, q), start, stop, 0, peers)]))
         named.append((name, piece))
     with building_under_engine():
-        optimizer = OPTIMIZERS[kind]([piece for _, piece in named], lr=1e-5, rank=rank)
+        optimizer = OPTIMIZERS[kind]([piece for _, piece in named], lr=1e-3, rank=rank)
     optimizer.bind(Layout("row shards", units, size))
     for tensors in optimizer.factors().values():
         for moment in optimizer.config.ranks:
@@ -223,7 +223,7 @@ def chained(index: int, size: int, delay: float, each: int = 10) -> dict[str, fl
     part = -(-count * p * q // size)
     flat = torch.nn.Parameter(torch.randn(min(part, count * p * q - index * part)))
     with building_under_engine():
-        optimizer = OPTIMIZERS["LoRAPre"]([flat], lr=1e-5, rank=2)
+        optimizer = OPTIMIZERS["LoRAPre"]([flat], lr=1e-3, rank=2)
     unit = flat_group(flat, 0, placed, part, SubGroups(dist.group.WORLD))
     optimizer.bind(Layout("ZeRO-2", [unit], size, lists_all=False))
     optimizer.workspace = replace(optimizer.workspace, bucket=1, block=p * q * 4)  # no stacks, a block a matrix
