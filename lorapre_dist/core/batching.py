@@ -3,7 +3,7 @@
     stack    matrices of one shape that lie alike on the same ranks: one tensor with a dimension more, in front, so that
              an operation is done once for all of them; a matrix alone is a stack of one
     bucket   stacks whose gathered factors and gradients of factors are in flight at a time; a stack that is not shared
-             is one by itself
+             is one by itself, as its weights are copied
     wave     buckets whose Grams are solved together, each by one rank, so that all ranks have some to solve
 
 A rank's shared matrices come first: ranks wait for each other there, and a rank that had its own to do before would
@@ -110,13 +110,16 @@ def plan(outlines: Sequence[Outline], limits: Limits, others: Sequence[Hashable]
     for turn, wave, bucket in sorted(shared):
         waves[turn, wave].append(_stacks(shared[turn, wave, bucket], kinds, outlines, limits))
     yield from waves.values()
-    rest: dict[int, list[Bucket]] = defaultdict(list)
+    rest: dict[int, Bucket] = defaultdict(list)
     ahead = 0
     for run in _stacks(local, kinds, outlines, limits):
         one = outlines[run[0]]
-        rest[ahead // limits.bucket].append([run])
-        ahead += len(run) * _kept(one, 1, one.shape[1])
-    yield from rest.values()
+        rest[ahead // limits.bucket].append(run)
+        p, q = one.shape
+        ahead += len(run) * (_kept(one, 1, q) + limits.per_element * p * q)
+    for runs in rest.values():
+        alone = [run for run in runs if len(run) == 1]
+        yield [[run] for run in runs if len(run) > 1] + ([alone] if alone else [])
 
 
 def _stacks(places: Run, kinds: list[Any], outlines: Sequence[Outline], limits: Limits) -> list[Run]:

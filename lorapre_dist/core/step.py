@@ -69,9 +69,9 @@ def step(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace) -> Non
     for wave in batching.plan(outlines, limits, [stacks.kind(item) for item in items]):
         works: list[Work] = []
         for k, bucket in enumerate(wave):
-            # What is shared is reduced into other memory.
-            label = "Z" if items[bucket[0][0]].matrix.peers else f"Z {k}"
-            works += _update(bucket, items, rule, comm, workspace, label)
+            # What is not reduced into other memory has to stay until the end of the wave.
+            stays = any(items[run[0]].matrix.lends for run in bucket)
+            works += _update(bucket, items, rule, comm, workspace, f"Z {k}" if stays else "Z")
         _refresh(works, rule.regression, comm, workspace)
 
 
