@@ -78,6 +78,6 @@ def send_stepped(layout: Layout, stepped: Container[int], comm: Comm, limit: int
     if sends:
         flats = {id(s.tensor): flat(s.tensor) for s in sends}
         parts = [(s.owner, flats[id(s.tensor)][s.start : s.stop]) for s in sends]
-        comm.broadcast(parts, layout.group, "broadcast parameters", limit)
+        comm.broadcast(parts, layout.group, "broadcast parameters", limit)()
         for tensor in {id(s.tensor): s.tensor for s in sends if not s.tensor.is_contiguous()}.values():
             tensor.copy_(flats[id(tensor)].view(tensor.shape))

@@ -155,9 +155,10 @@ class Copies(Comm):
         size = dist.get_world_size(group)
         return lambda: local.mul_(size)
 
-    def reduce(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
+    def reduce(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> Callable[[], None]:
         """Each part as often as there are ranks."""
         torch._foreach_mul_([tensor for _, tensor in parts], dist.get_world_size(group))
+        return lambda: None
 
     def all_to_all(
         self, leaving: list[list[Tensor]], arriving: list[list[Tensor]], group: Any, purpose: str
@@ -168,8 +169,9 @@ class Copies(Comm):
             tensor.fill_(1e-3)
         return lambda: None
 
-    def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
+    def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> Callable[[], None]:
         """Others' parts as they are."""
+        return lambda: None
 
 
 class fake_world:

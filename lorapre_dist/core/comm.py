@@ -61,19 +61,21 @@ class Comm:
         work = dist.all_reduce(sent, group=group, async_op=True)
         return lambda: (work.wait(), local if sent is local else local.copy_(sent))[1]
 
-    def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
-        """Send each part (1-D) from the rank of ``group`` named with it to all others.
+    def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> Callable[[], None]:
+        """Start sending each part (1-D) from the rank of ``group`` named with it to all others.
 
-        All ranks give the same parts in the same order; they are packed by at most ``limit`` bytes.
+        All ranks give the same parts in the same order; they are packed by at most ``limit`` bytes. The returned
+        function waits and fills the parts.
         """
-        self._by_owner(parts, group, purpose, limit, dist.broadcast, owner_sends=True)
+        return self._by_owner(parts, group, purpose, limit, dist.broadcast, owner_sends=True)
 
-    def reduce(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> None:
-        """Sum each part (1-D) over all ranks into that of the rank of ``group`` named with it.
+    def reduce(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> Callable[[], None]:
+        """Start summing each part (1-D) over all ranks into that of the rank of ``group`` named with it.
 
-        All ranks give parts for the same ranks in the same order; they are packed by at most ``limit`` bytes.
+        All ranks give parts for the same ranks in the same order; they are packed by at most ``limit`` bytes. The
+        returned function waits and fills the parts of their rank; the others' are of no use any more.
         """
-        self._by_owner(parts, group, purpose, limit, dist.reduce, owner_sends=False)
+        return self._by_owner(parts, group, purpose, limit, dist.reduce, owner_sends=False)
 
     def _by_owner(
         self,
@@ -83,7 +85,7 @@ class Comm:
         limit: int,
         collective: Callable[..., Any],
         owner_sends: bool,
-    ) -> None:
+    ) -> Callable[[], None]:
         """A collective with a root for each packed part; who does not send has the result copied into its parts."""
         rank, waits = dist.get_rank(group), []
         for owner, tensors in _packed(parts, limit):
@@ -93,10 +95,14 @@ class Comm:
             self._count(purpose, sent, 1.0 if sends else 0.0)
             root = dist.get_process_group_ranks(group)[owner]
             waits.append((collective(sent, root, group=group, async_op=True), sent, back, tensors, sends))
-        for work, sent, back, tensors, sends in waits:
-            work.wait()
-            if not sends:
-                _unpack(back(sent), tensors)
+
+        def finish() -> None:
+            for work, sent, back, tensors, sends in waits:
+                work.wait()
+                if not sends:
+                    _unpack(back(sent), tensors)
+
+        return finish
 
     def all_to_all(
         self, leaving: list[list[Tensor]], arriving: list[list[Tensor]], group: Any, purpose: str

@@ -202,24 +202,33 @@ def deal_out(
     """
     found: dict[tuple[int, int], Tensor] = {}
     alone = [k for k, work in enumerate(works) if work.matrix.peers is None]
-    for places, batch in _by_side(alone, grams):
-        _deal_back(found, places, grams, receive(solve(batch)))
     index = {id(work): k for k, work in enumerate(works)}
+    dealt: list[tuple[list[_Side], _Evenly | _OneByOne]] = []
     for _, shared in by_group(works):
         peers = shared[0].matrix.peers
         assert peers is not None
         sides = _by_side([index[id(work)] for work in shared], grams)
-        if evenly_dealt([len(batch) for _, batch in sides], len(peers.ranges)):
-            answers = _scattered([batch for _, batch in sides], peers, solve, comm, names)
-        else:
-            answers = _one_by_one([batch for _, batch in sides], peers, solve, comm, names, limit)
-        for (places, _), answer in zip(sides, answers, strict=True):
-            _deal_back(found, places, grams, receive(answer))
+        batches = [batch for _, batch in sides]
+        even = evenly_dealt([len(batch) for batch in batches], len(peers.ranges))
+        dealt.append((sides, (_Evenly if even else _OneByOne)(batches, peers, comm, names, limit)))
+    for places, batch in _by_side(alone, grams):
+        _give_back(found, places, grams, receive(solve(batch)))
+    for _, deal in dealt:
+        for own in deal.own():
+            own.copy_(solve(own))
+        deal.send()
+    for sides, deal in dealt:
+        for (places, _), answer in zip(sides, deal.answers(), strict=True):
+            _give_back(found, places, grams, receive(answer))
     return [[found[k, m] for m in range(len(some))] for k, some in enumerate(grams)]
 
 
-def _by_side(places: Sequence[int], grams: list[list[Tensor]]) -> list[tuple[list[tuple[int, int]], Tensor]]:
-    """Grams of some works by their side: place and moment of each stack, and all of them (n x r x r)."""
+#: Place and moment of some stacks, and all their Grams (n x r x r).
+_Side = tuple[list[tuple[int, int]], Tensor]
+
+
+def _by_side(places: Sequence[int], grams: list[list[Tensor]]) -> list[_Side]:
+    """Grams of some works by their side."""
     sides: dict[int, list[tuple[int, int]]] = {}
     for k in places:
         for m, gram in enumerate(grams[k]):
@@ -227,50 +236,70 @@ def _by_side(places: Sequence[int], grams: list[list[Tensor]]) -> list[tuple[lis
     return [(some, _joined([grams[k][m] for k, m in some])) for some in sides.values()]
 
 
-def _deal_back(
+def _give_back(
     found: dict[tuple[int, int], Tensor], places: list[tuple[int, int]], grams: list[list[Tensor]], every: Tensor
 ) -> None:
     sizes = [len(grams[k][m]) for k, m in places]
     found.update(zip(places, every.split(sizes), strict=True))
 
 
-def _scattered(batches: list[Tensor], peers: Peers, solve: Solve, comm: Comm, names: Names) -> list[Tensor]:
-    """Equally many to each rank: a reduce-scatter, and an all-gather of the answers."""
-    ranks, index = len(peers.ranges), peers.index
-    each = [-(-len(batch) // ranks) for batch in batches]
-    lines = []
-    for batch, chunk in zip(batches, each, strict=True):
-        missing = ranks * chunk - len(batch)
-        padded = torch.cat([batch, batch.new_zeros(missing, *batch.shape[1:])]) if missing else batch
-        lines.append(padded.reshape(ranks, -1))
-    mine = comm.reduce_scatter(_joined(lines, 1), peers.group, names[0])()
-    sizes = [line.shape[1] for line in lines]
-    for batch, part in zip(batches, mine.split(sizes), strict=True):
-        low, high = owned(len(batch), ranks, index)
-        own = part.view(-1, *batch.shape[1:])[: high - low]
-        if len(own):
-            own.copy_(solve(own))
-    gathered = comm.all_gather(mine, peers.group, names[1])()
-    found = gathered.split(sizes, dim=1)
-    return [part.reshape(-1, *batch.shape[1:])[: len(batch)] for batch, part in zip(batches, found, strict=True)]
+class _Evenly:
+    """Equally many Grams to each rank: a reduce-scatter, and an all-gather of the answers."""
+
+    def __init__(self, batches: list[Tensor], peers: Peers, comm: Comm, names: Names, limit: int) -> None:
+        self.batches, self.peers, self.comm, self.name = batches, peers, comm, names[1]
+        ranks, lines = len(peers.ranges), []
+        for batch in batches:
+            missing = -len(batch) % ranks
+            padded = torch.cat([batch, batch.new_zeros(missing, *batch.shape[1:])]) if missing else batch
+            lines.append(padded.reshape(ranks, -1))
+        self.sizes = [line.shape[1] for line in lines]
+        self.reduced = comm.reduce_scatter(_joined(lines, 1), peers.group, names[0])
+
+    def own(self) -> list[Tensor]:
+        """What this rank solves, in place; waits for the sums."""
+        self.mine = self.reduced()
+        parts = zip(self.batches, self.mine.split(self.sizes), strict=True)
+        bounds = [owned(len(batch), len(self.peers.ranges), self.peers.index) for batch in self.batches]
+        found = [part.view(-1, *batch.shape[1:]) for batch, part in parts]
+        return [part[: high - low] for part, (low, high) in zip(found, bounds, strict=True) if low < high]
+
+    def send(self) -> None:
+        """Start sending the answers."""
+        self.gathered = self.comm.all_gather(self.mine, self.peers.group, self.name)
+
+    def answers(self) -> list[Tensor]:
+        """Of all ranks, in the order of the Grams."""
+        parts = zip(self.batches, self.gathered().split(self.sizes, dim=1), strict=True)
+        return [part.reshape(-1, *batch.shape[1:])[: len(batch)] for batch, part in parts]
 
 
-def _one_by_one(
-    batches: list[Tensor], peers: Peers, solve: Solve, comm: Comm, names: Names, limit: int
-) -> list[Tensor]:
-    """A reduction and a broadcast for each rank that solves some, in place."""
-    parts = []
-    for batch in batches:
-        for owner in range(len(peers.ranges)):
-            low, high = owned(len(batch), len(peers.ranges), owner)
-            parts += [(owner, batch[low:high])] if low < high else []
-    flat = [(owner, part.reshape(-1)) for owner, part in parts]
-    comm.reduce(flat, peers.group, names[0], limit)
-    for owner, part in parts:
-        if owner == peers.index:
-            part.copy_(solve(part))
-    comm.broadcast(flat, peers.group, names[1], limit)
-    return batches
+class _OneByOne:
+    """Too few Grams for all ranks: a reduction and a broadcast for each rank that solves some, in place."""
+
+    def __init__(self, batches: list[Tensor], peers: Peers, comm: Comm, names: Names, limit: int) -> None:
+        self.batches, self.peers, self.comm, self.name, self.limit = batches, peers, comm, names[1], limit
+        self.parts = []
+        for batch in batches:
+            for owner in range(len(peers.ranges)):
+                low, high = owned(len(batch), len(peers.ranges), owner)
+                self.parts += [(owner, batch[low:high])] if low < high else []
+        self.flat = [(owner, part.reshape(-1)) for owner, part in self.parts]
+        self.reduced = comm.reduce(self.flat, peers.group, names[0], limit)
+
+    def own(self) -> list[Tensor]:
+        """What this rank solves, in place; waits for the sums."""
+        self.reduced()
+        return [part for owner, part in self.parts if owner == self.peers.index]
+
+    def send(self) -> None:
+        """Start sending the answers."""
+        self.sent = self.comm.broadcast(self.flat, self.peers.group, self.name, self.limit)
+
+    def answers(self) -> list[Tensor]:
+        """Of all ranks, in the order of the Grams."""
+        self.sent()
+        return self.batches
 
 
 def sum_grams(holders: Sequence[_HasMatrix], grams: Sequence[Sequence[Tensor]], comm: Comm) -> None:

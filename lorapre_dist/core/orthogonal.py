@@ -259,18 +259,24 @@ def _polynomials(
     bucket: int,
 ) -> None:
     """From each rank's Gram to Q: summed on the owner, iterated there, sent to all."""
+    waits = []
     for group, some in shared:
         parts = [(task.owner, packed(task.G)) for task in some]
-        comm.reduce(parts, group, "reduce Gram", bucket)
+        waits.append((some, parts, comm.reduce(parts, group, "reduce Gram", bucket)))
+    for some, parts, wait in waits:
+        wait()
         for task, (_, flat) in zip(some, parts, strict=True):
             if task.iterates:
                 unpacked(flat, task.G)
     for task in tasks:
         if task.iterates:
             task.G = polynomial(task.G.to(task.X.dtype), steps, settings.coefficients)
+    waits = []
     for group, some in shared:
         parts = [(t.owner, packed(t.G) if t.iterates else t.X.new_empty(packed_numel(t.side))) for t in some]
-        comm.broadcast(parts, group, "broadcast polynomial", bucket)
+        waits.append((some, parts, comm.broadcast(parts, group, "broadcast polynomial", bucket)))
+    for some, parts, wait in waits:
+        wait()
         for task, (_, flat) in zip(some, parts, strict=True):
             if not task.iterates:
                 task.G = unpacked(flat, task.X.new_empty(1, task.side, task.side))
