@@ -11,8 +11,8 @@ from .harness import run_ranks
 @pytest.mark.parametrize(
     "world, layouts", [(2, ["fsdp2", "fsdp1", "ddp", "ddp replicated"]), (4, ["hsdp", "tp+fsdp2"])]
 )
-def test_ranks_that_disagree_all_raise_the_same_line(world, layouts):
-    first, *others = run_ranks(world, disagreement_case, layouts=layouts)
+def test_ranks_that_disagree_all_raise_the_same_line(world, layouts, exhaustive):
+    first, *others = run_ranks(world, disagreement_case, layouts=layouts, exhaustive=exhaustive)
     assert all(said == first for said in others)
     for (layout, name), line in first.items():
         _, words = OTHERWISE[name]
