@@ -81,17 +81,17 @@ def _offer(optim: Any) -> None:
 
 
 def _bind(module: Any) -> None:
-    """Let the first engine that configures its optimizer import what binds ours; see :mod:`lorapre_dist.deepspeed`."""
+    """Let the first engine that takes a model import what binds ours; see :mod:`lorapre_dist.deepspeed`."""
     engine = module.DeepSpeedEngine
-    configure = engine._configure_optimizer
+    configure = engine._configure_distributed_model
 
     def import_and_configure(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if engine._configure_optimizer is not import_and_configure:  # registered, and called by what binds
+        if engine._configure_distributed_model is not import_and_configure:  # registered, and called by what binds
             return configure(self, *args, **kwargs)
-        engine._configure_optimizer = configure
+        engine._configure_distributed_model = configure
         from . import deepspeed
 
         deepspeed.register()
-        return engine._configure_optimizer(self, *args, **kwargs)
+        return engine._configure_distributed_model(self, *args, **kwargs)
 
-    engine._configure_optimizer = import_and_configure
+    engine._configure_distributed_model = import_and_configure

@@ -90,7 +90,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_deepspeed_finds_the_optimizers_whatever_is_imported_first(order):
-    """As ``deepspeed.initialize`` does it: by name, and through the engine's ``_configure_optimizer``."""
+    """As ``deepspeed.initialize`` does it: by name, and through the engine's methods."""
     python(
         f"""
 {ORDERS[order]}
@@ -104,14 +104,14 @@ for name in CONFIGS:
     assert issubclass(cls, torch.optim.Optimizer) and cls.config_class is CONFIGS[name]
 from torch.optim import LoRAPreMuon
 assert not hasattr(torch.optim, "LoRAPer") and torch.optim.AdamW
-assert DeepSpeedEngine._configure_optimizer.__module__ == "lorapre_dist.registration"
+assert DeepSpeedEngine._configure_distributed_model.__module__ == "lorapre_dist.registration"
 assert OpBuilder.jit_load.__globals__["__name__"] == "lorapre_dist.op_builds"
 called = []
 DeepSpeedEngine.__init__ = lambda self: None
 import lorapre_dist.deepspeed
 lorapre_dist.deepspeed.register()
 try:
-    DeepSpeedEngine()._configure_optimizer(None, None)
+    DeepSpeedEngine()._configure_distributed_model(None)
 except AttributeError as error:  # it gets as far as the engine's settings
     assert "_config" in str(error), error
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
