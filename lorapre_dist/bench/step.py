@@ -2,13 +2,15 @@
 
     python -m lorapre_dist.bench step --model llama-60m --rank 128
 
-All are measured alternately in one run, on one thread unless told otherwise. Medians and minima are compared: other
+Beside it a fused AdamW step, and a step of GaLore at rank 128 between its SVDs where galore-torch is installed. All are
+measured alternately in one run, on one thread unless told otherwise. Medians and minima are compared: other
 work on a shared machine slows memory passes more than products, and the minima are the least disturbed rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -22,6 +24,9 @@ from lorapre_dist.optimizer import LoRAPre
 
 from .options import bench_parser
 from .shapes import projections
+
+#: Of the other contender's projections, whatever ours is.
+GALORE_RANK = 128
 
 
 def main(argv: list[str]) -> None:
@@ -41,11 +46,12 @@ def main(argv: list[str]) -> None:
     figures = measure(args)
     print(f"{args.model}, rank {args.rank}, rank_v {figures['rank_v']}, {args.variant}, fp32, {args.device}, ", end="")
     print(f"{args.threads} thread(s), {args.repeats} rounds")
-    print(f"  {'':<40} {'median':>9} {'minimum':>9}")
-    for label in ("bare GEMMs", "memory pass", "AdamW step", "LoRAPre step"):
-        print(f"  {label:<40} {figures[label][0] * 1e3:6.1f} ms {figures[label][1] * 1e3:6.1f} ms")
-    ratio = figures["ratio"]
-    print(f"  {'LoRAPre step / (bare GEMMs + memory pass)':<40} {ratio[0]:8.2f} {ratio[1]:9.2f}")
+    print(f"  {'':<42} {'median':>9} {'minimum':>9}")
+    for label in ("bare GEMMs", "memory pass", "AdamW step", "GaLore step", "LoRAPre step"):
+        if label in figures:
+            print(f"  {label:<42} {figures[label][0] * 1e3:6.1f} ms {figures[label][1] * 1e3:6.1f} ms")
+    for label, (median, least) in figures["ratios"].items():
+        print(f"  {label:<42} {median:8.2f} {least:9.2f}")
     if args.json:
         with open(args.json, "w") as out:
             json.dump(figures, out, indent=1)
@@ -74,6 +80,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "memory pass": _memory_pass(params),
         "AdamW step": adamw.step,
     }
+    if importlib.util.find_spec("galore_torch"):
+        contenders["GaLore step"] = _galore(params)
     times: dict[str, list[float]] = {label: [] for label in contenders}
     for repeat in range(args.repeats + 1):
         for label, run in contenders.items():
@@ -85,9 +93,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 times[label].append(time.perf_counter() - begin)
     figures: dict[str, Any] = {label: (statistics.median(values), min(values)) for label, values in times.items()}
     step, gemms, memory = (figures[label] for label in ("LoRAPre step", "bare GEMMs", "memory pass"))
-    figures["ratio"] = [step[k] / (gemms[k] + memory[k]) for k in (0, 1)]
+    yardsticks = {"(bare GEMMs + memory pass)": [gemms[k] + memory[k] for k in (0, 1)]}
+    yardsticks |= {label: figures[label] for label in ("AdamW step", "GaLore step") if label in figures}
+    figures["ratios"] = {f"LoRAPre step / {of}": [step[k] / one[k] for k in (0, 1)] for of, one in yardsticks.items()}
     figures["rank_v"] = rank_v
     return figures
+
+
+def _galore(params: list[torch.nn.Parameter]) -> Callable[[], Any]:
+    """GaLore's step at rank 128; its SVDs are in the first step alone, which is not timed."""
+    from galore_torch import GaLoreAdamW
+
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, q in zip(copies, params, strict=True):
+        p.grad = q.grad
+    settings = {"rank": GALORE_RANK, "update_proj_gap": 10**9, "scale": 0.25, "proj_type": "std"}
+    step: Callable[[], Any] = GaLoreAdamW([{"params": copies, **settings}], lr=1e-4, no_deprecation_warning=True).step
+    return step
 
 
 def _gemms(params: list[torch.nn.Parameter], ranks: list[int]) -> Callable[[], None]:

@@ -67,11 +67,11 @@ def _change_gauge(factors: Factors, replicas: list[int], lower: Tensor, inverse:
     r = lower.shape[-1]
     alike = [(row, B[:, row, None] @ lower) for row in replicas]
     found = workspace.take("gauged A", A.shape, A)
-    parts = stripes(r, ROWS) if len(A) == 1 else [(0, r)]
+    parts = stripes(r, ROWS) if A.shape[0] == 1 else [(0, r)]
     for low, high in parts:
         mm(inverse[:, low:high, :high], A[:, :high], out=found[:, low:high])
     A.copy_(found)
-    rows = workspace.rows(max(1, B.shape[1]), r, B) if len(B) == 1 else max(1, B.shape[1])
+    rows = workspace.rows(max(1, B.shape[1]), r, B) if B.shape[0] == 1 else max(1, B.shape[1])
     for part in B.split(rows, dim=1):
         for low, high in parts:  # each reads columns that only later ones change
             part[..., low:high].copy_(mm(part[..., low:], lower[:, low:, low:high]))

@@ -17,7 +17,7 @@ STRIPES, ROWS = 4, 64
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a b`` of each pair."""
-    if len(a) > 1:
+    if a.shape[0] > 1:
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     if out is None:
         return torch.mm(a[0], b[0])[None]
@@ -30,7 +30,7 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any = 1.0, start:
     if isinstance(beta, Tensor):  # as it depends on whether a step is taken
         start, a, beta, alpha = (out if start is None else start).mul_(beta), a * alpha, 1.0, 1.0
     start = out if start is None else start
-    if len(out) > 1:
+    if out.shape[0] > 1:
         return torch.baddbmm(start, a, b, beta=beta, alpha=alpha, out=out)
     torch.addmm(start[0], a[0], b[0], beta=beta, alpha=alpha, out=out[0])
     return out
@@ -38,14 +38,14 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any = 1.0, start:
 
 def gram(X: Tensor, wide: bool) -> Tensor:
     """``X^T X``, or with ``wide`` ``X X^T``, of a matrix or of each in a stack."""
-    if X.ndim == 3 and len(X) == 1:
+    if X.ndim == 3 and X.shape[0] == 1:
         return gram(X[0], wide)[None]
     return symmetric_product(X, X.mT) if wide else symmetric_product(X.mT, X)
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     """``left right`` (n x k times k x n), known to be symmetric: what lies right of the diagonal's blocks, mirrored."""
-    if left.ndim == 3 and len(left) == 1:
+    if left.ndim == 3 and left.shape[0] == 1:
         return symmetric_product(left[0], right[0])[None]
     n = left.shape[0]
     if left.ndim > 2 or n < ROWS * (2 if left.device.type == "cpu" else STRIPES):

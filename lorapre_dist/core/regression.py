@@ -50,7 +50,7 @@ class Block:
 
 def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator[Block]:
     """The pieces in blocks sized to the cache; with ``cut_only`` those of rows that are cut between ranks."""
-    interval, k = work.matrix.interval, len(work.item.theta)
+    interval, k = work.matrix.interval, work.item.theta.shape[0]
     for segment in interval.segments():
         line = work.cut.get(segment.row)
         if line is None and cut_only:
@@ -70,7 +70,7 @@ def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator
 
 def _view(flat: Tensor, segment: Segment) -> Tensor:
     """A segment of some pieces (k x n) as its rows x columns."""
-    return flat[:, segment.offset : segment.offset + segment.numel].view(len(flat), segment.rows, -1)
+    return flat[:, segment.offset : segment.offset + segment.numel].view(flat.shape[0], segment.rows, -1)
 
 
 def gradient(work: Work, block: Block) -> Tensor:
