@@ -384,7 +384,7 @@ def test_bad_input_is_one_line(arguments, words, capsys, monkeypatch):
     "section, words",
     [
         ({"stage": 2, "reduce_bucket_size": True}, "reduce_bucket_size=True: must be a number"),
-        ({"stage": 2, "overlap_comm": 3}, "overlap_comm=3: must be true or false"),
+        ({"stage": 2, "overlap_comm": 3}, "overlap_comm=3: Input should be a valid boolean"),
         ({"stage": 3, "offload_param": {"device": "cpu"}}, "offload_param"),
         ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme"),
     ],
