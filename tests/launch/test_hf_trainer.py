@@ -155,7 +155,7 @@ def example(name: str) -> Any:
         ("hf_trainer", ["--eval_strategy", "often"], "often"),
         ("hf_trainer", ["--resume_from_checkpoint", "gone"], "--resume_from_checkpoint gone: no such folder"),
         ("hf_trainer", ["--resume_from_checkpoint", "."], "--resume_from_checkpoint .: is no checkpoint of Trainer's"),
-        ("accelerate_train", ["--outptu_dir", "x"], "required: --output_dir"),
+        ("accelerate_train", ["--outptu_dir", "x"], "unknown option --outptu_dir: did you mean --output_dir?"),
         ("accelerate_train", ["--output_dir", "x", "--max_step", "3"], "--max_step"),
         ("accelerate_train", ["--output_dir", "x", "--resume_from_checkpoint", "gone"], "gone: no such folder"),
         (
