@@ -150,11 +150,11 @@ def test_a_wave_keeps_no_more_than_a_bucket_holds():
 
 def test_neighbours_do_not_wait_in_a_chain():
     """Four ranks with eleven row blocks each: all of them work at once."""
-    results = scaling.spawn(4, scaling.chained, delay=0.05)
+    results = scaling.spawn(4, scaling.chained, delay=0.15)
     own = max(result["own"] for result in results)
-    assert own >= 0.5
+    assert own >= 1.5
     # A chain takes twice as long and more; what is left is for a busy machine.
-    assert min(result["wall"] for result in results) <= 1.4 * own
+    assert min(result["wall"] for result in results) <= 1.6 * own
 
 
 def test_bench_scaling_and_launches_print_their_tables(capsys):
