@@ -8,7 +8,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from . import advise, agreement, awaiting
 from .checks import boolean, shown
-from .config import ConfigError, LoRAPreConfig, LowRankConfig
+from .config import ConfigError, LowRankConfig
 from .core import adamw, batching, gauge
-from .core.adam import Adam
 from .core.comm import Comm
 from .core.exchange import Item
 from .core.factors import Matrix, allocate
 from .core.guard import Go, Skips, bounds, taken_for_granted
 from .core.interval import RowInterval
-from .core.regression import Regression
 from .core.step import Rule, step
 from .core.workspace import Workspace
 from .gather import all_ranks, full_state, load_full_state
@@ -34,9 +32,6 @@ from .layouts.matrices import arrange
 from .report import MemoryReport
 from .state import StatefulOptimizer, state_dtype
 from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # ``from . import`` would give the function that the package has by the same name.
 naming = importlib.import_module(".param_groups", __package__)
@@ -597,71 +592,6 @@ class LowRankOptimizer(StatefulOptimizer):
         self.bind_saved({naming.parameter_name(name) for name in all_ranks(list(full))[0]})
         load_full_state(full, [(b.piece, b.state) for b in self.bound()])
         self.settle()
-
-
-class LoRAPre(LowRankOptimizer):
-    """Adam with low-rank momenta (LoRA-Pre, arXiv 2602.24283), AdamW for every other parameter.
-
-    The arguments are those of :class:`LowRankOptimizer` and of :class:`lorapre_dist.config.LoRAPreConfig`.
-    """
-
-    config_class = LoRAPreConfig
-
-    def __init__(
-        self,
-        params: nn.Module | Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        shard_state: bool = True,
-        **options: Any,
-    ) -> None:
-        options |= {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, shard_state=shard_state, **options)
-
-    @classmethod
-    def from_adamw(
-        cls,
-        params: nn.Module | Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        **options: Any,
-    ) -> Self:
-        """The optimizer for a program that had ``torch.optim.AdamW``, with the arguments and defaults of that.
-
-        ``scale`` is 1, so that matrices take updates of AdamW's size at AdamW's ``lr``. Other ``options`` are those of
-        the class.
-        """
-        return cls(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **{"scale": 1.0, **options})
-
-    @staticmethod
-    def rule(config: LoRAPreConfig) -> Rule:
-        """How a group's matrices are stepped, from its settings."""
-        return adam_rule(Adam, config)
-
-    @staticmethod
-    def vector_hyper(config: LoRAPreConfig, group: dict[str, Any]) -> adamw.Hyper:
-        """The numbers that AdamW needs for the group's other parameters."""
-        return adamw.Hyper(config.lr, config.betas, config.eps, config.weight_decay)
-
-
-def adam_rule(of: type[Adam], config: LoRAPreConfig) -> Adam:
-    """Adam's rule, or one of its kind, from a group's settings."""
-    return of(
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        scale=config.scale,
-        residual=config.resolved_residual,
-        max_update=config.resolved_max_update,
-        regression=Regression(
-            config.resolved_gammas[: len(config.ranks)], config.resolved_damping, config.variant == "stable"
-        ),
-    )
 
 
 _UNNAMED = "unnamed."

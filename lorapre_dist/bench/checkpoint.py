@@ -21,7 +21,7 @@ import torch
 
 from lorapre_dist.checkpoint import run
 from lorapre_dist.checkpoint.consolidate import consolidate
-from lorapre_dist.optimizer import LoRAPre
+from lorapre_dist.optimizers import LoRAPre
 from lorapre_dist.training.presets import PRESETS
 
 from .options import bench_parser

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from lorapre_dist.core import batching
-from lorapre_dist.optimizer import LoRAPre
+from lorapre_dist.optimizers import LoRAPre
 
 from .options import bench_parser
 from .step import synchronize

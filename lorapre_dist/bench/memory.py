@@ -18,7 +18,7 @@ import torch
 from lorapre_dist.core.factors import Peers
 from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.layouts.ranges import equal_ranges
-from lorapre_dist.optimizer import LoRAPre
+from lorapre_dist.optimizers import LoRAPre
 
 from .options import bench_parser
 from .shapes import projections

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lorapre_dist.optimizer import LoRAPre
+from lorapre_dist.optimizers import LoRAPre
 
 from .options import bench_parser
 from .shapes import projections

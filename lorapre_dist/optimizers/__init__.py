@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..optimizer import LoRAPre, LowRankOptimizer
+from ..optimizer import LowRankOptimizer
 from .adafactor import LoRAPreAdafactor
 from .lion import LoRAPreLion
+from .lorapre import LoRAPre
 from .muon import LoRAPreMuon
 from .sgd import LoRAPreSGD
 

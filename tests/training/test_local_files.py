@@ -159,7 +159,10 @@ def zstd(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("zstandard") is not None, reason="the package is there")
+@pytest.mark.skipif(
+    importlib.util.find_spec("zstandard") is not None,
+    reason="zstandard is installed: nothing is missing that could be named",
+)
 def test_the_package_that_a_hub_dataset_needs_is_named(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     (tmp_path / "train.jsonl.zst").write_bytes(zstd(b'{"text": "one"}\n'))

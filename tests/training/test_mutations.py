@@ -212,7 +212,18 @@ def checked(options: list[str]) -> settings.Settings:
 WORDS = [
     *("", "x", "0", "1", "-1", "2", "3.5", "1e-3", "1e400", "nan", "inf", "-inf", "9" * 5000, "true", "None", "auto"),
     *("-", "--", "--lr", "/", ".", "..", "~", "*", "?", "[", "a/b", "a/b/c", "é", "a\nb", "\\", "x" * 300, "/x" * 3000),
-    *("llama-tiny", "builtin", "c4", "deepspeed", "ddp", "lora", "/dev/null", "/proc/self/mem", "/root/x/y", "{query}"),
+    *(
+        "llama-tiny",
+        "builtin",
+        "c4",
+        "deepspeed",
+        "ddp",
+        "lora",
+        "/dev/null",
+        "/proc/self/mem",
+        "/dev/null/x/y",
+        "{query}",
+    ),
 ]
 
 
