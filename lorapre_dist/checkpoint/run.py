@@ -326,21 +326,15 @@ def load(
         optimizer.bind_saved({parameter_name(name) for name in was})
         present = _present(optimizer, team)
         untrained = {n: t for n, t in untrained.items() if n not in {parameter_name(name) for name in present}}
-    if states:
-        found = content.differences(saved, present, untrained, len(optimizer.param_groups), resize_rank)
-        found += content.unusable_groups(saved, optimizer)
-    else:
-        found = content.weight_differences(saved, present)
     with team.together(f"loading checkpoint {path}"):
-        content.complain(path, found + content.missing(saved, untrained))
+        content.complain(path, _differences(saved, present, untrained, optimizer, states, resize_rank))
         stored.complete(path, saved, slice(team.rank, None, team.size))
     assert optimizer.layout is not None
     shards = {**weight_shards(optimizer.layout.units), **_keyed(untrained)}
-    # Where the weights lie of what was frozen and is trained now, and the other way round.
     fresh = {name for name in present if name not in was}
-    lies = {MODEL + name: UNTRAINED + name for name in fresh}
     left = [name for name in untrained if name in was]
-    lies |= {UNTRAINED + name: MODEL + name for name in left}
+    # Where the weights lie of what was frozen and is trained now, and the other way round.
+    lies = {MODEL + name: UNTRAINED + name for name in fresh} | {UNTRAINED + name: MODEL + name for name in left}
     if left and states and team.rank == 0:
         text = f"{len(left)} parameters were trained and are frozen now, and the optimizer does not have them: weights"
         warnings.warn(f"{text} are loaded, optimizer state is not ({', '.join(left[:3])}, ...)", stacklevel=2)
@@ -369,10 +363,30 @@ def load(
             optimizer.settle()
         for piece, state in held:
             state.step = saved["parameters"][piece.name]["step"]
-        kept = ("rank", "rank_v") if resize_rank else ()
-        groups = [{k: v for k, v in g.items() if k not in kept} for g in saved["param_groups"]]
-        restore_groups(optimizer.param_groups, groups)
+        _restore_options(optimizer, saved, resize_rank)
     return extra
+
+
+def _differences(
+    saved: dict[str, Any],
+    present: dict[str, dict[str, Any]],
+    untrained: dict[str, Untrained],
+    optimizer: LowRankOptimizer,
+    states: bool,
+    resize_rank: bool,
+) -> list[str]:
+    """All that does not fit, in words."""
+    if not states:
+        return content.weight_differences(saved, present) + content.missing(saved, untrained)
+    found = content.differences(saved, present, untrained, len(optimizer.param_groups), resize_rank)
+    return found + content.unusable_groups(saved, optimizer) + content.missing(saved, untrained)
+
+
+def _restore_options(optimizer: LowRankOptimizer, saved: dict[str, Any], resize_rank: bool) -> None:
+    """Set the groups' options to the saved ones, but for the ranks where factors were adapted to the present ones."""
+    kept = ("rank", "rank_v") if resize_rank else ()
+    groups = [{k: v for k, v in g.items() if k not in kept} for g in saved["param_groups"]]
+    restore_groups(optimizer.param_groups, groups)
 
 
 def _present(optimizer: LowRankOptimizer, team: Team) -> dict[str, dict[str, Any]]:
