@@ -19,15 +19,16 @@ from hf_trainer import SEQ_LEN, VOCABULARY, data
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
-from lorapre_dist import LoRAPre, quiet
-from lorapre_dist.arguments import Parser
+from lorapre_dist import LoRAPre
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import ranks
-from lorapre_dist.training.hf_accelerate import LoRAPreAccelerator
-from lorapre_dist.training.interruption import end_with_launcher
-from lorapre_dist.training.metrics import METRICS_FILE, keep_until
-from lorapre_dist.training.models import preset_config
-from lorapre_dist.training.settings import default_cache
+from lorapre_dist.config.arguments import Parser
+from lorapre_dist.integrations.deepspeed import quiet
+from lorapre_dist.integrations.huggingface.accelerate import LoRAPreAccelerator
+from lorapre_dist.training.engines.models import preset_config
+from lorapre_dist.training.run import ranks
+from lorapre_dist.training.run.interruption import end_with_launcher
+from lorapre_dist.training.run.metrics import METRICS_FILE, keep_until
+from lorapre_dist.training.run.settings import default_cache
 
 
 def options() -> argparse.Namespace:

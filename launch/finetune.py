@@ -5,7 +5,7 @@ import os
 import sys
 
 from lorapre_dist.training.finetune.app import main
-from lorapre_dist.training.interruption import outlive_the_terminal
+from lorapre_dist.training.run.interruption import outlive_the_terminal
 
 if __name__ == "__main__":
     outlive_the_terminal()

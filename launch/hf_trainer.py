@@ -19,16 +19,17 @@ import datasets
 import torch
 from transformers import DataCollatorForLanguageModeling, HfArgumentParser, LlamaForCausalLM, TrainingArguments
 
-from lorapre_dist import quiet
-from lorapre_dist.arguments import Parser
 from lorapre_dist.checkpoint.files import weights_only
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import builtin_text, ranks
-from lorapre_dist.training.hf_trainer import LoRAPreTrainer
-from lorapre_dist.training.interruption import end_with_launcher
-from lorapre_dist.training.models import preset_config
-from lorapre_dist.training.settings import default_cache
-from lorapre_dist.training.tokenizer import trained_tokenizer
+from lorapre_dist.config.arguments import Parser
+from lorapre_dist.integrations.deepspeed import quiet
+from lorapre_dist.integrations.huggingface.trainer import LoRAPreTrainer
+from lorapre_dist.training.data import builtin_text
+from lorapre_dist.training.data.tokenizer import trained_tokenizer
+from lorapre_dist.training.engines.models import preset_config
+from lorapre_dist.training.run import ranks
+from lorapre_dist.training.run.interruption import end_with_launcher
+from lorapre_dist.training.run.settings import default_cache
 
 SEQ_LEN, VOCABULARY, DOCUMENTS = 128, 2048, 400
 

@@ -4,8 +4,8 @@
 import os
 import sys
 
-from lorapre_dist.training.app import main
-from lorapre_dist.training.interruption import outlive_the_terminal
+from lorapre_dist.training.run.app import main
+from lorapre_dist.training.run.interruption import outlive_the_terminal
 
 if __name__ == "__main__":
     outlive_the_terminal()

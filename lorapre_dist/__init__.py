@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import lazily, registration
 from .config import (
     ConfigError,
     LoRAPreAdafactorConfig,
@@ -12,15 +11,17 @@ from .config import (
     LoRAPreLionConfig,
     LoRAPreMuonConfig,
     LoRAPreSGDConfig,
+    lazily,
 )
-from .param_groups import param_groups
+from .config.param_groups import param_groups
+from .integrations.deepspeed import register
 
 if TYPE_CHECKING:
-    from . import deepspeed as deepspeed
     from . import reference
-    from .deepspeed import initialize
-    from .optimizer import NonFiniteError
+    from .integrations import deepspeed  # noqa: F401
+    from .integrations.deepspeed.bind import initialize
     from .optimizers import LoRAPre, LoRAPreAdafactor, LoRAPreLion, LoRAPreMuon, LoRAPreSGD
+    from .optimizers.base import NonFiniteError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,16 +42,16 @@ __all__ = [
     "reference",
 ]
 
-# What imports torch, or DeepSpeed: see lorapre_dist.registration.
+# What imports torch, or DeepSpeed: see lorapre_dist.integrations.deepspeed.register.
 __getattr__, __dir__ = lazily.attributes(
     __name__,
     {
         **dict.fromkeys(("LoRAPre", "LoRAPreAdafactor", "LoRAPreLion", "LoRAPreMuon", "LoRAPreSGD"), "optimizers"),
-        "NonFiniteError": "optimizer",
-        "initialize": "deepspeed",
-        "deepspeed": "deepspeed",
+        "NonFiniteError": "optimizers.base",
+        "initialize": "integrations.deepspeed.bind",
+        "deepspeed": "integrations.deepspeed",
         "reference": "reference",
         "checkpoint": "checkpoint",
     },
 )
-registration.register()
+register.register()

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist import __version__, quiet
-from lorapre_dist.arguments import Parser, readable
+from lorapre_dist import __version__
 from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.config import ConfigError
+from lorapre_dist.config.arguments import Parser, readable
+from lorapre_dist.integrations.deepspeed import quiet
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     from lorapre_dist.checkpoint import inspect, stored
     from lorapre_dist.checkpoint.folder import latest_problem
-    from lorapre_dist.training import tokenized
+    from lorapre_dist.training.data import tokenized
 
     if tokenized.is_tokenized(options.path):
         facts = tokenized.TokenFolder.open(options.path, check=False).describe()
@@ -133,7 +134,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _tokenize_options(parser: argparse.ArgumentParser) -> None:
-    from lorapre_dist.training.settings import add_corpus_options
+    from lorapre_dist.training.run.settings import add_corpus_options
 
     parser.add_argument("out", help="folder to write; a run that was killed goes on where it was")
     add_corpus_options(parser, eval_fraction=0.01)
@@ -146,7 +147,7 @@ def _tokenize_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
-    from lorapre_dist.training.settings import check_corpus
+    from lorapre_dist.training.run.settings import check_corpus
 
     given = vars(options)
     check_corpus(given)
@@ -154,7 +155,7 @@ def _tokenize(options: argparse.Namespace) -> int:
         if given[name] is not None and given[name] < 1:
             raise ConfigError(f"--{name} {given[name]}: must be at least 1")
     progress = given.pop("progress")
-    from lorapre_dist.training.tokenize import Job, tokenize
+    from lorapre_dist.training.data.tokenize import Job, tokenize
 
     found = tokenize(Job(**given), progress).content
     train, held_out = found["train"], found["held_out"]

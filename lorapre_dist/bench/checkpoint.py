@@ -22,7 +22,7 @@ import torch
 from lorapre_dist.checkpoint import run
 from lorapre_dist.checkpoint.consolidate import consolidate
 from lorapre_dist.optimizers import LoRAPre
-from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.engines.presets import PRESETS
 
 from .options import bench_parser
 from .shapes import projections

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.config.param_groups import param_groups
 from lorapre_dist.optimizers import OPTIMIZERS, LoRAPre, LoRAPreAdafactor
-from lorapre_dist.param_groups import param_groups
 
 BASE_LR = 0.01
 BETAS = (0.9, 0.99)

@@ -30,9 +30,9 @@ from torch.optim import Optimizer
 
 from lorapre_dist import reference
 from lorapre_dist.config import ConfigError, LoRAPreConfig
+from lorapre_dist.config.param_groups import explain_no_match, is_low_rank
 from lorapre_dist.core.factors import initial_A
-from lorapre_dist.param_groups import explain_no_match, is_low_rank
-from lorapre_dist.training.settings import BUILTIN, default_cache
+from lorapre_dist.training.run.settings import BUILTIN, default_cache
 
 from . import quality
 from .contenders import BASE_LR, BETAS, EPS, Row

@@ -27,8 +27,8 @@ from lorapre_dist.config import ConfigError, LoRAPreMuonConfig
 from lorapre_dist.core.factors import Peers
 from lorapre_dist.core.interval import column_block
 from lorapre_dist.core.linalg import gram, packed_numel
-from lorapre_dist.core.newton_schulz import NewtonSchulz, polynomial
-from lorapre_dist.core.orthogonal import cost
+from lorapre_dist.core.rules.muon.newton_schulz import NewtonSchulz, polynomial
+from lorapre_dist.core.rules.muon.orthogonal import cost
 from lorapre_dist.core.sizes import SAMPLES
 from lorapre_dist.core.workspace import Workspace
 from lorapre_dist.layouts import ddp, whole

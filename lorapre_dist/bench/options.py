@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lorapre_dist.arguments import Parser
+from lorapre_dist.config.arguments import Parser
 
 
 def bench_parser(name: str, description: str | None) -> Parser:

@@ -28,14 +28,14 @@ import torch
 from torch import nn
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.schedule import scheduler_factory
-from lorapre_dist.training.settings import BUILTIN, default_cache, load_settings
+from lorapre_dist.training.engines.schedule import scheduler_factory
+from lorapre_dist.training.run.settings import BUILTIN, default_cache, load_settings
 
 from .contenders import BASE_LR, ROWS, Row
 from .options import bench_parser
 
 if TYPE_CHECKING:
-    from lorapre_dist.training.settings import Settings
+    from lorapre_dist.training.run.settings import Settings
 
 CLIP = 1.0
 WARMUP = 40
@@ -80,9 +80,9 @@ def prepare(args: argparse.Namespace) -> Task:
     Raises:
         ConfigError: bad options, or a corpus that is too small.
     """
-    from lorapre_dist.training.batches import BatchPlan
-    from lorapre_dist.training.data import prepare_data
-    from lorapre_dist.training.models import build_model, fit_vocabulary, model_config
+    from lorapre_dist.training.data.batches import BatchPlan
+    from lorapre_dist.training.data.sequences import prepare_data
+    from lorapre_dist.training.engines.models import build_model, fit_vocabulary, model_config
 
     settings = _settings(args)
     plan = BatchPlan(args.batch, args.batch, world_size=1, rank=0)
@@ -147,7 +147,7 @@ def train(name: str, row: Row, lr: float, task: Task) -> Run:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, held_out: np.ndarray, batch: int) -> float:
     """Mean loss in nats per predicted token over all of ``held_out (n, seq_len)``; infinite where it is no number."""
-    from lorapre_dist.training.evaluation import sequence_losses
+    from lorapre_dist.training.run.evaluation import sequence_losses
 
     model.eval()
     total = 0.0

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorapre_dist.awaiting import building_under_engine
 from lorapre_dist.config import ConfigError
 from lorapre_dist.core import regression
 from lorapre_dist.core.comm import Comm
@@ -33,6 +32,7 @@ from lorapre_dist.core.factors import Peers
 from lorapre_dist.layouts.base import Layout, Piece, SubGroups, Unit
 from lorapre_dist.layouts.zero12 import flat_group
 from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
+from lorapre_dist.optimizers.awaiting import building_under_engine
 
 from .options import bench_parser
 from .ranks import spawn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.engines.presets import PRESETS
 
 
 def projections(model: str) -> list[tuple[str, tuple[int, int]]]:

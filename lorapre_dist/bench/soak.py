@@ -56,8 +56,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lorapre_dist import reference
-from lorapre_dist.checks import integer
 from lorapre_dist.config import ConfigError
+from lorapre_dist.config.checks import integer
 from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizers import OPTIMIZERS
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import lazily
+from ..config import lazily
 from .files import CheckpointError
 
 if TYPE_CHECKING:
-    from .engine import wait
+    from ..integrations.deepspeed.checkpoint import wait
     from .native import load, save
     from .run import newest_whole, verify
 

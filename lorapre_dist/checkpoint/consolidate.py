@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from ..config import ConfigError
+from ..config.param_groups import parameter_name
 from ..layouts.matrices import expert_name
-from ..param_groups import parameter_name
-from ..shards import MODEL, OPTIMIZER, UNTRAINED
+from ..state.shards import MODEL, OPTIMIZER, UNTRAINED
 from . import content, folder, run, stored
 from .files import CheckpointError
 from .safetensors_files import Entry, write

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..config.param_groups import in_block, is_low_rank, parameter_name
 from ..core.factors import SQUARES, Matrix
-from ..optimizer import LowRankOptimizer
-from ..param_groups import in_block, is_low_rank, parameter_name
-from ..state import plain_groups, restore_groups
+from ..optimizers.base import LowRankOptimizer
+from ..state.state_dict import plain_groups, restore_groups
 from . import files, folder
 from .files import CheckpointError
 

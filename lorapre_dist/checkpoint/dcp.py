@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as Done
 
-from ..shards import Shard
+from ..state.shards import Shard
 from . import files
 from .files import CheckpointError
 

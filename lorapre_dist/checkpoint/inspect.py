@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..arguments import readable
-from ..shards import OPTIMIZER
+from ..config.arguments import readable
+from ..state.shards import OPTIMIZER
 from . import content, folder, run, stored
 from .files import CheckpointError, shown
 from .folder import Manifest

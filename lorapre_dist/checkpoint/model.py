@@ -9,10 +9,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
+from ..config.param_groups import clean_name
 from ..layouts.base import local
 from ..layouts.dtensor import block
-from ..param_groups import clean_name
-from ..shards import Shard, Untrained, flat_shard
+from ..state.shards import Shard, Untrained, flat_shard
 from .team import Team
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from ..optimizer import LowRankOptimizer
-from ..param_groups import clean_name
+from ..config.param_groups import clean_name
+from ..optimizers.base import LowRankOptimizer
 from . import folder, model, run
 from .files import CheckpointError
 from .team import Team

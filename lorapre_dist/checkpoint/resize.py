@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.factors import initial_A
-from ..shards import OPTIMIZER, Shard
+from ..state.shards import OPTIMIZER, Shard
 from . import dcp
 from .content import RANKS
 from .team import Team

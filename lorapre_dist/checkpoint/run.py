@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..config.param_groups import parameter_name
 from ..core.factors import SQUARES
-from ..optimizer import LowRankOptimizer
-from ..param_groups import parameter_name
-from ..shards import MODEL, OPTIMIZER, UNTRAINED, Shard, Untrained, bring_home, state_shards, weight_shards
-from ..state import restore_groups
+from ..optimizers.base import LowRankOptimizer
+from ..state.shards import MODEL, OPTIMIZER, UNTRAINED, Shard, Untrained, bring_home, state_shards, weight_shards
+from ..state.state_dict import restore_groups
 from . import content, dcp, files, folder, stored
 from .files import CheckpointError
 from .folder import Manifest

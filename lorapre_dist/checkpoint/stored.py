@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ..core.factors import state_shapes
-from ..shards import MODEL, OPTIMIZER, UNTRAINED
+from ..state.shards import MODEL, OPTIMIZER, UNTRAINED
 from . import content, dcp, files, folder
 from .files import CheckpointError
 from .folder import Manifest

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
-from lorapre_dist.arguments import Parser
 from lorapre_dist.config import ConfigError
+from lorapre_dist.config.arguments import Parser
 from lorapre_dist.launcher import checks
 from lorapre_dist.launcher.commands import Launch, build, ranks_file
 from lorapre_dist.launcher.settings import ClusterSettings, read_settings
-from lorapre_dist.training.interruption import EXIT_STOPPED
+from lorapre_dist.training.run.interruption import EXIT_STOPPED
 
 LAUNCHERS = tuple(checks.PROGRAMS)
 
@@ -88,7 +88,7 @@ def _chosen(hosts: dict[str, int], names: str | None) -> dict[str, int]:
 
 def _check_pretrain(settings: ClusterSettings, world_size: int) -> None:
     """The training program's own checks, here and now; under Slurm the number of ranks is not known yet."""
-    from lorapre_dist.training.settings import build_parser, load_settings
+    from lorapre_dist.training.run.settings import build_parser, load_settings
 
     if world_size:
         load_settings(settings.pretrain, world_size)

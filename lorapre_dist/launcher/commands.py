@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorapre_dist import quiet
 from lorapre_dist.config import ConfigError
+from lorapre_dist.integrations.deepspeed import quiet
 from lorapre_dist.launcher.checks import REPO, SSH_OPTIONS, environment_of_ranks
 from lorapre_dist.launcher.settings import ClusterSettings
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..optimizer import LowRankOptimizer
 from .adafactor import LoRAPreAdafactor
+from .base import LowRankOptimizer
 from .lion import LoRAPreLion
 from .lorapre import LoRAPre
 from .muon import LoRAPreMuon

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import LoRAPreLionConfig
-from ..core.momentum import Momentum
+from ..core.rules.momentum import Momentum
 from ..core.step import Rule
 from .momentum import MomentumOptimizer, regression
 
@@ -11,7 +11,7 @@ from .momentum import MomentumOptimizer, regression
 class LoRAPreLion(MomentumOptimizer):
     """Lion (arXiv 2302.06675) with a low-rank momentum, AdamW for every other parameter.
 
-    The arguments are those of :class:`lorapre_dist.optimizer.LowRankOptimizer` and of
+    The arguments are those of :class:`lorapre_dist.optimizers.base.LowRankOptimizer` and of
     :class:`lorapre_dist.config.LoRAPreLionConfig`.
     """
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from ..config import LoRAPreConfig
-from ..core import adamw
-from ..core.adam import Adam
 from ..core.regression import Regression
+from ..core.rules import adamw
+from ..core.rules.adam import Adam
 from ..core.step import Rule
-from ..optimizer import LowRankOptimizer
+from .base import LowRankOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,7 +64,7 @@ class AdamOptimizer(LowRankOptimizer):
 class LoRAPre(AdamOptimizer):
     """Adam with low-rank momenta (LoRA-Pre, arXiv 2602.24283), AdamW for every other parameter.
 
-    The arguments are those of :class:`lorapre_dist.optimizer.LowRankOptimizer` and of
+    The arguments are those of :class:`lorapre_dist.optimizers.base.LowRankOptimizer` and of
     :class:`lorapre_dist.config.LoRAPreConfig`.
     """
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checks import number
 from ..config import MomentumConfig
-from ..core import adamw
+from ..config.checks import number
 from ..core.regression import Regression
-from ..optimizer import LowRankOptimizer
+from ..core.rules import adamw
+from .base import LowRankOptimizer
 
 
 class MomentumOptimizer(LowRankOptimizer):

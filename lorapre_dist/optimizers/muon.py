@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ..config import LoRAPreMuonConfig
-from ..core import batching, orthogonal
+from ..core import batching
 from ..core.factors import Matrix
-from ..core.momentum import Momentum
-from ..core.newton_schulz import NewtonSchulz
+from ..core.rules.momentum import Momentum
+from ..core.rules.muon import orthogonal
+from ..core.rules.muon.newton_schulz import NewtonSchulz
 from ..core.step import Rule
 from ..core.workspace import Workspace
 from .momentum import MomentumOptimizer, regression
@@ -15,7 +16,7 @@ from .momentum import MomentumOptimizer, regression
 class LoRAPreMuon(MomentumOptimizer):
     """Muon with a low-rank heavy-ball momentum (arXiv 2602.24283, Algorithm 2), AdamW for every other parameter.
 
-    The arguments are those of :class:`lorapre_dist.optimizer.LowRankOptimizer` and of
+    The arguments are those of :class:`lorapre_dist.optimizers.base.LowRankOptimizer` and of
     :class:`lorapre_dist.config.LoRAPreMuonConfig`. Matrices are orthogonalised where they lie, by Newton-Schulz in fp32
     on a CPU and in fp16 on GPUs (fp64 for fp64 parameters).
     """

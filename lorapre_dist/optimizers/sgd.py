@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import LoRAPreSGDConfig
-from ..core.momentum import Momentum
+from ..core.rules.momentum import Momentum
 from ..core.step import Rule
 from .momentum import MomentumOptimizer, regression
 
@@ -11,7 +11,7 @@ from .momentum import MomentumOptimizer, regression
 class LoRAPreSGD(MomentumOptimizer):
     """SGD with a low-rank heavy-ball momentum, AdamW for every other parameter.
 
-    The arguments are those of :class:`lorapre_dist.optimizer.LowRankOptimizer` and of
+    The arguments are those of :class:`lorapre_dist.optimizers.base.LowRankOptimizer` and of
     :class:`lorapre_dist.config.LoRAPreSGDConfig`.
     """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import VARIANTS, ConfigError, LoRAPreConfig
-from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.engines.presets import PRESETS
 
 from .models import find
 from .plan import plan, smallest_world
@@ -99,10 +99,10 @@ def _from_json(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of the request, and of the optimizer."""
     # It imports DeepSpeed.
-    from lorapre_dist.deepspeed import check_config
-    from lorapre_dist.training import ds_json
+    from lorapre_dist.config import ds_training
+    from lorapre_dist.integrations.deepspeed.bind import check_config
 
-    config = ds_json.read_deepspeed_config(path)
+    config = ds_training.read_deepspeed_config(path)
     check_config(config)
     kind, section = config["optimizer"]["type"], config.get("zero_optimization") or {}
     section = {} if section is True else section  # DeepSpeed's old switch
@@ -112,12 +112,12 @@ def _from_json(
         raise ConfigError(f"--deepspeed_config {path}: zero_optimization.offload_param is not planned for; remove it")
     if accumulation is None:
         try:
-            accumulation = ds_json.batch_sizes(config, world_size).accumulation
+            accumulation = ds_training.batch_sizes(config, world_size).accumulation
         except ConfigError as error:
             raise ConfigError(f"--deepspeed_config {path}: {error}, or give --accumulation") from error
     values = {
-        "layout": f"zero{ds_json.zero_stage(config)}",
-        "precision": ds_json.precision(config),
+        "layout": f"zero{ds_training.zero_stage(config)}",
+        "precision": ds_training.precision(config),
         "accumulation": accumulation,
         "offload": (section.get("offload_optimizer") or {}).get("device", "none") == "cpu" and layout != "ddp",
         "zero": _zero(path, section),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.engines.presets import PRESETS
 
 from .request import Parameter
 
@@ -43,7 +43,7 @@ def find(model: str) -> tuple[str, tuple[Parameter, ...]]:
     values = _json(file)
     if values.get("model_type") == "llama" and _has_sizes(values) and values.get("architectures") in (None, [LLAMA]):
         return LLAMA, llama(values)  # transformers takes seconds to import
-    from lorapre_dist.training.pretrained import read_config
+    from lorapre_dist.training.engines.pretrained import read_config
 
     config = read_config(str(file) if path.exists() else model, "--model")
     try:
@@ -54,7 +54,7 @@ def find(model: str) -> tuple[str, tuple[Parameter, ...]]:
 
 def _check_hub_name(model: str, path: Path) -> None:
     """Raise a ConfigError if ``model``, which is no file, means a local one or a preset."""
-    from lorapre_dist.training.settings import looks_like_path
+    from lorapre_dist.training.run.settings import looks_like_path
 
     if path.is_dir():
         raise ConfigError(f"--model {model}: the folder holds no config.json")
@@ -127,7 +127,7 @@ def _built(config: Any) -> tuple[str, tuple[Parameter, ...]]:
     import torch
     from transformers.initialization import no_init_weights
 
-    from lorapre_dist.training.pretrained import reason
+    from lorapre_dist.training.engines.pretrained import reason
 
     kind = _class_of(config)
     try:

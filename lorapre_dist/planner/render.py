@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.arguments import readable
 from lorapre_dist.config import ConfigError
+from lorapre_dist.config.arguments import readable
 
 from .optimizers import OPTIMIZERS
 from .plan import PARTS, Usage, plan

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from lorapre_dist.config import ConfigError, LoRAPreConfig
-from lorapre_dist.param_groups import explain_no_match, is_low_rank
+from lorapre_dist.config.param_groups import explain_no_match, is_low_rank
 
 LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "fsdp2", "ddp")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

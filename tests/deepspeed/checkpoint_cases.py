@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 import lorapre_dist
 from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.checkpoint.files import weights_only
+from lorapre_dist.config.param_groups import clean_name
 from lorapre_dist.optimizers import OPTIMIZERS
-from lorapre_dist.param_groups import clean_name
 
 from .cases import Net, build, dense_path, ds_config, factor_at, full_parameters, merge, params_of, slopes, worst
 

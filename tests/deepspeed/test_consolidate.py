@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lorapre_dist.checkpoint import dcp
 from lorapre_dist.cli import main
-from lorapre_dist.shards import OPTIMIZER
+from lorapre_dist.state.shards import OPTIMIZER
 from tests.distributed.harness import run_ranks
 
 from .cases import FROZEN, SHAPES, Net

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lorapre_dist.param_groups import parameter_name
+from lorapre_dist.config.param_groups import parameter_name
 from tests import oracle
 from tests.distributed.harness import run_ranks
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lorapre_dist import ConfigError, LoRAPre, LoRAPreMuon
-from lorapre_dist.optimizer import LowRankOptimizer
-from lorapre_dist.param_groups import clean_name
+from lorapre_dist.config.param_groups import clean_name
+from lorapre_dist.optimizers.base import LowRankOptimizer
 
 from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from lorapre_dist import ConfigError, LoRAPre, checkpoint
 from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.config.param_groups import clean_name
 from lorapre_dist.layouts.base import local
-from lorapre_dist.optimizer import LowRankOptimizer
-from lorapre_dist.param_groups import clean_name
+from lorapre_dist.optimizers.base import LowRankOptimizer
 from tests import oracle
 
 from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped

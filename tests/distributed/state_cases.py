@@ -22,8 +22,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
 from lorapre_dist.layouts.base import local
-from lorapre_dist.optimizer import LowRankOptimizer
 from lorapre_dist.optimizers import OPTIMIZERS
+from lorapre_dist.optimizers.base import LowRankOptimizer
 from tests import oracle
 
 from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped

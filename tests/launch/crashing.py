@@ -119,7 +119,7 @@ class Attempt:
 
 
 def main() -> None:
-    for module in ("engines", "loop"):  # the heavy imports, once
+    for module in ("engines.engines", "run.loop"):  # the heavy imports, once
         importlib.import_module(f"lorapre_dist.training.{module}")
     job = json.loads(Path(sys.argv[1]).read_text())
     chance, counts = random.Random(job["seed"]), {"killed": 0, "killed in a save": 0, "done": 0}

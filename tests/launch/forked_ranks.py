@@ -79,8 +79,8 @@ def _finish(job: dict[str, Any], children: list[int]) -> list[int]:
 
 def main() -> None:
     """Run the jobs of the file named first."""
-    for module in ("engines", "loop", "hf_trainer"):  # the heavy imports, once
-        importlib.import_module(f"lorapre_dist.training.{module}")
+    for module in ("training.engines.engines", "training.run.loop", "integrations.huggingface.trainer"):  # heavy: once
+        importlib.import_module(f"lorapre_dist.{module}")
     codes: list[list[int]] = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if job["copy"]:

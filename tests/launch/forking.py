@@ -42,7 +42,7 @@ def run(argv: list[str], environment: dict[str, str], program: str) -> dict[str,
 
 
 def main() -> None:
-    for module in ("engines", "loop"):  # the heavy imports, once
+    for module in ("engines.engines", "run.loop"):  # the heavy imports, once
         importlib.import_module(f"lorapre_dist.training.{module}")
 
     jobs = json.loads(Path(sys.argv[1]).read_text())

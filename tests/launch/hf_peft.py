@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from lorapre_dist.training.hf_trainer import LoRAPreTrainer
+from lorapre_dist.integrations.huggingface.trainer import LoRAPreTrainer
 from tests.launch.conftest import TINY_LLAMA
 
 LORAPRE = {"rank": 2, "rank_v": 1, "target_modules": ["lora_A", "lora_B"]}

@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.launch.crashing import start
 from tests.training import flaky
 
-PROGRAM = "lorapre_dist.training.app"
+PROGRAM = "lorapre_dist.training.run.app"
 
 
 def codes(children: list[int]) -> list[int]:
@@ -24,7 +24,7 @@ def codes(children: list[int]) -> list[int]:
 
 
 def main() -> None:
-    for module in ("engines", "loop"):  # the heavy imports, once
+    for module in ("engines.engines", "run.loop"):  # the heavy imports, once
         importlib.import_module(f"lorapre_dist.training.{module}")
     flaky.register()
     job = json.loads(Path(sys.argv[1]).read_text())

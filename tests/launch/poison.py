@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tests.launch.crashing import start
 
-PROGRAM = "lorapre_dist.training.app"
+PROGRAM = "lorapre_dist.training.run.app"
 
 
 def poison(steps: list[int]) -> None:
     """Multiply the loss of these steps (0 is the first) by NaN; -1 at the end stands for all later ones."""
-    loop = importlib.import_module("lorapre_dist.training.loop")
+    loop = importlib.import_module("lorapre_dist.training.run.loop")
     loss = loop.Trainer.loss
 
     def poisoned(trainer, micro_batch):
@@ -32,12 +32,12 @@ def poison(steps: list[int]) -> None:
 
 
 def main() -> None:
-    for module in ("engines", "loop"):  # the heavy imports, once
+    for module in ("engines.engines", "run.loop"):  # the heavy imports, once
         importlib.import_module(f"lorapre_dist.training.{module}")
-    original = importlib.import_module("lorapre_dist.training.loop").Trainer.loss
+    original = importlib.import_module("lorapre_dist.training.run.loop").Trainer.loss
     results = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        importlib.import_module("lorapre_dist.training.loop").Trainer.loss = original
+        importlib.import_module("lorapre_dist.training.run.loop").Trainer.loss = original
         poison(job["steps"])
         children = start(PROGRAM, 2, job["argv"], Path(job["log"]))
         results.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])

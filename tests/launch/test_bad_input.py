@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from lorapre_dist.training.tokenizer import train_bpe
+from lorapre_dist.training.data.tokenizer import train_bpe
 from tests.launch.conftest import PRETRAIN, REPO, TINY_LLAMA, ds_json, environment
 from tests.training.conftest import documents
 
@@ -227,7 +227,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -
         given = ["--deepspeed_config", config, "--output_dir", str(own / "out"), "--max_steps", "2"]
         extra = case.prepare(own) if case.prepare else []
         jobs.append({"argv": [*base_options, *given, *case.options, *extra], "env": {"HF_HUB_OFFLINE": "1"}})
-    return dict(zip(CASES, run_forked(folder, jobs, "lorapre_dist.training.app"), strict=True))
+    return dict(zip(CASES, run_forked(folder, jobs, "lorapre_dist.training.run.app"), strict=True))
 
 
 @pytest.mark.timeout(420)

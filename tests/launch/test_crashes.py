@@ -29,7 +29,7 @@ def test_kills_change_nothing(base_options, tmp_path, exhaustive):
     assert code == 0, err
 
     job = {
-        "program": "lorapre_dist.training.app",
+        "program": "lorapre_dist.training.run.app",
         "world_size": 2,
         "argv": [*options, str(tmp_path / "killed")],
         "options": [[], ["--background_save"]],

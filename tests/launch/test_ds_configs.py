@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from lorapre_dist.config import LoRAPreConfig
-from lorapre_dist.deepspeed import check_config
+from lorapre_dist.config.ds_training import batch_sizes, precision, read_deepspeed_config, zero_stage
+from lorapre_dist.integrations.deepspeed.bind import check_config
 from lorapre_dist.optimizers import OPTIMIZERS
-from lorapre_dist.training.ds_json import batch_sizes, precision, read_deepspeed_config, zero_stage
+from lorapre_dist.training.engines.models import preset_config
 from lorapre_dist.training.finetune.settings import with_optimizer
-from lorapre_dist.training.models import preset_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorapre_dist.training.tokenizer import train_bpe
+from lorapre_dist.training.data.tokenizer import train_bpe
 from tests.launch.conftest import ds_json
 from tests.launch.test_bad_input import Case, file_option, run_forked
 

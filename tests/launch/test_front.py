@@ -14,7 +14,7 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.launcher import app, checks, probe
 from lorapre_dist.launcher.commands import build
 from lorapre_dist.launcher.settings import read_settings
-from lorapre_dist.training import discovery, interruption
+from lorapre_dist.training.run import discovery, interruption
 from tests.launch.conftest import REPO, ds_json
 
 INI = """

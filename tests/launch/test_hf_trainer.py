@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lorapre_dist.training import ranks
+from lorapre_dist.training.run import ranks
 from tests.launch import forked_ranks
 from tests.launch.conftest import REPO, environment, free_port
 

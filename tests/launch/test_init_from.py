@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import prepare_data
-from lorapre_dist.training.settings import load_settings
-from lorapre_dist.training.tokenizer import train_bpe
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.data.sequences import prepare_data
+from lorapre_dist.training.data.tokenizer import train_bpe
+from lorapre_dist.training.run.settings import load_settings
 from tests.launch import forked_ranks
 from tests.launch.conftest import TINY_LLAMA, ds_json, environment
 from tests.training.conftest import documents

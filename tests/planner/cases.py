@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, PreTrainedModel
 
 import lorapre_dist
-from lorapre_dist.deepspeed import base_optimizer
+from lorapre_dist.integrations.deepspeed.bind import base_optimizer
 from tests.deepspeed.cases import allow_fp16
 
 # Sizes that no world size divides, a key and a value that are narrower, a tied head.

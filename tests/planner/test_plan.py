@@ -18,8 +18,8 @@ from lorapre_dist.planner import LAYOUTS, OPTIMIZERS, PARTS, Parameter, Request,
 from lorapre_dist.planner.command import size_of
 from lorapre_dist.planner.models import find, llama, load, parameters
 from lorapre_dist.planner.render import chart
-from lorapre_dist.training.models import preset_config
-from lorapre_dist.training.presets import PRESETS
+from lorapre_dist.training.engines.models import preset_config
+from lorapre_dist.training.engines.presets import PRESETS
 
 LLAMA_70B = {
     "model_type": "llama",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lorapre_dist.training.documents import Source, open_source
-from lorapre_dist.training.settings import Settings, load_settings
+from lorapre_dist.training.data.documents import Source, open_source
+from lorapre_dist.training.run.settings import Settings, load_settings
 
 BASE_CONFIG = {
     "train_batch_size": 4,

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.streaming import ShardStream, merge_states
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.data.streaming import ShardStream, merge_states
 from tests.training.conftest import source_of
 
 SEQ_LEN, GLOBAL_BATCH = 8, 6

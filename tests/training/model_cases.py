@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lorapre_dist.layouts.base import local
-from lorapre_dist.training import models
-from lorapre_dist.training.settings import Settings
+from lorapre_dist.training.engines import models
+from lorapre_dist.training.run.settings import Settings
 
 
 def born_in_shards(

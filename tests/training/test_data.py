@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import builtin_text
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import prepare_data
-from lorapre_dist.training.order import Permutation
-from lorapre_dist.training.splits import finite_split, streaming_split
-from lorapre_dist.training.streaming import ShardStream
-from lorapre_dist.training.tokenizer import Encoder, trained_tokenizer
-from lorapre_dist.training.tokens import TokenStream, token_file
+from lorapre_dist.training.data import builtin_text
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.data.order import Permutation
+from lorapre_dist.training.data.sequences import prepare_data
+from lorapre_dist.training.data.splits import finite_split, streaming_split
+from lorapre_dist.training.data.streaming import ShardStream
+from lorapre_dist.training.data.tokenizer import Encoder, trained_tokenizer
+from lorapre_dist.training.data.tokens import TokenStream, token_file
 from tests.training.conftest import documents, hub_folder, source_of
 
 

@@ -14,14 +14,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.engines import summary
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.data.tokenizer import train_bpe
+from lorapre_dist.training.engines.engines import summary
 from lorapre_dist.training.finetune.app import with_steps
 from lorapre_dist.training.finetune.data import FinetuneData, prepare_data
 from lorapre_dist.training.finetune.examples import IGNORED, ExampleStream
 from lorapre_dist.training.finetune.scoring import generate
 from lorapre_dist.training.finetune.settings import ALPACA, FinetuneSettings, load_settings
-from lorapre_dist.training.tokenizer import train_bpe
 
 METAMATH = [
     {"query": f"What is {i} plus one?", "response": f"{i} + 1 = {i + 1}.\nThe answer is: {i + 1}", "type": "GSM_AnsAug"}

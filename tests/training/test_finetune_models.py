@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorapre_dist.param_groups import is_low_rank
+from lorapre_dist.config.param_groups import is_low_rank
+from lorapre_dist.training.data.tokenizer import train_bpe
 from lorapre_dist.training.finetune.models import add_adapters, gathered, save_model
-from lorapre_dist.training.tokenizer import train_bpe
 
 ADAPTERS = SimpleNamespace(model="m", lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, seed=0)
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

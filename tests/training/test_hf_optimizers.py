@@ -9,8 +9,8 @@ import pytest
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from lorapre_dist.config import ConfigError
+from lorapre_dist.integrations.huggingface.trainer import LoRAPreTrainer, check_agreement
 from lorapre_dist.optimizers import OPTIMIZERS
-from lorapre_dist.training.hf_trainer import LoRAPreTrainer, check_agreement
 from tests.launch.conftest import REPO, TINY_LLAMA
 
 

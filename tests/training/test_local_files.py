@@ -16,14 +16,14 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import reading
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import evaluation_source, prepare_data
-from lorapre_dist.training.documents import open_rows
-from lorapre_dist.training.local_files import local_files
-from lorapre_dist.training.reading import Reader, private
-from lorapre_dist.training.settings import check_source
-from lorapre_dist.training.streaming import ShardStream
+from lorapre_dist.training.data import reading
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.data.documents import open_rows
+from lorapre_dist.training.data.local_files import local_files
+from lorapre_dist.training.data.reading import Reader, private
+from lorapre_dist.training.data.sequences import evaluation_source, prepare_data
+from lorapre_dist.training.data.streaming import ShardStream
+from lorapre_dist.training.run.settings import check_source
 from tests.training.conftest import documents, source_of
 
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import models, pretrained
-from lorapre_dist.training.presets import PRESETS
-from lorapre_dist.training.tokenizer import train_bpe
+from lorapre_dist.training.data.tokenizer import train_bpe
+from lorapre_dist.training.engines import models, pretrained
+from lorapre_dist.training.engines.presets import PRESETS
 from tests.distributed.harness import run_ranks
 
 from .conftest import documents

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.deepspeed import check_config
-from lorapre_dist.ds_config import precision, zero_stage
+from lorapre_dist.config.ds_json import precision, zero_stage
+from lorapre_dist.config.ds_training import clipping
+from lorapre_dist.integrations.deepspeed.bind import check_config
 from lorapre_dist.launcher import app
 from lorapre_dist.optimizers import OPTIMIZERS
-from lorapre_dist.training import program, settings
-from lorapre_dist.training.ds_json import clipping
 from lorapre_dist.training.finetune import settings as finetune
+from lorapre_dist.training.run import program, settings
 from tests.launch.conftest import REPO
 
 CONFIG: dict[str, Any] = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorapre_dist import ConfigError, LoRAPreMuon
-from lorapre_dist.training import resumed
-from lorapre_dist.training.app import _shown
-from lorapre_dist.training.schedule import scheduler_factory
+from lorapre_dist.training.engines.schedule import scheduler_factory
+from lorapre_dist.training.run import resumed
+from lorapre_dist.training.run.app import _shown
 
 OPTIMIZERS = {"ours": LoRAPreMuon, "torch's": torch.optim.AdamW}
 

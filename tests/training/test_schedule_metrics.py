@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.evaluation import Evaluation, sequence_losses
-from lorapre_dist.training.metrics import MetricsWriter, keep_until, read_rows
-from lorapre_dist.training.plots import plot_loss, running_mean
-from lorapre_dist.training.schedule import lr_fraction, scheduler_factory
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.engines.schedule import lr_fraction, scheduler_factory
+from lorapre_dist.training.run.evaluation import Evaluation, sequence_losses
+from lorapre_dist.training.run.metrics import MetricsWriter, keep_until, read_rows
+from lorapre_dist.training.run.plots import plot_loss, running_mean
 
 
 def test_schedule_warms_up_and_decays_to_a_tenth():

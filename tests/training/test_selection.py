@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapre_dist import LoRAPre
-from lorapre_dist.training import selection
+from lorapre_dist.training.engines import selection
 from tests.launch.conftest import TINY_LLAMA
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.ds_json import batch_sizes, precision, read_deepspeed_config, zero_stage
-from lorapre_dist.training.presets import LR_GRID, RECIPES
-from lorapre_dist.training.settings import load_settings
+from lorapre_dist.config.ds_training import batch_sizes, precision, read_deepspeed_config, zero_stage
+from lorapre_dist.training.engines.presets import LR_GRID, RECIPES
+from lorapre_dist.training.run.settings import load_settings
 
 
 def test_defaults_follow_the_preset(make_settings):

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import reading
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import prepare_data
-from lorapre_dist.training.reading import Reader, ReadError
-from lorapre_dist.training.streaming import ShardStream, merge_states
+from lorapre_dist.training.data import reading
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.data.reading import Reader, ReadError
+from lorapre_dist.training.data.sequences import prepare_data
+from lorapre_dist.training.data.streaming import ShardStream, merge_states
 from tests.distributed.harness import run_ranks
 from tests.training import flaky
 from tests.training.conftest import hub_folder, source_of
@@ -143,7 +143,7 @@ def test_each_shard_is_read_by_one_rank(tmp_path):
 
 def test_more_shards_than_lanes_are_taken_in_turn(tmp_path, monkeypatch):
     count = numbered_shards(tmp_path, "jsonl.gz")
-    monkeypatch.setattr("lorapre_dist.training.streaming.MOST_LANES", 2)
+    monkeypatch.setattr("lorapre_dist.training.data.streaming.MOST_LANES", 2)
     batches = count // (SEQ_LEN * GLOBAL_BATCH)
     one, two = Team(str(tmp_path), 1, buffer=9), Team(str(tmp_path), 2, buffer=9)
     assert one.ranks[0].lane_count == 2
@@ -202,7 +202,7 @@ def outage(monkeypatch):
     flaky.register()
     monkeypatch.setattr(reading, "FIRST_PAUSE", 0.01)
     # Shorter than the pauses: the others are told to wait.
-    monkeypatch.setattr("lorapre_dist.training.streaming.PATIENCE", 0.002)
+    monkeypatch.setattr("lorapre_dist.training.data.streaming.PATIENCE", 0.002)
     yield flaky.Outage
     flaky.Outage.good = flaky.Outage.failures = 0
 

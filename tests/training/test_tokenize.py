@@ -18,11 +18,11 @@ import torch
 
 from lorapre_dist.cli import main
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import prepare_data
-from lorapre_dist.training.token_parts import token_type
-from lorapre_dist.training.tokenized import TokenFiles, TokenFolder
-from lorapre_dist.training.tokenizer import Encoder, load_tokenizer, train_bpe
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.data.sequences import prepare_data
+from lorapre_dist.training.data.token_parts import token_type
+from lorapre_dist.training.data.tokenized import TokenFiles, TokenFolder
+from lorapre_dist.training.data.tokenizer import Encoder, load_tokenizer, train_bpe
 from tests.launch.conftest import group_members
 from tests.training.conftest import documents, hub_folder
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapre_dist import ConfigError, LoRAPreConfig
-from lorapre_dist.checks import LARGEST, SMALLEST
-from lorapre_dist.checks import shown as in_words
+from lorapre_dist.config.checks import LARGEST, SMALLEST
+from lorapre_dist.config.checks import shown as in_words
 
 OPTIONS = [f.name for f in fields(LoRAPreConfig)]
 

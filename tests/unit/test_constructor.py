@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorapre_dist.checks import LARGEST, SMALLEST
+from lorapre_dist.config.checks import LARGEST, SMALLEST
 from lorapre_dist.optimizers import OPTIMIZERS
 
 VALUES: list[Any] = [

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from lorapre_dist import ConfigError, ds_config, ds_keys
-from lorapre_dist.deepspeed import check_config, initialize
+from lorapre_dist import ConfigError
+from lorapre_dist.config import ds_json
+from lorapre_dist.integrations.deepspeed import keys
+from lorapre_dist.integrations.deepspeed.bind import check_config, initialize
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -33,13 +35,13 @@ def test_files_are_read_as_deepspeed_reads_them(form, tmp_path):
 
     path = tmp_path / "ds.json"
     path.write_text(FORMS[form], encoding="utf-8")
-    assert ds_config.read(path) == CONFIG == DeepSpeedConfig(str(path))._param_dict
+    assert ds_json.read(path) == CONFIG == DeepSpeedConfig(str(path))._param_dict
     assert check_config(path) == check_config(CONFIG)
 
 
 def test_text_in_base64_is_read(tmp_path):
     encoded = base64.urlsafe_b64encode(TEXT.encode()).decode()
-    assert ds_config.read(encoded) == CONFIG
+    assert ds_json.read(encoded) == CONFIG
     assert check_config(encoded) == check_config(CONFIG)
 
 
@@ -176,8 +178,8 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_what_deepspeed_documents_is_taken(name):
     config = CONFIG | DOCUMENTED[name]
-    ds_config.check_values(config)
-    ds_keys.check(config)
+    ds_json.check_values(config)
+    keys.check(config)
     assert check_config(config) == check_config(CONFIG)
 
 
@@ -248,7 +250,7 @@ def test_the_old_switch_of_zero_is_stage_1():
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = CONFIG | {"zero_optimization": True}
-    assert ds_config.zero_stage(config) == 1 == DeepSpeedConfig(config).zero_optimization_stage
+    assert ds_json.zero_stage(config) == 1 == DeepSpeedConfig(config).zero_optimization_stage
     check_config(config)
 
 

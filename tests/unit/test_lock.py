@@ -14,7 +14,7 @@ import pytest
 
 from lorapre_dist.checkpoint import CheckpointError, folder, lock
 from lorapre_dist.checkpoint.folder import Manifest
-from lorapre_dist.training import interruption
+from lorapre_dist.training.run import interruption
 
 
 def held_by_another(directory: Path) -> int:

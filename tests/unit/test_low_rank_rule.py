@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from lorapre_dist.param_groups import is_low_rank, layer_kinds, low_rank_parameters
+from lorapre_dist.config.param_groups import is_low_rank, layer_kinds, low_rank_parameters
 
 # Tried in this order; the first that knows a config builds it.
 AUTOS = (

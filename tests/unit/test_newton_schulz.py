@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from lorapre_dist import LoRAPreMuonConfig, reference
-from lorapre_dist.core import linalg, orthogonal
+from lorapre_dist.core import linalg
 from lorapre_dist.core.comm import Comm
 from lorapre_dist.core.factors import Peers, allocate
 from lorapre_dist.core.guard import Size
 from lorapre_dist.core.interval import RowInterval
-from lorapre_dist.core.newton_schulz import NewtonSchulz
+from lorapre_dist.core.rules.muon import orthogonal
+from lorapre_dist.core.rules.muon.newton_schulz import NewtonSchulz
 from lorapre_dist.core.transfer import Rectangle, Transfer
 from lorapre_dist.layouts.ranges import equal_ranges
 

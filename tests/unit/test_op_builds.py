@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorapre_dist import op_builds
+from lorapre_dist.integrations.deepspeed import op_builds
 
 ROOT = Path(__file__).resolve().parents[2]
 # In place of the build: DeepSpeed's lock is taken, and then the process ends in one way or another. As in a program

@@ -47,11 +47,11 @@ def python(code: str, *argv: str) -> str:
 
 
 def test_command_lines_are_answered_before_anything_heavy_is_imported(tmp_path):
-    for module in ("training.app", "training.finetune.app", "launcher.app"):
+    for module in ("training.run.app", "training.finetune.app", "launcher.app"):
         (tmp_path / f"{module.replace('.', '_')}.py").write_text(START.format(module=f"lorapre_dist.{module}"))
     bad = tmp_path / "bad.json"
     bad.write_text('{"train_batch_size": 4, "optimizer": {"type": "LoRAPre", "params": {"lr": 0.01, "rnak": 4}}}')
-    pretrain, finetune, run = ("training_app", "training_finetune_app", "launcher_app")
+    pretrain, finetune, run = ("training_run_app", "training_finetune_app", "launcher_app")
     asked = {
         ("lorapre_dist", "--version"): (0, "lorapre "),
         ("lorapre_dist", "--help"): (0, "commands, each with an example"),
@@ -104,12 +104,12 @@ for name in CONFIGS:
     assert issubclass(cls, torch.optim.Optimizer) and cls.config_class is CONFIGS[name]
 from torch.optim import LoRAPreMuon
 assert not hasattr(torch.optim, "LoRAPer") and torch.optim.AdamW
-assert DeepSpeedEngine._configure_distributed_model.__module__ == "lorapre_dist.registration"
-assert OpBuilder.jit_load.__globals__["__name__"] == "lorapre_dist.op_builds"
+assert DeepSpeedEngine._configure_distributed_model.__module__ == "lorapre_dist.integrations.deepspeed.register"
+assert OpBuilder.jit_load.__globals__["__name__"] == "lorapre_dist.integrations.deepspeed.op_builds"
 called = []
 DeepSpeedEngine.__init__ = lambda self: None
-import lorapre_dist.deepspeed
-lorapre_dist.deepspeed.register()
+from lorapre_dist.integrations.deepspeed import bind
+bind.register()
 try:
     DeepSpeedEngine()._configure_distributed_model(None)
 except AttributeError as error:  # it gets as far as what ranks compare

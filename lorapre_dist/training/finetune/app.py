@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training import program, ranks
 from lorapre_dist.training.finetune.settings import FinetuneSettings, load_settings
+from lorapre_dist.training.run import program, ranks
 
 if TYPE_CHECKING:
     from lorapre_dist.training.finetune.data import FinetuneData
@@ -21,13 +21,13 @@ MODEL_FOLDER = "model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code is that of :func:`lorapre_dist.training.program.run`."""
+    """Run the program; the exit code is that of :func:`lorapre_dist.training.run.program.run`."""
     return program.run(argv, load_settings, _set_up, _finish)
 
 
 def _set_up(settings: FinetuneSettings) -> Finetuner:
-    from lorapre_dist.training import engines
-    from lorapre_dist.training.batches import BatchPlan
+    from lorapre_dist.training.data.batches import BatchPlan
+    from lorapre_dist.training.engines import engines
     from lorapre_dist.training.finetune import models
     from lorapre_dist.training.finetune.data import prepare_data
     from lorapre_dist.training.finetune.loop import Finetuner
@@ -77,7 +77,7 @@ def _what(data: FinetuneData) -> str:
 
 def _finish(trainer: Finetuner) -> None:
     """Write the model folder and say what came out."""
-    from lorapre_dist.training.engines import summary
+    from lorapre_dist.training.engines.engines import summary
     from lorapre_dist.training.finetune.models import save_model
 
     settings, folder = trainer.settings, Path(trainer.settings.output_dir) / MODEL_FOLDER

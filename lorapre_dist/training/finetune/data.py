@@ -17,15 +17,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.batches import BatchPlan
-from lorapre_dist.training.data import TrainingData
-from lorapre_dist.training.documents import PULL_ROWS, open_rows
-from lorapre_dist.training.files import build_once
+from lorapre_dist.training.data.batches import BatchPlan
+from lorapre_dist.training.data.cache_files import build_once
+from lorapre_dist.training.data.documents import PULL_ROWS, open_rows
+from lorapre_dist.training.data.reading import Reader, private
+from lorapre_dist.training.data.sequences import TrainingData
+from lorapre_dist.training.data.tokenizer import fingerprint, load_tokenizer
 from lorapre_dist.training.finetune import answers
 from lorapre_dist.training.finetune.examples import Examples, ExampleStream, write_examples
 from lorapre_dist.training.finetune.settings import FinetuneSettings, score_name
-from lorapre_dist.training.reading import Reader, private
-from lorapre_dist.training.tokenizer import fingerprint, load_tokenizer
 
 # Question and text to learn, by data set: MetaMathQA, GSM8K, MATH.
 TRAINING_COLUMNS = (("query", "response"), ("question", "answer"), ("problem", "solution"))

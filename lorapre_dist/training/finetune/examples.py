@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.batches import BatchPlan
+from lorapre_dist.training.data.batches import BatchPlan
 
 # A label that no loss counts, as in torch and transformers.
 IGNORED = -100

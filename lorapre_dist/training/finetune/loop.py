@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from lorapre_dist.training import ranks
-from lorapre_dist.training.ds_json import zero_stage
+from lorapre_dist.config.ds_training import zero_stage
 from lorapre_dist.training.finetune.data import FinetuneData
 from lorapre_dist.training.finetune.examples import IGNORED, ExampleBatch
 from lorapre_dist.training.finetune.scoring import score
 from lorapre_dist.training.finetune.settings import FinetuneSettings
-from lorapre_dist.training.loop import Trainer
+from lorapre_dist.training.run import ranks
+from lorapre_dist.training.run.loop import Trainer
 
 
 @dataclass

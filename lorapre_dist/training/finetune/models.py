@@ -15,12 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
-from lorapre_dist.param_groups import matches
-from lorapre_dist.training import pretrained, ranks
-from lorapre_dist.training.ds_json import precision, zero_stage
+from lorapre_dist.config.ds_training import precision, zero_stage
+from lorapre_dist.config.param_groups import matches
+from lorapre_dist.training.engines import pretrained
+from lorapre_dist.training.engines.models import DTYPES
+from lorapre_dist.training.engines.pretrained import tied_names
 from lorapre_dist.training.finetune.settings import FinetuneSettings
-from lorapre_dist.training.models import DTYPES
-from lorapre_dist.training.pretrained import tied_names
+from lorapre_dist.training.run import ranks
 
 
 def model_config(settings: FinetuneSettings) -> PretrainedConfig:

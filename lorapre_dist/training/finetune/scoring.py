@@ -13,9 +13,9 @@ import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lorapre_dist.checkpoint.folder import write_atomically
-from lorapre_dist.training import ranks
 from lorapre_dist.training.finetune import answers
 from lorapre_dist.training.finetune.data import Problem
+from lorapre_dist.training.run import ranks
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.arguments import Parser, naming_paths
 from lorapre_dist.config import ConfigError
-from lorapre_dist.training.ds_json import batch_sizes, override_lr, read_deepspeed_config, zero_stage
-from lorapre_dist.training.settings import (
+from lorapre_dist.config.arguments import Parser, naming_paths
+from lorapre_dist.config.ds_training import batch_sizes, override_lr, read_deepspeed_config, zero_stage
+from lorapre_dist.training.run.settings import (
     Help,
     RunSettings,
     add_output_options,

@@ -1,0 +1,1 @@
+"""What one optimizer does within a step: its rule."""

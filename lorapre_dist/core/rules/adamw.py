@@ -1,0 +1,79 @@
+"""AdamW on flat pieces, for the parameters that are not low-rank. Elementwise, so no layout matters to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..guard import ADAMW_LARGEST, Counted, Go
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Settings of one parameter group at one step, as in ``torch.optim.AdamW``."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+@dataclass
+class Vector(Counted):
+    """State of one parameter's local piece: ``exp_avg`` and ``exp_avg_sq``, both 1-D of the piece's length."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    taken: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State by ``torch.optim.AdamW``'s names."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
+    """State of a piece before its first step: zeros."""
+    zeros = torch.zeros(numel, device=device, dtype=dtype)
+    return Vector(zeros, zeros.clone(), torch.zeros((), device=device, dtype=torch.float64))
+
+
+def bias(decay: float, taken: Tensor, go: Go, dtype: torch.dtype) -> Any:
+    """``1 - decay^t``, of a first step where none has been taken: a number where the host knows it."""
+    if go.sure and taken.device.type == "cpu":
+        least, most = (float(taken.min()), float(taken.max())) if taken.ndim else (float(taken),) * 2
+        if least == most:
+            return -math.expm1(max(1.0, most) * math.log(decay)) if decay else 1.0
+    return (1 - torch.pow(decay, taken.clamp_min(1))).to(dtype)
+
+
+def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int, go: Go) -> None:
+    """One AdamW step of one piece, in place (decoupled weight decay, eps outside the root, as in PyTorch).
+
+    It goes part by part, so that its temporaries are of ``block_bytes`` and not of the piece's size.
+    """
+    vector.taken.add_(go.value)
+    beta1, beta2 = hyper.betas
+    dtype = vector.exp_avg.dtype
+    fresh, fresh_sq = go.of(1 - beta1, dtype), go.of(1 - beta2, dtype)
+    decay = go.keep(1 - hyper.lr * hyper.weight_decay, dtype)
+    bias1, bias2 = (bias(beta, vector.taken, go, dtype) for beta in hyper.betas)
+    # theta -= lr / bias1 * exp_avg / denom, as one quotient: by infinity where no step is taken.
+    slow = bias1 / torch.as_tensor(go.of(hyper.lr, dtype), dtype=dtype, device=go.value.device)
+    size = max(1, block_bytes // vector.exp_avg.element_size())
+    for at in range(0, theta.numel(), size):
+        part = slice(at, at + size)
+        exp_avg, exp_avg_sq = vector.exp_avg[part], vector.exp_avg_sq[part]
+        g, wide = grad[part].to(dtype), theta[part].to(dtype)
+        g = g.clamp(-ADAMW_LARGEST, ADAMW_LARGEST)
+        if not go.sure:
+            g = g.nan_to_num_(0.0)
+        exp_avg.lerp_(g, fresh)
+        exp_avg_sq.lerp_(g.square_(), fresh_sq)
+        denom = (exp_avg_sq / bias2).sqrt_().add_(max(hyper.eps, torch.finfo(dtype).tiny)).mul_(slow)
+        wide.mul_(decay).addcdiv_(exp_avg, denom, value=-1)
+        if theta.dtype != dtype:
+            theta[part].copy_(wide)

@@ -1,0 +1,1 @@
+"""Orthogonalisation of matrices that lie in pieces."""

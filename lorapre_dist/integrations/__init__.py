@@ -1,0 +1,1 @@
+"""Libraries that LoRAPre is used from."""

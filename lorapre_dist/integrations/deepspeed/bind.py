@@ -1,0 +1,252 @@
+"""DeepSpeed: register our optimizers for the JSON's ``optimizer.type``, refuse what they cannot do, bind the layout.
+
+DeepSpeed resolves an unknown optimizer name with ``getattr(torch.optim, name)`` and hands it bare parameters. Names
+and layout are known to the engine alone, so ``DeepSpeedEngine._configure_optimizer`` is wrapped: once DeepSpeed has
+built its own optimizer around ours, ours is told which piece of which parameter lies where. Both ``initialize`` doors
+pass through there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed as ds
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ...config import ConfigError, LowRankConfig, ds_json
+from ...config.checks import shown
+from ...config.param_groups import clean_name, shape_of
+from ...layouts import whole, zero3, zero12
+from ...layouts.base import Layout
+from ...optimizers import OPTIMIZERS, LowRankOptimizer, agreement
+from ...optimizers.awaiting import building_under_engine
+from . import checkpoint as checkpoints
+from . import fixes, keys
+
+
+def _above(limit: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and value > limit
+
+
+# Where in the JSON, when it is refused, and why.
+_UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
+    ("zero_optimization.offload_optimizer.device", "nvme", "its swapper moves AdamW's tensors only; use 'cpu'"),
+    ("zero_optimization.offload_optimizer.super_offload", True, "it brings its own Adam; use plain 'cpu' offload"),
+    ("zero_optimization.offload_optimizer.ratio", lambda v: v != 1.0, "it brings a second Adam; leave it at 1.0"),
+    ("zero_optimization.zenflow", lambda v: v is not None, "it replaces the optimizer's step"),
+    ("zero_optimization.elastic_checkpoint", True, "it cuts state tensors to the length of the flat weights"),
+    ("zero_optimization.mics_shard_size", _above(0), "parameters are then split over sub-groups of ranks"),
+    ("zero_optimization.zero_hpz_partition_size", _above(1), "secondary partitions are not understood"),
+    ("fp16.fp16_master_weights_and_grads", True, "the master weights must be fp32"),
+    ("bf16.bf16_master_weights_and_grads", True, "the master weights must be fp32"),
+    ("bf16.bf16_optimizer_states", True, "the factors are fp32"),
+    ("tensor_parallel.autotp_size", _above(1), "DeepSpeed's tensor parallelism splits matrices again"),
+    ("torch_autocast.enabled", True, "its gradient scaler steps the optimizer behind DeepSpeed; use bf16 or fp16"),
+    ("sparse_gradients", True, "LoRAPre needs dense gradients"),
+    ("checkpoint.load_universal", True, "universal checkpoints carry AdamW's state only"),
+    ("pipeline.stages", _above(1), "pipeline parallelism is not supported"),
+)
+
+# Where in the JSON, what all ranks must have alike; what names folders and hosts may differ.
+_AGREED = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("zero_optimization.stage", "zero_optimization.sub_group_size", "zero_optimization.offload_optimizer.device"),
+    *("zero_optimization.round_robin_gradients", "bf16", "fp16", "scheduler", "prescale_gradients"),
+)
+
+
+def register() -> None:
+    """Make the values of ``"type"`` known to DeepSpeed and to ZeRO; idempotent. See :mod:`.register` for when."""
+    for name, cls in OPTIMIZERS.items():
+        setattr(torch.optim, name, cls)
+        if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
+    if not hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__"):
+        DeepSpeedEngine._configure_distributed_model = _agreeing(DeepSpeedEngine._configure_distributed_model)
+        DeepSpeedEngine._configure_optimizer = _binding(DeepSpeedEngine._configure_optimizer)
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize``: same arguments and result, after checking the configuration.
+
+    Raises:
+        ConfigError: an unknown or bad key or option, an unsupported DeepSpeed feature, or nothing is low-rank.
+    """
+    given = inspect.signature(ds.initialize).bind_partial(*args, **kwargs).arguments
+    config = given.get("config") or given.get("config_params") or getattr(given.get("args"), "deepspeed_config", None)
+    if config is not None:
+        check_config(config)
+    return ds.initialize(*args, **kwargs)
+
+
+def check_config(config: Mapping[str, Any] | str | Path) -> LowRankConfig | None:
+    """Check a DeepSpeed configuration before anything is built from it.
+
+    Args:
+        config: the mapping, the path of a file, or text in base64: what DeepSpeed takes.
+
+    Returns:
+        The optimizer's settings, or None if the configuration names another optimizer, or none.
+
+    Raises:
+        ConfigError: an unreadable file, a key or value that DeepSpeed ignores or refuses, an unknown or bad optimizer
+            option, a DeepSpeed feature that our optimizers do not support.
+    """
+    if not isinstance(config, Mapping):
+        with ds_json.naming(f"DeepSpeed configuration {str(config)!r}"):
+            return check_config(ds_json.read(config))
+    ds_json.check_values(config)
+    optimizer = config.get("optimizer") or {}
+    kind = optimizer.get("type", "")
+    if kind not in OPTIMIZERS and _meant(kind):
+        raise ConfigError(f"optimizer.type={kind!r}: did you mean {_meant(kind)!r}?")
+    if kind in OPTIMIZERS:
+        _check_features(config, kind)
+    keys.check(config)
+    return OPTIMIZERS[kind].config_class.from_params(optimizer.get("params") or {}) if kind in OPTIMIZERS else None
+
+
+def _meant(kind: Any) -> str | None:
+    """The name of one of our optimizers that differs in case and dashes alone."""
+    plain = str(kind).lower().replace("-", "").replace("_", "")
+    return next((name for name in OPTIMIZERS if name.lower() == plain), None)
+
+
+def _check_features(config: Mapping[str, Any], kind: str) -> None:
+    for path, refused, why in _UNSUPPORTED:
+        value = _lookup(config, path)
+        if value is not None and (refused(value) if callable(refused) else value == refused):
+            raise ConfigError(f"{path}={value!r} is not supported with {kind}: {why}")
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer inside DeepSpeed's own: one of ours, or whatever the configuration named."""
+    return engine.basic_optimizer
+
+
+def engine_layout(engine: Any) -> Layout:
+    """Where the parameters of a DeepSpeed engine lie.
+
+    Raises:
+        ConfigError: DeepSpeed wrapped the optimizer in a way that is not understood.
+    """
+    names = {p: clean_name(name) for p, name in engine.param_names.items()}
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        groups = [[p for p in g["params"] if p.requires_grad] for g in wrapper.param_groups]
+        return whole.layout([(names[p], p, i) for i, group in enumerate(groups) for p in group], "ZeRO-0")
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        return zero3.layout(wrapper, names)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer):
+        return zero12.layout(wrapper, names)
+    if isinstance(wrapper, BF16_Optimizer):
+        return zero12.bf16_layout(wrapper, names)
+    if isinstance(wrapper, FP16_UnfusedOptimizer):
+        pairs = [
+            zip(low, high, strict=True) for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        ]
+        named = [(names[low], high, i) for i, group in enumerate(pairs) for low, high in group]
+        return whole.layout(named, "ZeRO-0 (fp32 master)")
+    raise ConfigError(f"LoRAPre does not know DeepSpeed's {type(wrapper).__name__}; use ZeRO stage 0, 1, 2 or 3")
+
+
+def _agreeing(configure: Any) -> Any:
+    """``DeepSpeedEngine._configure_distributed_model``, which sends weights around, where the ranks agree on them."""
+
+    @functools.wraps(configure)
+    def agree_and_configure(engine: Any, model: Any) -> Any:
+        if engine.optimizer_name() in OPTIMIZERS and engine.mpu is None and not engine.pipeline_parallelism:
+            agreement.require(_engine_facts(engine, model))
+        return configure(engine, model)
+
+    return agree_and_configure
+
+
+def _engine_facts(engine: Any, model: Any) -> agreement.Facts:
+    """What has to be the same on all ranks of an engine: settings that change the step, and the model."""
+    facts = agreement.of_program(engine.optimizer_name())
+    facts["the version of deepspeed"] = ds.__version__
+    given = engine._config._param_dict
+    facts |= {path: shown(_lookup(given, path)) for path in _AGREED}
+    facts["optimizer.params"] = shown(sorted((engine.optimizer_params() or {}).items()))
+    if isinstance(engine.client_optimizer, LowRankOptimizer):
+        facts |= agreement.of_settings(engine.client_optimizer)
+    return facts | agreement.of_parameters([(clean_name(name), p, None) for name, p in model.named_parameters()])
+
+
+def _group_facts(engine: Any, optimizer: LowRankOptimizer | None, given: list[Any]) -> agreement.Facts:
+    """The parameter groups of an optimizer that was handed over, or of ``model_parameters``."""
+    groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+    groups = groups if optimizer is None else optimizer.param_groups
+    facts = {"the number of parameter groups": str(len(groups))}
+    options = OPTIMIZERS[engine.optimizer_name()]._options()
+    for i, group in enumerate(groups):
+        facts |= {f"{key} of parameter group {i}": shown(group[key]) for key in sorted(options & group.keys())}
+        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        facts[f"the parameters of group {i}"] = str([engine.param_names.get(p) for p in tensors])
+    return facts
+
+
+def _binding(configure: Any) -> Any:
+    """``DeepSpeedEngine._configure_optimizer`` that binds our optimizer to the engine's layout."""
+
+    @functools.wraps(configure)
+    def configure_and_bind(engine: Any, client_optimizer: Any, model_parameters: Any) -> Any:
+        config = engine._config._param_dict
+        if isinstance(client_optimizer, LowRankOptimizer):
+            ds_json.check_values(config)
+            _check_features(config, client_optimizer.config.optimizer)
+            keys.check(config)
+            client_optimizer.awaiting_layout = True
+        elif client_optimizer is None and _meant((config.get("optimizer") or {}).get("type")):
+            check_config(config)
+        if engine.optimizer_name() in OPTIMIZERS:
+            agreement.require(_group_facts(engine, client_optimizer, model_parameters))
+        with building_under_engine():
+            result = configure(engine, client_optimizer, model_parameters)
+        optimizer = engine.basic_optimizer
+        if isinstance(optimizer, LowRankOptimizer):
+            trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
+            if engine.optimizer_name() not in OPTIMIZERS:  # the caller's function has built it
+                agreement.require(agreement.of_settings(optimizer))
+            optimizer.learn_types(engine.module)
+            optimizer.check_matches([(n, shape_of(p)) for p, n in trainable.items()])
+            optimizer.bind(engine_layout(engine))
+            _mend(engine, trainable)
+            checkpoints.install(engine)
+        return result
+
+    return configure_and_bind
+
+
+def _mend(engine: Any, names: dict[Any, str]) -> None:
+    wrapper, optimizer = engine.optimizer, engine.basic_optimizer
+    if wrapper is not optimizer:
+        optimizer.layout.checks_gradients = True
+        searching = engine.fp16_enabled() and bool(engine.dynamic_loss_scale())
+        fixes.skip_non_finite(wrapper, optimizer, names, searching)
+    if isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
+        fixes.forget_gradients(wrapper)
+    if isinstance(wrapper, FP16_UnfusedOptimizer) and engine.fp16_enabled():
+        fixes.scale_loss(engine)
+    if engine.fp16_enabled() and engine.dynamic_loss_scale():
+        fixes.grow_loss_scale_after_step(wrapper)
+
+
+def _lookup(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value

@@ -1,0 +1,602 @@
+"""The optimizer that users see: validate, learn where the parameters lie, orchestrate."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import warnings
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import ConfigError, LowRankConfig, param_groups
+from ..config.checks import boolean, shown
+from ..core import batching, gauge
+from ..core.comm import Comm
+from ..core.exchange import Item
+from ..core.factors import Matrix, allocate
+from ..core.guard import Go, Skips, bounds, taken_for_granted
+from ..core.interval import RowInterval
+from ..core.rules import adamw
+from ..core.step import Rule, step
+from ..core.workspace import Workspace
+from ..layouts import detect
+from ..layouts.base import Layout, Piece, Unit, local, local_gradient
+from ..layouts.matrices import arrange
+from ..state.full import all_ranks, full_state, load_full_state
+from ..state.report import MemoryReport
+from ..state.state_dict import StatefulOptimizer, state_dtype
+from . import advise, agreement, awaiting
+from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
+
+# ``from . import`` would give the function that the package has by the same name.
+
+
+@dataclass
+class Bound:
+    """A piece of a parameter, and the state that this rank keeps for it."""
+
+    piece: Piece
+    state: Matrix | adamw.Vector
+
+
+@dataclass
+class Stepped:
+    """A piece in a step: with it its elements of the stepped tensor and the gradient (1-D), and a bound on the latter.
+
+    ``home`` is set if ``theta`` is a part of a copy: what that was copied from, and the copy.
+    """
+
+    bound: Bound
+    theta: Tensor
+    grad: Tensor
+    home: tuple[Tensor, Tensor] | None
+    largest: Tensor = field(init=False)
+
+
+class NonFiniteError(RuntimeError):
+    """Gradients were not finite in ``max_skipped`` steps in a row."""
+
+
+class LowRankOptimizer(StatefulOptimizer):
+    """What all our optimizers share: where the parameters lie, whose state this rank keeps, saving and loading it.
+
+    ``params`` is the model (a ``torch.nn.Module``), ``model.named_parameters()``, or groups of such pairs; a group may
+    override any option, and one with ``"rank": 0`` takes AdamW. Bare tensors have no names to select by: then every 2-D
+    tensor whose sides exceed ``rank`` is low-rank, which is warned of. Under DeepSpeed the engine supplies names and
+    layout.
+
+    Where the parameters lie (FSDP2, FSDP1, tensor parallel, DDP, one device) is found out at the first step.
+    ``shard_state`` deals the state out among the ranks of DDP; with False each of them keeps all of it.
+
+    A subclass names its settings' class, and says by which rule a group's matrices are stepped.
+
+    Raises:
+        ConfigError: a bad option, duplicate names, or no parameter that is low-rank.
+    """
+
+    config_class: ClassVar[type[LowRankConfig]]
+    workspace_limits: ClassVar[Workspace] = Workspace()
+    #: On a CPU too, let the device decide whether a step is taken; for tests.
+    _decides_on_device: ClassVar[bool] = False
+    #: Parameters that are no projections by the types of their layers, see :meth:`learn_types`.
+    _other_layers: frozenset[str] = frozenset()
+
+    def __init__(self, params: nn.Module | Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
+        boolean("shard_state", shard_state)
+        if not isinstance(params, (Iterable, torch.nn.Module)):  # which torch refuses in words
+            raise TypeError(f"params={shown(params)}: must be model.named_parameters(), tensors, or groups of them")
+        lr = options.get("lr", self.config_class.lr)
+        self.config = self.config_class.from_params({**options, "lr": number(lr)})
+        self.comm = Comm()
+        self.workspace = replace(self.workspace_limits)
+        self.shard_state = shard_state
+        self.layout: Layout | None = None
+        self.skips = Skips()
+        #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
+        self.awaiting_layout = awaiting.engine_is_building()
+        self._bound: dict[int, list[Bound]] = {}
+        given = params.named_parameters() if isinstance(params, nn.Module) else params
+        super().__init__(given, {**self.config.as_defaults(), "lr": lr})
+        if isinstance(params, nn.Module):
+            self.learn_types(params)
+        detect.check(self.param_groups)
+        # FSDP1 shows parameters as 1-D views; their shapes are found with the layout.
+        if not self.awaiting_layout and not any(getattr(p, "_fsdp_flattened", False) for _, p, _ in self._named()):
+            named = [(n, p, i) for n, p, i in self._named() if p.requires_grad]
+            self.check_matches([(n, param_groups.shape_of(p)) for n, p, _ in named], [i for _, _, i in named])
+        advise.of_small_steps(self.config)
+
+    def learn_types(self, model: nn.Module) -> None:
+        """Let the types of a model's layers say what their names do not: which ones are no projections.
+
+        For optimizers that are built of groups: with the model itself, and under DeepSpeed, it is done already.
+
+        Raises:
+            ConfigError: steps have been taken.
+        """
+        if self._stepped():
+            raise ConfigError("learn_types: must come before the first step")
+        self._other_layers = frozenset(param_groups.layer_kinds(model))
+        self.layout, self._bound = None, {}
+
+    def low_rank_names(self, model: nn.Module) -> set[str]:
+        """Names of the trainable parameters of ``model`` that are low-rank by the settings of one of the groups."""
+        configs = [self.group_config(group) for group in self.param_groups]
+        named = [
+            (param_groups.clean_name(n), param_groups.shape_of(p))
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        ]
+        return {n for n, shape in named if any(self._is_low_rank(n, shape, config) for config in configs)}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults.
+
+        Raises:
+            ConfigError: a bad or mistyped option, a parameter that is there already, or a group that comes after
+                DeepSpeed's engine was built; the group is not added then.
+        """
+        if self.layout is not None and not self.layout.native:
+            raise ConfigError(
+                "a parameter group cannot be added once DeepSpeed's engine is built, which steps buffers that it made "
+                "of the groups there were: give all groups to deepspeed.initialize(model_parameters=...)"
+            )
+        check_given(param_group)
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ConfigError:
+            del self.param_groups[-1]
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        config, name = self.group_config(group), self.config.optimizer
+        for key in group.keys() - self._options():  # others may keep things of their own in a group
+            meant = difflib.get_close_matches(str(key).lower(), self._options(), n=1, cutoff=0.8)
+            if meant:
+                raise ConfigError(f"unknown {name} option {key!r} in a parameter group; did you mean {meant[0]!r}?")
+        check_tensors(group, name)
+        if not self.awaiting_layout:
+            if config.target_modules is not None and "param_names" not in group:
+                raise ConfigError(
+                    f"target_modules={config.target_modules!r}: selects by name, but the parameters have no names; "
+                    "pass model.named_parameters()"
+                )
+            refuse_duplicates([name for name, _, _ in self._named()])
+        if len({id(p) for p in group["params"]}) < len(group["params"]):
+            raise ConfigError("a parameter appears twice in one of the optimizer's groups")
+
+    def __getstate__(self) -> dict[str, Any]:  # the base class keeps its own fields only, ``state`` among them
+        own = {name: getattr(self, name) for name in _OWN}
+        empty = replace(self.workspace)  # the limits without the buffers
+        base = {"defaults": self.defaults, "param_groups": self.param_groups}
+        return {**base, **own, "workspace": empty, "_bound": list(self._bound.values())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        bound = state["_bound"]
+        super().__setstate__({name: value for name, value in state.items() if name != "_bound"})
+        units = self.layout.units if self.layout else []
+        self._bound = {id(unit.tensor): b for unit, b in zip(units, bound, strict=True)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
+        """A copy with parameters and state of its own, which belongs to the same process groups."""
+        for group in self.layout.groups() if self.layout is not None else ():
+            memo[id(group)] = group
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+    # layout -----------------------------------------------------------------------------------------------------
+
+    def bind(self, layout: Layout) -> None:
+        """Take ``layout`` for where the parameters lie, and allocate the state of this rank.
+
+        Raises:
+            ConfigError: a name appears twice, or steps have been taken already.
+        """
+        if self._stepped():
+            raise ConfigError(f"cannot change the layout of a {self.config.optimizer} optimizer after its first step")
+        self._bound, self.layout, self.awaiting_layout = {}, layout, False
+        arrange(layout, self._in_group)
+        for unit in layout.units:
+            self._bind_unit(unit)
+        refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
+        self._settle(layout.units, fresh=True)
+
+    def _settle(self, units: Iterable[Unit], fresh: bool = False) -> None:
+        """Bring the factors of some units, new ones or (unless they are there already) loaded ones, into the gauge."""
+        for unit in units:
+            config = self.group_config(self.param_groups[unit.group])
+            matrices = [b.state for b in self._bound[id(unit.tensor)] if isinstance(b.state, Matrix)]
+            # A plan has no elements, or peers without a group.
+            ready = [m for m in matrices if not m.taken.is_meta and (m.peers is None or m.peers.group is not None)]
+            if config.variant == "stable" and ready:
+                gauge.settle(ready, config.resolved_damping, Comm(), fresh)  # no part of a step
+
+    def settle(self) -> None:
+        """After factors were loaded: bring those that are not in the optimizer's gauge into it; a collective."""
+        assert self.layout is not None
+        self._settle(self.layout.units)
+
+    def _stepped(self) -> bool:
+        return any(b.state.step for bound in self._bound.values() for b in bound)
+
+    def _bind_unit(self, unit: Unit) -> None:
+        config = self.group_config(self.param_groups[unit.group])
+        device = local(unit.tensor).device
+        dtype = state_dtype(unit.tensor)
+        bound = []
+        for piece in [piece for piece in unit.pieces if piece.owned]:
+            state: Matrix | adamw.Vector
+            if self._is_low_rank(piece.name, piece.shape, config):
+                if not piece.numel and piece.peers is None:  # as in FSDP1, which shows it on every rank
+                    continue
+                shape = piece.shape[0], piece.shape[1]
+                interval = RowInterval(piece.name, shape, piece.start, piece.stop, piece.columns)
+                state = allocate(
+                    interval,
+                    piece.peers,
+                    ranks=config.ranks,
+                    vectors=config.vectors,
+                    optimizer=config.optimizer,
+                    variant=config.variant,
+                    init_std=config.init_std,
+                    seed=config.seed,
+                    device=device,
+                    dtype=dtype,
+                    before=piece.before,
+                )
+            else:
+                state = adamw.allocate(piece.numel, device, dtype)
+            bound.append(Bound(piece, state))
+        self._bound[id(unit.tensor)] = bound
+
+    def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> bool:
+        targets: Any = ".*" if name.startswith(_UNNAMED) else config.target_modules
+        if targets is None and param_groups.parameter_name(name) in self._other_layers:
+            return False
+        return param_groups.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
+
+    def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
+        return self._is_low_rank(name, shape, self.group_config(self.param_groups[group]))
+
+    def _named(self) -> list[tuple[str, Tensor, int]]:
+        """The parameters as given to the constructor: (name, tensor, index of its group)."""
+        found = []
+        for index, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"{_UNNAMED}{index}.{k}" for k in range(len(group["params"]))]
+            found += [(param_groups.clean_name(n), p, index) for n, p in zip(names, group["params"], strict=True)]
+        return found
+
+    def check_matches(self, named_shapes: list[tuple[str, tuple[int, ...]]], groups: list[int] | None = None) -> None:
+        """Raise a ConfigError unless one of these parameters is low-rank by its group's settings.
+
+        Args:
+            named_shapes: name and shape of every trainable parameter.
+            groups: index of the group of each; None if that is not known: any group's settings count then.
+        """
+        configs = [self.group_config(group) for group in self.param_groups]
+        if not any(config.rank for config in configs):
+            raise ConfigError("rank=0: every parameter group has it, so that none is low-rank; use torch.optim.AdamW")
+        of_group = [configs if groups is None else [configs[i]] for i in groups or range(len(named_shapes))]
+        pairs = [(n, s, c) for (n, s), some in zip(named_shapes, of_group, strict=True) for c in some if c.rank]
+        if not any(self._is_low_rank(*pair) for pair in pairs):
+            unnamed = any(n.startswith(_UNNAMED) for n, _, _ in pairs)
+            raise ConfigError(param_groups.explain_no_match_of(pairs, self.config, unnamed))
+
+    def _ensure_bound(self) -> None:
+        """Find the layout, on first use, unless one was bound; parameters that come later are bound as well."""
+        if self.awaiting_layout:
+            raise ConfigError(
+                f"this {self.config.optimizer} optimizer waits for DeepSpeed's engine to tell where its parameters lie"
+            )
+        if self.layout is not None and self.layout.replaced(self.param_groups) and not self._stepped():
+            self.layout = None  # Accelerate looks at the state first, and then puts FSDP2's shards in
+        if self.layout is None:
+            found = self._find(lambda _, p: may_step(p))
+            shapes = {piece.name: (piece.shape, unit.group) for unit in found.units for piece in unit.pieces}
+            self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
+            self.bind(found)
+            self._advise_names()
+        elif self.layout.native and not self.layout.replaced(self.param_groups):
+            tensors = (p for group in self.param_groups for p in group["params"])
+            if any(id(p) not in self._bound and may_step(p) for p in tensors):
+                self._extend(self._find(lambda _, p: may_step(p)))
+
+    def bind_saved(self, names: Container[str]) -> None:
+        """Keep state for the parameters of these names, which have some saved, also where they are frozen here.
+
+        What is trained and has none comes behind them, so that they lie as they did; a collective.
+        """
+        self._ensure_bound()
+        assert self.layout is not None
+        ours = {name: id(p) in self._bound for name, p, _ in self._named()}
+        if not self.layout.native or all(bound == (name in names) for name, bound in ours.items()):
+            return
+        if not self._stepped() and any(name in names for name in ours):
+            self.layout = None
+            self.bind(self._find(lambda name, _: name in names))
+        else:
+            self._extend(self._find(lambda name, _: name in names))
+        self._ensure_bound()
+
+    def _find(self, wanted: Callable[[str, Tensor], bool]) -> Layout:
+        """The layout of those wanted (by name and tensor) that are not bound yet; a collective.
+
+        Raises:
+            ConfigError: the ranks do not agree on what they have built.
+        """
+        place = detect.find(self._named())
+        if not place.alone:
+            agreement.require(agreement.of_optimizer(self, place.shapes), place.group, place.shares)
+        bound = self._bound if self.layout is not None else {}
+        named = [(n, p, i) for n, p, i in self._named() if wanted(n, p) and id(p) not in bound]
+        found = detect.layout(place, named, self.shard_state, self._in_group)
+        found.native = True
+        return found
+
+    def _extend(self, added: Layout) -> None:
+        """Bind more parameters: such as came with a group, or were frozen when the layout was bound."""
+        assert self.layout is not None
+        added.numbered = self.layout.numbered
+        arrange(added, self._in_group)
+        self.layout.extend(added)
+        for unit in added.units:
+            self._bind_unit(unit)
+        self._settle(added.units, fresh=True)
+
+    def _advise_names(self) -> None:
+        """Warn if matrices are low-rank for want of a name. Who gave a group ``"rank": 0`` has chosen."""
+        shapes = {n.removeprefix(_UNNAMED): p.shape for n, p, _ in self._named() if n.startswith(_UNNAMED)}
+        low_rank = {b.piece.name for b in self.bound() if isinstance(b.state, Matrix)}
+        taken = {f"parameter {n}": s for n, s in shapes.items() if f"{_UNNAMED}{n}" in low_rank}
+        if taken and all(group["rank"] for group in self.param_groups):
+            advise.of_missing_names(self.config.optimizer, taken)
+
+    # settings ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _options(cls) -> set[str]:
+        return {f.name for f in fields(cls.config_class)}
+
+    @classmethod
+    def group_config(cls, group: dict[str, Any]) -> Any:
+        """The settings of a parameter group, validated: a ``config_class``."""
+        given = {name: number(group[name]) if name == "lr" else group[name] for name in cls._options()}
+        return cls.config_class(**given)
+
+    @staticmethod
+    def rule(config: Any) -> Rule:
+        """How a group's matrices are stepped, from its settings."""
+        raise NotImplementedError
+
+    @staticmethod
+    def vector_hyper(config: Any, group: dict[str, Any]) -> adamw.Hyper:
+        """The numbers that AdamW needs for the group's other parameters."""
+        raise NotImplementedError
+
+    # step -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter in ``param_groups`` that has a gradient. Collective under sharded layouts."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.awaiting_layout:  # DeepSpeed's unfused fp16 optimizer steps once, with zero gradients, when it is built
+            return loss
+        self._ensure_bound()
+        assert self.layout is not None
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        pieces = {id(p): self._pieces(p) for p in tensors if p.grad is not None}
+        go, elsewhere = self._look([piece for some in pieces.values() for piece in some])
+        if go is None:
+            return loss
+        pieces |= {id(p): self._pieces(p) for p in elsewhere}
+        for group in self.param_groups:
+            config = self.group_config(group)
+            stepped = [piece for p in group["params"] for piece in pieces.get(id(p), ())]
+            self._step_group(config, self.vector_hyper(config, group), stepped, go)
+        send_stepped(self.layout, pieces, self.comm, self.workspace.bucket)
+        return loss
+
+    def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
+        items = []
+        for piece in pieces:
+            state, taken = piece.bound.state, go[piece.theta.device]
+            if isinstance(state, Matrix):
+                items.append(Item(state, piece.theta, piece.grad, piece.largest, taken))
+            else:
+                adamw.step(state, piece.theta, piece.grad, vectors, self.workspace.block, taken)
+        step(items, self.rule(config), self.comm, self.workspace)
+        for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
+            held.copy_(copied.view(held.shape))
+
+    def _look(self, pieces: list[Stepped]) -> tuple[dict[Any, Go] | None, list[Tensor]]:
+        """Whether the step is taken, by device: on all ranks alike, if every gradient is finite. None: it is not.
+
+        And the tensors that have a gradient on other ranks alone: they are stepped with a zero gradient here.
+
+        Raises:
+            NonFiniteError: it was not for ``max_skipped`` steps.
+        """
+        assert self.layout is not None
+        devices = {piece.theta.device for piece in pieces}
+        for device in devices:
+            there = [piece for piece in pieces if piece.theta.device == device]
+            for piece, largest in zip(there, bounds([piece.grad for piece in there]), strict=True):
+                piece.largest = largest
+        if self.layout.checks_gradients:
+            return {device: taken_for_granted(device) for device in devices}, []
+        units = self.layout.units if self.layout.spread_over else []
+        home = next(iter(devices), units[0].device if units else torch.device("cpu"))
+        # How many gradients are not finite, and for each tensor how many ranks have one: in one collective.
+        said = torch.ones(1 + len(units), dtype=torch.float64, device=home)
+        for k in (0, *(k for k, unit in enumerate(units, 1) if unit.tensor.grad is None)):
+            said[k] = 0.0
+        for device in devices:
+            largest = torch.stack([piece.largest for piece in pieces if piece.theta.device == device])
+            said[0] += (~largest.isfinite()).sum().to(home)
+        for group in self.layout.spread_over:
+            self.comm.all_reduce(said, group, "finite")()
+        elsewhere = self._without_gradient(units)
+        if elsewhere:  # this rank has to wait for what others say; those that have all gradients need not know
+            counts = dict(zip(map(id, units), said[1:].tolist(), strict=True))
+            elsewhere = [unit for unit in elsewhere if counts[id(unit)]]
+        value = (said[0] == 0).double()
+        self._count(value, pieces)
+        on_host = home.type == "cpu" and not self._decides_on_device
+        if on_host and not value:
+            return None, []
+        devices |= {unit.device for unit in elsewhere}
+        return {d: Go(value.to(d), sure=on_host) for d in devices}, [unit.tensor for unit in elsewhere]
+
+    def _without_gradient(self, units: list[Unit]) -> list[Unit]:
+        """The units in which this rank has a part, without a gradient here; what is frozen is so on all ranks."""
+        assert self.layout is not None
+        lacking = [unit for unit in units if unit.tensor.grad is None and unit.tensor.requires_grad]
+        return [unit for unit in lacking if self._bound[id(unit.tensor)] or self.layout.sends]
+
+    def _count(self, go: Tensor, pieces: list[Stepped]) -> None:
+        """Count a step; warn and, after too many in a row, raise where one was skipped."""
+        before, _ = self.skips.seen
+        self.skips.record(go)
+        total, in_row = self.skips.look()
+        if total > before:
+            names = (
+                [p.bound.piece.name for p in pieces if not p.largest.isfinite()] if in_row >= self.max_skipped else []
+            )
+            self._skipped(total, in_row, names)
+
+    def _skipped(self, total: int, in_row: int, names: list[str]) -> None:
+        if in_row < self.max_skipped:
+            if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+                text = f"a gradient is not finite: step skipped ({in_row} in a row, {total} all together)"
+                warnings.warn(text, stacklevel=5)
+            return
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise NonFiniteError(
+            f"gradients were not finite in {in_row} steps in a row, which were skipped; in the last one, on this rank: "
+            f"{shown or 'none'}. Nothing was changed by them: lower the lr, warm up longer or look at the data"
+        )
+
+    def engine_stepped(self, skipped: bool, names: list[str], searching: bool) -> None:
+        """DeepSpeed's engine has taken a step, or skipped it; it looks at gradients itself.
+
+        Args:
+            names: of parameters whose gradients are not finite on this rank, as far as is known.
+            searching: steps are skipped to find a loss scale, which is not the gradients' fault.
+
+        Raises:
+            NonFiniteError: as :meth:`step`.
+        """
+        self.skips.record(torch.tensor(0.0 if skipped else 1.0, dtype=torch.float64))
+        total, in_row = self.skips.look()
+        if skipped and not searching:
+            self._skipped(total, in_row, names)
+
+    @property
+    def max_skipped(self) -> int:
+        """Steps in a row that may be skipped."""
+        return min(self.group_config(group).max_skipped for group in self.param_groups)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps that were skipped because a gradient was not finite; the host waits for it."""
+        return int(self.skips.total)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped; DeepSpeed's engine asks for it."""
+        return bool(self.skips.in_row > 0)
+
+    def _pieces(self, tensor: Tensor) -> list[Stepped]:
+        """What there is to step of one tensor; its gradient is zero where there is none."""
+        if tensor.grad is not None and tensor.grad.is_sparse:
+            raise ConfigError(f"{self.config.optimizer} does not support sparse gradients")
+        if id(tensor) not in self._bound:
+            raise ConfigError(
+                f"a tensor in param_groups is not one that {self.config.optimizer} was bound to: wrap the model before "
+                "the optimizer steps or loads its state"
+            )
+        held = local(tensor).detach()
+        theta = flat(held)
+        grad = torch.zeros_like(theta) if tensor.grad is None else local_gradient(tensor).reshape(-1)
+        found = []
+        for one in self._bound[id(tensor)]:
+            part = slice(one.piece.offset, one.piece.offset + one.piece.numel)
+            home = None if held.is_contiguous() else (held, theta)
+            found.append(Stepped(one, theta[part], grad[part], home))
+            if tensor.grad is None:
+                found[-1].largest = grad.new_zeros(())
+        return found
+
+    # state ------------------------------------------------------------------------------------------------------
+
+    def bound(self) -> list[Bound]:
+        """This rank's pieces with their state, in the order in which they are stepped."""
+        self._ensure_bound()
+        return [b for bound in self._bound.values() for b in bound]
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's shards of the low-rank state by parameter name.
+
+        ``m_B`` (rows x r), ``m_A`` (r x columns) and, where the optimizer has them, ``v_B``, ``v_A`` and ``rms_row``
+        (rows). On one device they are whole. The tensors are the state itself, not copies.
+        """
+        return {b.piece.name: b.state.tensors() for b in self.bound() if isinstance(b.state, Matrix)}
+
+    @torch.no_grad()
+    def conditions(self) -> dict[str, dict[str, gauge.Condition]]:
+        """How the factors stand, by parameter name and moment: norms and condition numbers; a collective.
+
+        In ``stable`` the condition of ``A A^T`` is near 1 by the gauge, and that of ``B^T B`` is of the momentum's
+        directions. Factors that drift, or a rank that is far too large, show here first.
+        """
+        held = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
+        return {m.interval.name: c for m, c in zip(held, gauge.conditions(held, Comm()), strict=True)}
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""
+        self._ensure_bound()
+        assert self.layout is not None
+        matrices = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
+        workspace = self.workspace_bytes(matrices)
+        return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, workspace)
+
+    def workspace_bytes(self, matrices: list[Matrix]) -> int:
+        """Bound on what a step on these matrices allocates for itself."""
+        if not matrices:
+            return 0
+        outlines, kind = [matrix.outline for matrix in matrices], matrices[0].taken.device.type
+        return batching.workspace_bytes(outlines, self.workspace, kind)
+
+    def full_state_dict(self) -> dict[str, dict[str, Any]]:
+        """The whole state in host memory of rank 0, ``{}`` on the others; a collective, streamed tensor by tensor.
+
+        ``{name: {"m_B": p x r, "m_A": r x q, "v_B", "v_A", "rms_row": p, "step": int}}``, and ``exp_avg``,
+        ``exp_avg_sq`` (in the parameter's shape) and ``step`` for the parameters under AdamW.
+        """
+        return full_state([(b.piece, b.state) for b in self.bound()])
+
+    @torch.no_grad()
+    def load_full_state_dict(self, full: dict[str, dict[str, Any]]) -> None:
+        """Load what :meth:`full_state_dict` gave, into any layout; a collective. ``full`` counts on rank 0 alone.
+
+        Raises:
+            ConfigError: on every rank: names, shapes or ranks differ; nothing has been loaded then.
+        """
+        self.bind_saved({param_groups.parameter_name(name) for name in all_ranks(list(full))[0]})
+        load_full_state(full, [(b.piece, b.state) for b in self.bound()])
+        self.settle()
+
+
+_UNNAMED = "unnamed."
+# What a copy of the optimizer takes along.
+_OWN = ("_other_layers", "config", "comm", "layout", "awaiting_layout", "shard_state", "skips")

@@ -1,0 +1,277 @@
+"""The state as ``torch.optim`` and ``torch.distributed.checkpoint`` know it: tensors of global shape, per parameter.
+
+What every rank has whole is a plain tensor, what is spread over ranks a DTensor: ``m_B`` in rows, ``m_A`` in columns,
+AdamW's as the parameter. Where the ranks' parts are no chunks of one size (a matrix that one rank of DDP keeps, rows
+cut between ranks) the DTensor's local tensor is a :class:`Part`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Split
+from torch.utils._pytree import tree_map_only
+
+from ..config import ConfigError
+from ..core.factors import Matrix, state_shapes
+from ..core.interval import column_block
+from ..layouts.base import Layout, Piece, Unit, local
+from ..layouts.ranges import equal_ranges
+from .shards import Shard, like, matrix_shards
+
+_aten = torch.ops.aten
+_SAME = {_aten.detach.default, _aten.alias.default}
+_COPY = {_aten.clone.default, _aten._to_copy.default}
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """A process group; copies share it."""
+
+    group: Any
+
+    def __deepcopy__(self, _: Any) -> _Ranks:
+        return self
+
+
+class Part(Tensor):
+    """The local tensor of a DTensor, whose ranks hold other elements than its placement says.
+
+    Storage sees what really is here, by DCP's protocol. Before any other operation, the elements are moved to where the
+    placement says: a collective over ``ranks``, refused if that is no group because not all of the mesh take part.
+    """
+
+    shard: Shard
+    ranks: _Ranks
+
+    @staticmethod
+    def __new__(cls, shard: Shard, size: tuple[int, ...], group: Any = None) -> Part:
+        """A part of which DTensor takes the local shape to be ``size``."""
+        part: Part = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, size, dtype=shard.local.dtype, device=shard.local.device
+        )
+        part.shard, part.ranks = shard, _Ranks(group)
+        return part
+
+    def __create_write_items__(self, fqn: str, tensor: Any) -> list[WriteItem]:
+        return self.shard.__create_write_items__(fqn, tensor)
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return self.shard.__create_chunk_list__()
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.shard.__get_tensor_shard__(index)
+
+    def _of(self, elements: Tensor) -> Part:
+        s = self.shard
+        return Part(Shard(s.shape, s.start, elements, s.dim, s.skip), tuple(self.shape), self.ranks.group)
+
+    def chunk(self) -> Tensor:
+        """The elements that the placement says are here; a collective."""
+        group = self.ranks.group
+        if group is None:
+            raise ConfigError(
+                "this layout's state cannot be gathered by torch's full_state_dict or async_save: use "
+                "optimizer.full_state_dict() or lorapre_dist.checkpoint"
+            )
+        s, owned = self.shard, self.shard.owned
+        whole = s.local.new_zeros(s.shape)
+        whole.narrow(s.dim, s.start + s.skip, owned.shape[s.dim]).copy_(owned)
+        dist.all_reduce(whole, group=group)
+        first, last = column_block(s.shape[s.dim], dist.get_world_size(group), dist.get_rank(group))
+        return whole.narrow(s.dim, first, last - first)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SAME or (func is _aten.view.default and tuple(args[1]) == tuple(args[0].shape)):
+            return args[0]._of(args[0].shard.local)
+        if func is _aten.new_empty.default and tuple(args[1]) == tuple(args[0].shape):  # to be filled, by async_save
+            return args[0]._of(args[0].shard.local.new_empty(args[0].shard.local.shape, **kwargs))
+        if func in _COPY:
+            return args[0]._of(func(args[0].shard.local, *args[1:], **kwargs))
+        if func._schema.is_mutable and isinstance(args[0], Part):
+            raise ConfigError(
+                "this layout's state cannot be loaded with broadcast_from_rank0: give every rank the full state"
+            )
+        args, kwargs = tree_map_only(Part, Part.chunk, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Part:
+        return self._of(copy.deepcopy(self.shard.local, memo))
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        s = self.shard
+        return _part, (s.shape, s.start, s.local, s.dim, s.skip, tuple(self.shape))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Part({self.shard})"
+
+
+def _part(shape: Any, start: int, elements: Tensor, dim: int, skip: int, size: Any) -> Part:
+    return Part(Shard(tuple(shape), start, elements, dim, skip), tuple(size))
+
+
+torch.serialization.add_safe_globals([_part])
+
+
+@dataclass
+class Exposed:
+    """One state tensor: as others see it, and this rank's part of it as the optimizer holds it (None: nothing)."""
+
+    tensor: Tensor
+    held: Tensor | None
+
+    def load(self, value: Tensor) -> None:
+        """Copy ``value``, of the tensor's global shape, into what is held; a collective if it lies otherwise."""
+        mine = self._mine(value)
+        # Storage reads into the state itself; strides of dimensions of one element may differ then.
+        if self.held is not None and (mine.data_ptr() != self.held.data_ptr() or mine.shape != self.held.shape):
+            self.held.copy_(mine)
+
+    def check(self, value: Any) -> str | None:
+        """Why ``value`` cannot be loaded, in words, or None."""
+        shape = f"is of shape {tuple(self.tensor.shape)}"
+        if not isinstance(value, Tensor):
+            return f"was missing, {shape}" if value is None else f"was a {type(value).__name__}, {shape}"
+        if value.shape != self.tensor.shape:
+            return f"was of shape {tuple(value.shape)}, {shape}"
+        if isinstance(value, DTensor):
+            if isinstance(self.tensor, DTensor) and value.device_mesh.shape == self.tensor.device_mesh.shape:
+                theirs, ours = value._local_tensor, self.tensor._local_tensor
+                if not isinstance(theirs, Part) or (isinstance(ours, Part) and _place(theirs) == _place(ours)):
+                    return None
+            return "is another rank's, or was split otherwise: torch.distributed.checkpoint would reshard it"
+        return None
+
+    def _mine(self, value: Tensor) -> Tensor:
+        here = self.tensor
+        if not isinstance(here, DTensor):
+            return value
+        part = here._local_tensor
+        if isinstance(value, DTensor):
+            if isinstance(value._local_tensor, Part):
+                return value._local_tensor.shard.local
+            if not isinstance(part, Part) and value.placements == here.placements:
+                return value._local_tensor
+            value = value.full_tensor()
+        if isinstance(part, Part):
+            s = part.shard
+            return value.narrow(s.dim, s.start, s.local.shape[s.dim])
+        moved = value.to(here.device_mesh.device_type)
+        return distribute_tensor(moved, here.device_mesh, here.placements, src_data_rank=None)._local_tensor
+
+
+def _place(part: Part) -> tuple[Any, ...]:
+    s = part.shard
+    return tuple(s.shape), s.start, s.dim, s.skip, tuple(s.local.shape)
+
+
+def expose(unit: Unit, piece: Piece, state: Any, layout: Layout, group: Any) -> dict[str, Exposed]:
+    """The state of a piece of a stepped tensor by key: ``step``, and ``m_B`` and so on, or ``exp_avg`` and so on.
+
+    Args:
+        group: whose ranks keep the states of DDP's parameters, or of a stack's matrices, between them; else None.
+    """
+    p = unit.tensor
+    flattened = bool(getattr(p, "_fsdp_flattened", False))
+    alone = group is None and not flattened and local(p).numel() == p.numel()
+    alone = alone and (layout.native or layout.world_size == 1)
+    found = {}
+    for key, shard in (matrix_shards(state) if isinstance(state, Matrix) else {}).items():
+        if alone:
+            found[key] = Exposed(shard.local, shard.local)
+        elif group is not None or flattened or state.peers is None:
+            if key.endswith("_col") and state.peers is not None and state.peers.index:
+                shard.skip = len(shard.local)  # all of its holders have it, the first one writes it
+            found[key] = Exposed(spread(shard, group), shard.local)
+        else:
+            split = {"A": Split(1), "col": Replicate()}.get(key.rpartition("_")[2]) or _rows(state)
+            found[key] = Exposed(spread(shard, state.peers.group, split), shard.local)
+    for key, tensor in ({} if isinstance(state, Matrix) else state.tensors()).items():
+        if isinstance(p, DTensor) and piece.numel == local(p).numel():
+            found[key] = Exposed(like(p, tensor), tensor.view(local(p).shape))
+        elif alone:
+            found[key] = Exposed(tensor.view(p.shape), tensor.view(p.shape))
+        elif group is not None:
+            rows = _dim0(piece, tensor)
+            found[key] = Exposed(spread(rows, group, Split(0)), rows.local)
+        else:
+            found[key] = Exposed(spread(Shard((torch.Size(piece.shape).numel(),), piece.start, tensor)), tensor)
+    count = torch.tensor([state.step], device=local(p).device)
+    if group is None:
+        found["step"] = Exposed(count, count)
+    else:
+        found["step"] = Exposed(spread(Shard((1,), 0, count, skip=1 if piece.start else 0), group), count)
+    return found
+
+
+def elsewhere(
+    shape: tuple[int, ...], low_rank: tuple[dict[str, int], tuple[str, ...]] | None, group: Any, **kind: Any
+) -> dict[str, Exposed]:
+    """As :func:`expose`, for what other ranks of ``group`` keep.
+
+    Args:
+        shape: of the parameter, or of a matrix of a stack.
+        low_rank: ranks by moment and names of the statistics, if it is low-rank.
+        kind: dtype and device of the state.
+    """
+    shape = shape or (1,)
+    shapes: dict[str, tuple[int, ...]] = {"exp_avg": shape, "exp_avg_sq": shape}
+    if low_rank is not None:
+        shapes = state_shapes((shape[0], shape[1]), *low_rank)
+    found = {}
+    for key, size in shapes.items():
+        dim = 1 if key.endswith("_A") else 0
+        nothing = torch.empty([0 if d == dim else n for d, n in enumerate(size)], **kind)
+        found[key] = Exposed(spread(Shard(size, 0, nothing, dim), group, Split(0) if low_rank is None else None), None)
+    none = torch.empty(0, dtype=torch.int64, device=kind["device"])
+    found["step"] = Exposed(spread(Shard((1,), 0, none), group), None)
+    return found
+
+
+def spread(shard: Shard, group: Any = None, placement: Any = None) -> DTensor:
+    """A shard as a DTensor over the ranks of ``group`` (None: it is known that not all of any group have it).
+
+    Args:
+        placement: what describes every rank's shard; None if nothing does.
+    """
+    kind = "cuda" if dist.get_backend(group) == "nccl" else shard.local.device.type
+    mesh = DeviceMesh.from_group(group or dist.group.WORLD, kind)
+    elements = shard.local
+    if placement is None:
+        placement = Split(shard.dim)
+        first, last = column_block(shard.shape[shard.dim], mesh.size(), mesh.get_local_rank())
+        size = tuple(last - first if d == shard.dim else n for d, n in enumerate(shard.shape))
+        elements = Part(shard, size, group)
+    shape = torch.Size(shard.shape)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(elements, mesh, [placement], run_check=False, shape=shape, stride=stride)
+
+
+def _rows(matrix: Matrix) -> Any:
+    """How the rows of ``B`` lie on the ranks that share a matrix, in DTensor's words; None if it has none for it."""
+    assert matrix.peers is not None
+    (p, q), ranges = matrix.interval.shape, matrix.peers.ranges
+    if matrix.peers.columns is not None:
+        some = all(first < last for first, last in matrix.peers.columns)  # a rank without columns has no rows
+        return Replicate() if some and set(ranges) == {(0, p * q)} else None
+    wanted = [(first * q, last * q) for first, last in equal_ranges(p, len(ranges))]
+    same = all(a == b or (a[0] == a[1] and b[0] == b[1]) for a, b in zip(ranges, wanted, strict=True))
+    return Split(0) if same else None
+
+
+def _dim0(piece: Piece, elements: Tensor) -> Shard:
+    """A piece of whole slices of dim 0, in the parameter's shape."""
+    shape = piece.shape or (1,)
+    inner = torch.Size(shape[1:]).numel()
+    return Shard(shape, piece.start // inner, elements.view(-1, *shape[1:]))

@@ -1,0 +1,172 @@
+"""The whole state on rank 0, and from there into any layout: one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import ConfigError
+from ..core.factors import SQUARES
+from .shards import OPTIMIZER, Shard, bring_home, state_shards
+
+
+@dataclass(frozen=True)
+class Extent:
+    """One rank's shard of a tensor: ``[start, start + length)`` along ``dim``, of which it owns all but ``skip``."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int
+    start: int
+    length: int
+    skip: int
+
+    def part(self, length: int) -> tuple[int, ...]:
+        """Shape of a run of ``length`` along ``dim``."""
+        return tuple(length if d == self.dim else size for d, size in enumerate(self.shape))
+
+
+def full_state(held: list[tuple[Any, Any]], group: Any = None) -> dict[str, dict[str, Any]]:
+    """The state of all ranks' ``(piece, state)`` pairs in host memory of rank 0, ``{}`` elsewhere; a collective.
+
+    By parameter name: the tensors, ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``step``.
+    """
+    mine = {piece.name: (piece.shape, state.step) for piece, state in held}
+    known = {name: entry for part in all_ranks(mine, group) for name, entry in part.items()}
+    full: dict[str, dict[str, Any]] = {}
+    for key, tensor in gather(state_shards(held), group):
+        name, part = key.removeprefix(OPTIMIZER).rsplit(".", 1)
+        if tensor is not None:
+            shape, step = known[name]
+            entry = full.setdefault(name, {"step": step})
+            entry[part] = tensor.view(shape) if part.startswith("exp_avg") else tensor
+    return full
+
+
+def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]], group: Any = None) -> None:
+    """Spread what :func:`full_state` gave on rank 0 over all ranks' ``(piece, state)`` pairs; a collective.
+
+    Raises:
+        ConfigError: on every rank: names or shapes that differ. Nothing has been changed then.
+    """
+    tensors, steps = {}, {name: entry.get("step", 0) for name, entry in full.items()}
+    for name, entry in {name: rooted(entry) for name, entry in full.items()}.items():
+        for part, tensor in entry.items():
+            if part != "step":
+                tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape(-1) if part.startswith("exp_avg") else tensor
+    shards = state_shards(held)
+    scatter(shards, tensors, group)
+    bring_home(shards)
+    steps = all_ranks(steps, group)[0]
+    for piece, state in held:
+        state.step = steps[piece.name]
+
+
+def rooted(entry: dict[str, Any]) -> dict[str, Any]:
+    """A matrix's state, with roots of the mean squares that earlier versions saved."""
+    roots = {square: root for root, square in SQUARES.items()}
+    return {roots.get(key, key): value.sqrt() if key in roots else value for key, value in entry.items()}
+
+
+def gather(shards: dict[str, Shard], group: Any = None) -> Iterator[tuple[str, Tensor | None]]:
+    """Every tensor by name, whole, in host memory of rank 0, and None elsewhere; a collective over ``group``."""
+    for name, extents in _extents(shards, group).items():
+        first = next(iter(extents.values()))
+        whole = torch.empty(first.shape, dtype=first.dtype) if _rank(group) == 0 else None
+        covered: set[tuple[int, int]] = set()
+        for rank, extent in sorted(extents.items()):
+            start, length = extent.start + extent.skip, extent.length - extent.skip
+            if length <= 0 or (start, length) in covered:  # empty, or a replica of what a lower rank has
+                continue
+            covered.add((start, length))
+            part = shards[name].owned if rank == _rank(group) else None
+            part = _move(part, rank, 0, extent.part(length), extent.dtype, group)
+            if whole is not None and part is not None:
+                whole.narrow(extent.dim, start, length).copy_(part)
+        yield name, whole
+
+
+def scatter(shards: dict[str, Shard], whole: dict[str, Tensor], group: Any = None) -> None:
+    """Fill every rank's shards from rank 0's whole tensors (``whole`` counts there alone); a collective.
+
+    Raises:
+        ConfigError: on every rank: names or shapes that differ. Nothing has been changed then.
+    """
+    found = _extents(shards, group)
+    problems = _differences({n: next(iter(e.values())).shape for n, e in found.items()}, whole)
+    problems = all_ranks(problems if _rank(group) == 0 else None, group)[0]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ConfigError("the full state does not fit: " + "; ".join(problems[:3]) + more)
+    for name, extents in found.items():
+        for rank, extent in sorted(extents.items()):
+            if not extent.length:
+                continue
+            source = whole[name].narrow(extent.dim, extent.start, extent.length) if _rank(group) == 0 else None
+            source = source.to(extent.dtype) if source is not None else None
+            part = _move(source, 0, rank, extent.part(extent.length), extent.dtype, group)
+            if part is not None:
+                shards[name].local.copy_(part)
+
+
+def _differences(wanted: dict[str, tuple[int, ...]], given: dict[str, Tensor]) -> list[str]:
+    found = [f"{name} is missing" for name in sorted(wanted.keys() - given.keys())]
+    found += [f"{name} is no state of this optimizer" for name in sorted(given.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & given.keys()):
+        if tuple(given[name].shape) != wanted[name]:
+            found.append(f"{name} is of shape {tuple(given[name].shape)}, not {wanted[name]}")
+        elif not given[name].isfinite().all():
+            found.append(f"{name} is not finite")
+    return found
+
+
+def _extents(shards: dict[str, Shard], group: Any) -> dict[str, dict[int, Extent]]:
+    """Every holder's extent of each tensor, tensors in an order that is the same on every rank."""
+    mine = {n: Extent(s.shape, s.local.dtype, s.dim, s.start, s.local.shape[s.dim], s.skip) for n, s in shards.items()}
+    found: dict[str, dict[int, Extent]] = {}
+    for rank, extents in enumerate(all_ranks(mine, group)):
+        for name, extent in extents.items():
+            found.setdefault(name, {})[rank] = extent
+    return dict(sorted(found.items()))
+
+
+def all_ranks(value: Any, group: Any = None) -> list[Any]:
+    """Every rank's ``value``, by rank; a collective."""
+    if not _active():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _move(
+    part: Tensor | None, source: int, target: int, shape: tuple[int, ...], dtype: torch.dtype, group: Any
+) -> Tensor | None:
+    """``part`` of rank ``source`` on rank ``target``; None elsewhere."""
+    rank = _rank(group)
+    if source == target:
+        return part if rank == source else None
+    device = torch.device("cpu")
+    if "nccl" in dist.get_backend(group):
+        device = torch.device("cuda", torch.cuda.current_device())
+    world = group or dist.group.WORLD
+    if rank == source and part is not None:
+        dist.send(part.to(device).contiguous(), dist.get_global_rank(world, target), group=group)
+    if rank != target:
+        return None
+    received = torch.empty(shape, dtype=dtype, device=device)
+    dist.recv(received, dist.get_global_rank(world, source), group=group)
+    return received
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank(group: Any) -> int:
+    return dist.get_rank(group) if _active() else 0

@@ -1,0 +1,180 @@
+"""What this rank holds of every tensor: weights and optimizer state by name, each as a run along one dimension.
+
+Names are ``model.NAME`` for the weights that are stepped (fp32 masters where there are some) and ``untrained.NAME`` for
+the model's other tensors, 1-D in row-major order; and ``optimizer.NAME.KEY`` for the state: ``m_B`` (p x r), ``m_A``
+(r x q), ``v_B``, ``v_A``, ``rms_row`` (p), ``rms_col`` (q), or ``exp_avg`` and ``exp_avg_sq`` (1-D). Every layout holds
+a run of each, so one form serves them all; a matrix that is split by columns is brought into rows, and back after
+loading.
+
+A :class:`Shard` has the three methods by which ``torch.distributed.checkpoint`` saves and reshards a DTensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ..core.factors import Matrix
+from ..layouts.base import Unit, local
+
+MODEL, UNTRAINED, OPTIMIZER = "model.", "untrained.", "optimizer."
+
+
+@dataclass
+class Shard:
+    """Elements ``[start, start + n)`` along ``dim`` of a tensor of ``shape``; ``local`` holds them.
+
+    Attributes:
+        skip: leading elements along ``dim`` that another rank writes (a row cut between ranks is held by each).
+        home: what ``local`` is a copy of, if it is one: a tensor whose elements do not lie in row-major order, or a
+            DTensor split by columns.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    local: Tensor
+    dim: int = 0
+    skip: int = 0
+    home: Tensor | None = None
+
+    @property
+    def owned(self) -> Tensor:
+        """The part that this rank writes; replicas all name the same part."""
+        return self.local.narrow(self.dim, self.skip, self.local.shape[self.dim] - self.skip)
+
+    def offsets(self, skip: int = 0) -> torch.Size:
+        """Where ``local``, without ``skip`` elements, begins in the whole tensor."""
+        return torch.Size(self.start + skip if d == self.dim else 0 for d in range(len(self.shape)))
+
+    def size(self) -> torch.Size:
+        """The whole tensor's."""
+        return torch.Size(self.shape)
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        owned = self.owned
+        if owned.numel() == 0:
+            return []
+        offsets = self.offsets(self.skip)
+        data = TensorWriteData(
+            ChunkStorageMetadata(offsets, owned.shape), TensorProperties.create_from_tensor(owned), self.size()
+        )
+        return [WriteItem(MetadataIndex(fqn, offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(self.offsets(), self.local.shape)] if self.local.numel() else []
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.local if index.offset == self.offsets() else self.owned
+
+    def bring_home(self) -> None:
+        """Copy what was loaded into ``local`` to where it belongs; a collective if that is split by columns."""
+        if isinstance(self.home, DTensor):
+            mesh, placements = self.home.device_mesh, _row_wise(self.home)
+            rows = self.local.view(-1, self.home.shape[1])
+            shape, stride = self.home.shape, (self.home.shape[1], 1)
+            loaded = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
+            self.home.to_local().copy_(loaded.redistribute(placements=self.home.placements).to_local())
+        elif self.home is not None:
+            self.home.copy_(self.local.view(self.home.shape))
+
+
+@torch.no_grad()
+def bring_home(shards: dict[str, Shard]) -> None:
+    """Bring all that was loaded to where it belongs; a collective where some is split by columns."""
+    for shard in shards.values():
+        shard.bring_home()
+
+
+def _row_wise(tensor: DTensor) -> list[Any]:
+    return [Split(0) if hasattr(placement, "dim") else placement for placement in tensor.placements]
+
+
+def flat_shard(tensor: DTensor) -> Shard:
+    """This rank's share, as one run, of a matrix that is split by columns; a collective, of as many bytes as it has."""
+    placements, (p, q) = _row_wise(tensor), tensor.shape
+    rows = tensor.detach().to(tensor.device_mesh.device_type).redistribute(placements=placements)
+    _, (first, _) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
+    return Shard((p * q,), min(first, p) * q, rows.to_local().contiguous().view(-1), home=tensor.detach())
+
+
+def like(parameter: DTensor, elements: Tensor) -> DTensor:
+    """A DTensor placed as ``parameter``, of this rank's ``elements`` of it."""
+    return DTensor.from_local(
+        elements.view(local(parameter).shape),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def weight_shards(units: Iterable[Unit]) -> dict[str, Shard]:
+    """The weights of a layout's units; a collective where some are split by columns."""
+    found = {}
+    for unit in units:
+        if any(piece.columns is not None for piece in unit.pieces):
+            found[MODEL + unit.pieces[0].name] = flat_shard(unit.tensor)
+            continue
+        tensor = local(unit.tensor).detach()
+        flat = tensor.contiguous().view(-1)
+        inner = tensor.shape[1:].numel()
+        runs: dict[str, tuple[int, int, int]] = {}  # whole on each rank of DDP, though stepped in pieces
+        for piece in unit.pieces:
+            start, _, offset = runs.get(piece.name, (piece.start, piece.stop, piece.offset))
+            runs[piece.name] = start, piece.stop, offset
+        shapes = {piece.name: (torch.Size(piece.shape).numel(),) for piece in unit.pieces}
+        for name, (start, stop, offset) in runs.items():
+            end = offset + stop - start
+            # What is not contiguous is no flat buffer: whole slices of dim 0 lie in it.
+            home = None if tensor.is_contiguous() else tensor[offset // inner : end // inner]
+            found[MODEL + name] = Shard(shapes[name], start, flat[offset:end], home=home)
+    return found
+
+
+@dataclass
+class Untrained:
+    """A tensor of the model that is not stepped (frozen, or a buffer): its shape, and this rank's run of it, 1-D."""
+
+    shape: tuple[int, ...]
+    shard: Shard
+
+
+def state_shards(held: Iterable[tuple[Any, Any]]) -> dict[str, Shard]:
+    """The state of this rank's ``(piece, state)`` pairs."""
+    found = {}
+    for piece, state in held:
+        shards = matrix_shards(state) if isinstance(state, Matrix) else _vector_shards(piece, state)
+        found.update({f"{OPTIMIZER}{piece.name}.{key}": shard for key, shard in shards.items()})
+    return found
+
+
+def matrix_shards(matrix: Matrix) -> dict[str, Shard]:
+    """Rows of ``B`` (and of the energies) and columns of ``A`` that this rank holds of one matrix."""
+    (p, q), interval = matrix.interval.shape, matrix.interval
+    first = 0 if matrix.peers is None else min(q, matrix.peers.index * matrix.block_size)
+    found = {}
+    for key, tensor in matrix.tensors().items():
+        if key.endswith("_A"):
+            found[key] = Shard((tensor.shape[0], q), first, tensor, dim=1)
+        elif key.endswith("_col"):
+            found[key] = Shard((q,), 0, tensor)
+        else:
+            found[key] = Shard((p, *tensor.shape[1:]), interval.first_row, tensor, skip=interval.first_owned)
+    return found
+
+
+def _vector_shards(piece: Any, vector: Any) -> dict[str, Shard]:
+    if piece.columns is not None:
+        return {key: flat_shard(like(piece.parameter, tensor)) for key, tensor in vector.tensors().items()}
+    numel = torch.Size(piece.shape).numel()
+    return {key: Shard((numel,), piece.start, tensor) for key, tensor in vector.tensors().items()}

@@ -1,0 +1,1 @@
+"""The model, the engine that steps it, and the presets."""

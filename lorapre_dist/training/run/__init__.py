@@ -1,0 +1,1 @@
+"""A run: settings, the loop, its checkpoints, metrics and end."""
