@@ -28,7 +28,8 @@ ORACLE = "reference"
 # Modules that name the library deepspeed: the door, what asks it which keys it reads, the layouts that read its
 # optimizers, and in the training program what builds a model under zero.Init, what starts the ranks, asks MPI for them
 # and reads the JSON (there only inside functions).
-DEEPSPEED_LAZILY = {f"lorapre_dist.training.{name}" for name in ("program", "discovery", "ds_json")}
+DEEPSPEED_LAZILY = {f"lorapre_dist.{name}" for name in ("training.run.program", "training.run.discovery")}
+DEEPSPEED_LAZILY.add("lorapre_dist.config.ds_training")
 MODELS = {"lorapre_dist.training.engines.models", "lorapre_dist.training.finetune.models"}
 DEEPSPEED = {f"lorapre_dist.integrations.deepspeed.{name}" for name in ("bind", "keys")} | MODELS | DEEPSPEED_LAZILY
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"

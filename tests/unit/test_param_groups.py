@@ -7,8 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from lorapre_dist import ConfigError, LoRAPre
-from lorapre_dist.config import param_groups
+from lorapre_dist import ConfigError, LoRAPre, param_groups
 from lorapre_dist.config.param_groups import clean_name, explain_no_match, is_low_rank, matches
 
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "vocab_size": 50}

@@ -120,7 +120,7 @@ class NativeEngine:
         )
 
     def load_checkpoint(self, load_dir: str, tag: str, **options: Any) -> tuple[str, dict[str, Any]]:
-        """As an engine of DeepSpeed's (:mod:`lorapre_dist.integrations.deepspeed.checkpoint`); ``options`` are ``verify``, ``resize_rank`` and ``check``."""
+        """As DeepSpeed's engine does with ours; ``options`` are ``verify``, ``resize_rank`` and ``check``."""
         engine_checkpoints.wait(self)
         client_state = native.load(
             self.module, self.basic_optimizer, load_dir, tag, lr_scheduler=self.lr_scheduler, **options
