@@ -34,8 +34,8 @@ class LoRAPreAccelerator(Accelerator):
 
     Under the DeepSpeed plugin the engine saves and loads (:mod:`lorapre_dist.integrations.deepspeed.checkpoint`).
     Otherwise (FSDP2, DDP, one process) ``save_state`` puts a checkpoint of :mod:`lorapre_dist.checkpoint.native`
-    into its folder, which resumes at any world size and under any of these, where Accelerate's own would hold one rank's
-    state or ask for the same layout.
+    into its folder, which resumes at any world size and under any of these, where Accelerate's own would hold one
+    rank's state or ask for the same layout.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
