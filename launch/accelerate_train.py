@@ -28,6 +28,7 @@ from lorapre_dist.training.engines.models import preset_config
 from lorapre_dist.training.run import ranks
 from lorapre_dist.training.run.interruption import end_with_launcher
 from lorapre_dist.training.run.metrics import METRICS_FILE, keep_until
+from lorapre_dist.training.run.output_folder import claimed
 from lorapre_dist.training.run.settings import default_cache
 
 
@@ -54,6 +55,12 @@ def main() -> None:
     quiet.deepspeed()
     args = options()
     end_with_launcher()
+    with claimed(args.output_dir):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """The training loop."""
     accelerator = LoRAPreAccelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     rows, tokenizer = data(default_cache())
     set_seed(args.seed)
@@ -70,7 +77,6 @@ def main() -> None:
         accelerator.load_state(str(args.resume_from_checkpoint))
         step = int(args.resume_from_checkpoint.name.removeprefix("step"))
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         keep_until(args.output_dir / METRICS_FILE, step)  # what a run that went further has logged comes again
     while step < args.max_steps:
         epoch, done = divmod(step, len(loader))

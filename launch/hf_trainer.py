@@ -29,6 +29,7 @@ from lorapre_dist.training.data.tokenizer import trained_tokenizer
 from lorapre_dist.training.engines.models import preset_config
 from lorapre_dist.training.run import ranks
 from lorapre_dist.training.run.interruption import end_with_launcher
+from lorapre_dist.training.run.output_folder import claimed
 from lorapre_dist.training.run.settings import default_cache
 
 SEQ_LEN, VOCABULARY, DOCUMENTS = 128, 2048, 400
@@ -93,6 +94,12 @@ def main() -> None:
     cpu += ["--ddp_backend", "gloo"] if cpu and "LOCAL_RANK" in os.environ else []
     quiet.deepspeed()
     arguments, choice = options([*sys.argv[1:], *cpu])
+    with claimed(Path(arguments.output_dir)):
+        train(arguments, choice)
+
+
+def train(arguments: Arguments, choice: Choice) -> None:
+    """Train, from a checkpoint where one is named."""
     rows, tokenizer = data(default_cache())
     torch.manual_seed(arguments.seed)
     trainer = LoRAPreTrainer(

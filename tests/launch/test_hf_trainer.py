@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -172,3 +173,23 @@ def test_bad_options_of_the_examples_are_one_line(name, argv, words, monkeypatch
     assert ranks.one_line((lambda: program.options(argv)) if name == "hf_trainer" else program.options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+HOLDER = "import sys; from pathlib import Path; from lorapre_dist.checkpoint import lock; lock.take(Path(sys.argv[1]))"
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "accelerate_train"])
+def test_one_run_of_an_example_in_a_folder(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(REPO / "launch"))
+    monkeypatch.setattr("lorapre_dist.checkpoint.lock.WAIT", 0.1)
+    monkeypatch.setattr(sys, "argv", [name, "--output_dir", str(tmp_path)])
+    program = example(name)
+    monkeypatch.setattr(program, "end_with_launcher", lambda: None)  # the tests' own process has none
+    code = f"{HOLDER}; print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert ranks.one_line(program.main) == 2
+        holder.stdin.close()
+    assert f"another run is in it (host {socket.gethostname()}, process {holder.pid}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*step*"))

@@ -17,6 +17,7 @@ from lorapre_dist.training.data import builtin_text
 from lorapre_dist.training.data.local_files import LOCAL_SUFFIXES, is_hub_form, is_local, is_saved, kind_of, local_files
 from lorapre_dist.training.data.reading import ATTEMPTS, Reader, first_line, private
 from lorapre_dist.training.data.rows import read_rows
+from lorapre_dist.training.run.ranks import saying
 from lorapre_dist.training.run.settings import BUILTIN
 
 # Short names of hub datasets, and what needs a configuration: (repository, configuration).
@@ -119,7 +120,7 @@ def open_rows(name: str, config: str | None, split: str, option: str = "--datase
         return _local_rows(name, option)
     repository, default = HUB_ALIASES.get(name, (name, None))
     datasets = _datasets()
-    with _refusing(option, name):
+    with _refusing(option, name), saying(f"for the hub: dataset {repository}"):
         stream = datasets.load_dataset(repository, config or default, split=split, streaming=True)
     return Rows(stream, json.dumps([repository, config or default, split]), lambda _: stream, splits=True)
 

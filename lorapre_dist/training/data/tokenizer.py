@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.data.cache_files import build_once
 from lorapre_dist.training.data.reading import first_line
+from lorapre_dist.training.run.ranks import saying
 
 END_OF_TEXT = "<|endoftext|>"
 # Enough text for 32,000 merges; more changes little and takes minutes.
@@ -29,7 +30,8 @@ def load_tokenizer(
         ConfigError: none there, or it has no end-of-sequence token (``why`` says what it is for); names ``option``.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with saying(f"for the hub: tokenizer {name}"):
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds
         what = "cannot be loaded" if option == "--tokenizer" else "its tokenizer cannot be loaded"
         raise ConfigError(f"{option} {name}: {what}: {first_line(error)}") from error

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from lorapre_dist.config import ConfigError
 from lorapre_dist.training.data.reading import first_line
 from lorapre_dist.training.run.interruption import lost_rank
+from lorapre_dist.training.run.ranks import saying
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 LONGEST_REASON = 300
@@ -42,7 +43,8 @@ def read_config(name: str, option: str) -> PretrainedConfig:
     quiet_hub()  # errors are reported here, once
     set_verbosity_error()
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with saying(f"for the hub: config of {name}"):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         what = (
             "not a usable model config"

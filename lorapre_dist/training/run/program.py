@@ -13,13 +13,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorapre_dist.checkpoint import lock
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import CONFIGS, ConfigError
 from lorapre_dist.config.arguments import naming_paths
 from lorapre_dist.config.ds_json import naming
 from lorapre_dist.integrations.deepspeed import quiet
-from lorapre_dist.training.run import discovery, interruption, ranks
+from lorapre_dist.training.run import discovery, interruption, output_folder, ranks
 from lorapre_dist.training.run.settings import RunSettings, describe
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
             raise
         return _lost(settings, trainer, lost)
     finally:
-        lock.release(Path(settings.output_dir))
+        output_folder.release(Path(settings.output_dir))
         # With a rank gone nobody can be waited for.
         if lost is None and deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
@@ -203,7 +202,7 @@ def start(
     from lorapre_dist.training.run.metrics import MetricsWriter
 
     with ranks.together():
-        make_output_folder(settings)
+        output_folder.claim(Path(settings.output_dir))
     with ranks.together():
         path, complaints = checkpoints.choose(settings)
     engine = build()
@@ -224,20 +223,6 @@ def start(
     writer = MetricsWriter(settings, step)
     write_atomically(Path(settings.output_dir) / "settings.json", json.dumps(describe(settings), indent=1))
     return engine, writer, step, tokens
-
-
-def make_output_folder(settings: RunSettings) -> None:
-    """Make the folder and lock it; raise a ConfigError if nothing can be written there, or another run has it."""
-    folder = Path(settings.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{ranks.rank()}"
-        probe.touch()
-        probe.unlink()
-        if ranks.rank() == 0 and (holder := lock.take(folder)):
-            raise ConfigError(f"--output_dir {folder}: another run is in it ({holder}); end it, or name another folder")
-    except OSError as error:
-        raise ConfigError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
 
 
 def write_summary(settings: RunSettings, result: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # The launcher polls its children once a second and stops the others when one fails. Ranks other than 0 wait a
 # little longer than that, so that one bad setting gives one line and not one line per rank.
 YIELD_SECONDS = 5.0
+# Seconds of silence before a wait is explained.
+PATIENCE = 3.0
 
 
 class AgreedError(ConfigError):
@@ -44,6 +47,19 @@ def device() -> torch.device:
     import torch
 
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Say on rank 0 what a block waits for, if it takes longer than :data:`PATIENCE`."""
+    timer = threading.Timer(PATIENCE, lambda: print(f"waiting    {what}", file=sys.stderr, flush=True))
+    timer.daemon = True
+    if rank() == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
