@@ -47,7 +47,7 @@ _ALLOWED = {
 class Writer(dcp.FileSystemWriter):
     """One or more files a rank, each with about ``FILE_BYTES`` of tensors."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Done[list[WriteResult]]:
         """Write this rank's tensors."""
         files: queue.Queue[Any] = queue.Queue()
         for k, items in enumerate(_grouped(plan.items)):
@@ -93,6 +93,7 @@ class Reader(dcp.FileSystemReader):
             with files.opened(Path(self.path) / name) as file:
                 for item in items:
                     at, entry = self.storage_data[item.storage_index], self._described[item.storage_index.fqn]
+                    assert isinstance(entry, TensorStorageMetadata) and item.storage_index.index is not None
                     chunk = entry.chunks[item.storage_index.index]
                     part = read_part(file, at.offset, at.length, tuple(chunk.sizes), entry.properties.dtype)
                     part = narrow_tensor_by_index(part, item.storage_offsets, item.lengths)

@@ -126,7 +126,7 @@ class Slice(io.RawIOBase):
         return read
 
 
-def load_archive(file: BinaryIO | Slice, size: int, what: str, to: str = "cpu") -> Any:
+def load_archive(file: Any, size: int, what: str, to: str = "cpu") -> Any:
     """What ``torch.save`` wrote to ``file``, an archive of ``size`` bytes: tensors and plain values, in host memory.
 
     ``torch.save`` compresses nothing, so neither reading nor what was read takes more than ``size`` bytes.

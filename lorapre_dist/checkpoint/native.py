@@ -61,7 +61,7 @@ def job(
     _reshard(module)
     rest = model.untrained(module, _trained(module, optimizer))
     schedule = lr_scheduler.state_dict() if lr_scheduler is not None else None
-    state = {
+    state: dict[str, Any] = {
         "global_steps": step,
         "skipped_steps": optimizer.skipped_steps,
         "lr_scheduler": schedule,

@@ -70,5 +70,6 @@ def _to_all(tensor: Tensor, team: Team) -> Tensor:
         return tensor
     gpu = "nccl" in dist.get_backend(team.group)
     moved = tensor.contiguous().to(torch.device("cuda", torch.cuda.current_device()) if gpu else "cpu")
-    dist.broadcast(moved, dist.get_global_rank(team.group or dist.group.WORLD, 0), group=team.group)
+    world: Any = team.group or dist.group.WORLD
+    dist.broadcast(moved, dist.get_global_rank(world, 0), group=team.group)
     return moved

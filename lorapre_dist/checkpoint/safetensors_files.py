@@ -134,4 +134,5 @@ def _bytes(piece: Tensor, entry: Entry) -> Any:
     converted = piece.to(entry.dtype).contiguous()
     if entry.dtype == torch.float16 and bool((converted.isinf() & ~piece.isinf()).any()):
         raise CheckpointError(f"{entry.name} has elements beyond fp16's 65504; use bf16")
-    return memoryview(converted.view(torch.uint8).numpy())
+    array: Any = converted.view(torch.uint8).numpy()
+    return memoryview(array)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..core.factors import state_shapes
 from ..state.shards import MODEL, OPTIMIZER, UNTRAINED
@@ -83,6 +83,7 @@ def tensors(path: Path) -> dict[str, StoredTensor]:
     metadata = dcp.Reader(path / content.TENSORS).read_metadata()
     found = {}
     for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)  # the reader takes no other
         dtype, parts = entry.properties.dtype, []
         for chunk in entry.chunks:
             at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]

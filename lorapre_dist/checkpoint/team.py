@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import ConfigError
+from ..core.comm import all_ranks
 from .files import CheckpointError, first_line
 
 
@@ -24,11 +25,7 @@ class Team:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, by rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return all_ranks(value, self.group)
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:

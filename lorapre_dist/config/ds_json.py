@@ -67,8 +67,9 @@ def check_values(config: Mapping[str, Any]) -> None:
         old_switch = name == "zero_optimization" and isinstance(section, bool)
         if not (section is None or isinstance(section, Mapping) or old_switch):
             raise ConfigError(f"{name}={section!r}: must be a JSON object")
-        if name in PRECISIONS and not isinstance((section or {}).get("enabled", False), bool):
-            raise ConfigError(f"{name}.enabled={section['enabled']!r}: must be true or false")
+        enabled = section.get("enabled", False) if isinstance(section, Mapping) else False
+        if name in PRECISIONS and not isinstance(enabled, bool):
+            raise ConfigError(f"{name}.enabled={enabled!r}: must be true or false")
     _check_optimizer(config.get("optimizer"))
     _check_stage(config.get("zero_optimization"))
     for name in BATCH_SIZES:

@@ -82,16 +82,14 @@ def batch_sizes(config: dict[str, Any], world_size: int) -> BatchSizes:
         ConfigError: too few of them, or ``train_batch_size != micro batch * accumulation * world_size``.
     """
     total, micro, accumulation = (config.get(name) for name in BATCH_SIZES)
-    if total is None and micro is None:
-        raise ConfigError("the DeepSpeed JSON needs train_batch_size or train_micro_batch_size_per_gpu")
+    if micro is None:
+        if total is None:
+            raise ConfigError("the DeepSpeed JSON needs train_batch_size or train_micro_batch_size_per_gpu")
+        micro = total // ((accumulation or 1) * world_size)
+    if accumulation is None:
+        accumulation = 1 if total is None else total // (max(micro, 1) * world_size)
     if total is None:
-        accumulation = accumulation or 1
         total = micro * accumulation * world_size
-    elif micro is None:
-        accumulation = accumulation or 1
-        micro = total // (accumulation * world_size)
-    elif accumulation is None:
-        accumulation = total // (micro * world_size)
     given = [f"{name}={config[name]}" for name in BATCH_SIZES if config.get(name) is not None]
     if micro < 1 or accumulation < 1 or micro * accumulation * world_size != total:
         raise ConfigError(

@@ -16,6 +16,19 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def all_ranks(value: Any, group: Any = None) -> list[Any]:
+    """The ``value`` of every rank of ``group`` (default: all), in order of rank; a collective, and no part of a step.
+
+    Args:
+        value: anything that can be pickled. Without a process group it is the only one.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 @dataclass
 class Comm:
     """Starts collectives and counts them.

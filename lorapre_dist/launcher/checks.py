@@ -116,7 +116,7 @@ def check_hosts(hosts: Mapping[str, int], settings: ClusterSettings) -> str | No
     if complaints:
         more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
         raise ConfigError(f"{complaints[0]}{more}")
-    return found[0]["address"]
+    return next(answer["address"] for answer in found if not isinstance(answer, str))
 
 
 def _ask(host: str, settings: ClusterSettings, shared: str) -> dict[str, Any] | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
@@ -19,7 +19,7 @@ def of_small_steps(config: LowRankConfig) -> None:
         _warn(f"{what}: steps of matrices are so small that training from scratch barely learns{usual}; raise lr")
 
 
-def of_missing_names(name: str, shapes: dict[str, Sequence[int]]) -> None:
+def of_missing_names(name: str, shapes: Mapping[str, Sequence[int]]) -> None:
     """Warn that matrices (``shapes`` by place) were taken without names, so embeddings and the output layer with them.
 
     Args:

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..config.checks import ConfigError, shown
-from ..core.comm import Comm
-from ..state.full import all_ranks
+from ..core.comm import Comm, all_ranks
 from .tensors import may_step
 
 #: What a rank has built: what it is about, in words, and the value, in words; the most telling first.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, LowRankConfig, param_groups
 from ..config.checks import boolean, shown
 from ..core import batching, gauge
-from ..core.comm import Comm
+from ..core.comm import Comm, all_ranks
 from ..core.exchange import Item
 from ..core.factors import Matrix, allocate
 from ..core.guard import Go, Skips, bounds, taken_for_granted
@@ -27,7 +27,7 @@ from ..core.workspace import Workspace
 from ..layouts import detect
 from ..layouts.base import Layout, Piece, Unit, local, local_gradient
 from ..layouts.matrices import arrange
-from ..state.full import all_ranks, full_state, load_full_state
+from ..state.full import full_state, load_full_state
 from ..state.report import MemoryReport
 from ..state.state_dict import StatefulOptimizer, state_dtype
 from . import advise, agreement, awaiting
@@ -383,7 +383,7 @@ class LowRankOptimizer(StatefulOptimizer):
     # step -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter in ``param_groups`` that has a gradient. Collective under sharded layouts."""
         loss = None
         if closure is not None:

@@ -56,9 +56,7 @@ class Part(Tensor):
     @staticmethod
     def __new__(cls, shard: Shard, size: tuple[int, ...], group: Any = None) -> Part:
         """A part of which DTensor takes the local shape to be ``size``."""
-        part: Part = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, size, dtype=shard.local.dtype, device=shard.local.device
-        )
+        part: Part = Tensor._make_wrapper_subclass(cls, size, dtype=shard.local.dtype, device=shard.local.device)
         part.shard, part.ranks = shard, _Ranks(group)
         return part
 
@@ -75,7 +73,7 @@ class Part(Tensor):
         s = self.shard
         return Part(Shard(s.shape, s.start, elements, s.dim, s.skip), tuple(self.shape), self.ranks.group)
 
-    def chunk(self) -> Tensor:
+    def chunk(self) -> Tensor:  # type: ignore[override]
         """The elements that the placement says are here; a collective."""
         group = self.ranks.group
         if group is None:
@@ -91,7 +89,7 @@ class Part(Tensor):
         return whole.narrow(s.dim, first, last - first)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _SAME or (func is _aten.view.default and tuple(args[1]) == tuple(args[0].shape)):
             return args[0]._of(args[0].shard.local)
@@ -113,7 +111,7 @@ class Part(Tensor):
         s = self.shard
         return _part, (s.shape, s.start, s.local, s.dim, s.skip, tuple(self.shape))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Part({self.shard})"
 
 
@@ -246,7 +244,8 @@ def spread(shard: Shard, group: Any = None, placement: Any = None) -> DTensor:
         placement: what describes every rank's shard; None if nothing does.
     """
     kind = "cuda" if dist.get_backend(group) == "nccl" else shard.local.device.type
-    mesh = DeviceMesh.from_group(group or dist.group.WORLD, kind)
+    world: Any = group or dist.group.WORLD
+    mesh = DeviceMesh.from_group(world, kind)
     elements = shard.local
     if placement is None:
         placement = Split(shard.dim)

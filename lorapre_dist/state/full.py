@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import ConfigError
+from ..core.comm import all_ranks
 from ..core.factors import SQUARES
 from .shards import OPTIMIZER, Shard, bring_home, state_shards
 
@@ -135,15 +136,6 @@ def _extents(shards: dict[str, Shard], group: Any) -> dict[str, dict[int, Extent
     return dict(sorted(found.items()))
 
 
-def all_ranks(value: Any, group: Any = None) -> list[Any]:
-    """Every rank's ``value``, by rank; a collective."""
-    if not _active():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def _move(
     part: Tensor | None, source: int, target: int, shape: tuple[int, ...], dtype: torch.dtype, group: Any
 ) -> Tensor | None:
@@ -154,7 +146,7 @@ def _move(
     device = torch.device("cpu")
     if "nccl" in dist.get_backend(group):
         device = torch.device("cuda", torch.cuda.current_device())
-    world = group or dist.group.WORLD
+    world: Any = group or dist.group.WORLD
     if rank == source and part is not None:
         dist.send(part.to(device).contiguous(), dist.get_global_rank(world, target), group=group)
     if rank != target:

@@ -101,7 +101,8 @@ def _row_wise(tensor: DTensor) -> list[Any]:
 def flat_shard(tensor: DTensor) -> Shard:
     """This rank's share, as one run, of a matrix that is split by columns; a collective, of as many bytes as it has."""
     placements, (p, q) = _row_wise(tensor), tensor.shape
-    rows = tensor.detach().to(tensor.device_mesh.device_type).redistribute(placements=placements)
+    moved: Any = tensor.detach().to(tensor.device_mesh.device_type)
+    rows = moved.redistribute(placements=placements)
     _, (first, _) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
     return Shard((p * q,), min(first, p) * q, rows.to_local().contiguous().view(-1), home=tensor.detach())
 
@@ -123,6 +124,7 @@ def weight_shards(units: Iterable[Unit]) -> dict[str, Shard]:
     found = {}
     for unit in units:
         if any(piece.columns is not None for piece in unit.pieces):
+            assert isinstance(unit.tensor, DTensor)
             found[MODEL + unit.pieces[0].name] = flat_shard(unit.tensor)
             continue
         tensor = local(unit.tensor).detach()

@@ -24,11 +24,12 @@ from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
 from ..config.param_groups import clean_name, parameter_name
+from ..core.comm import all_ranks
 from ..layouts.base import Layout, Unit, local
 from ..layouts.dtensor import shard_group
 from ..layouts.matrices import expert_name
 from .dtensors import Exposed, Part, elsewhere, expose
-from .full import all_ranks, rooted
+from .full import rooted
 
 _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
@@ -46,7 +47,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     _bound: dict[int, list[Any]]
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """As in ``torch.optim``: the state's tensors by parameter. DeepSpeed gets a dict of its own."""
         if self.awaiting_layout or (self.layout is not None and not self.layout.native):
             return self.__dict__.setdefault("_foreign_state", defaultdict(dict))
@@ -56,7 +57,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         self.__dict__["_foreign_state"] = value
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The state in the form of ``torch.optim``, as this module's text has it. The tensors are not copied."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)

@@ -36,7 +36,7 @@ def step(model, optimizer, seed):
 def former(monkeypatch):
     """A model and an optimizer of a version that chose by a list of names, after a step."""
     with monkeypatch.context() as patch:
-        patch.setattr("lorapre_dist.optimizers.base.naming.projects", lambda name: ".q_proj." in name)
+        patch.setattr("lorapre_dist.config.param_groups.projects", lambda name: ".q_proj." in name)
         model = Net()
         optimizer = LoRAPre(model, rank=4)
         step(model, optimizer, 0)

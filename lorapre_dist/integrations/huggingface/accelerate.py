@@ -63,7 +63,7 @@ class LoRAPreAccelerator(Accelerator):
     @contextmanager
     def _without_ours(self) -> Iterator[None]:
         """Accelerate does not see our optimizers meanwhile; the hooks save and load them."""
-        everything = self._optimizers
+        everything: list[Any] = self._optimizers  # type: ignore[has-type]
         if self.distributed_type != DistributedType.DEEPSPEED:
             self._aside = [o for o in everything if isinstance(getattr(o, "optimizer", None), LowRankOptimizer)]
         self._optimizers = [o for o in everything if o not in self._aside]

@@ -77,6 +77,7 @@ class LoRAPreTrainer(Trainer):
             return
         if self.is_fsdp_enabled:  # what Trainer takes the weights from before it asks for the optimizer
             save_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir)
+        assert isinstance(self.model, torch.nn.Module) and self.lr_scheduler is not None
         checkpoint.save(self.model, _ours(self.optimizer), os.path.join(output_dir, STATE), TAG)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
@@ -85,6 +86,7 @@ class LoRAPreTrainer(Trainer):
         if checkpoint_dir is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint_dir)
             return
+        assert isinstance(self.model, torch.nn.Module) and self.lr_scheduler is not None
         checkpoint.load(self.model, _ours(self.optimizer), os.path.join(checkpoint_dir, STATE), TAG)
         state = torch.load(os.path.join(checkpoint_dir, SCHEDULER), weights_only=True)
         self.lr_scheduler.load_state_dict(state)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lorapre_dist.checkpoint.folder import write_atomically
+from lorapre_dist.core.comm import all_ranks
 from lorapre_dist.training.finetune import answers
 from lorapre_dist.training.finetune.data import Problem
 from lorapre_dist.training.run import ranks
@@ -111,10 +111,7 @@ def generate(
                 found.update(zip(mine, texts, strict=False))
     finally:
         engine.train()
-    if world > 1:
-        parts: list[dict[int, str]] = [{} for _ in range(world)]
-        dist.all_gather_object(parts, found)
-        found = {index: text for part in parts for index, text in part.items()}
+    found = {index: text for part in all_ranks(found) for index, text in part.items()}
     return [found[index] for index in range(len(prompts))]
 
 

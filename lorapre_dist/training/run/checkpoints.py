@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from lorapre_dist.checkpoint import CheckpointError, newest_whole
 from lorapre_dist.checkpoint.files import weights_only
@@ -23,6 +22,7 @@ from lorapre_dist.checkpoint.run import refuse_non_finite, seal, usable
 from lorapre_dist.checkpoint.team import Team
 from lorapre_dist.config import ConfigError
 from lorapre_dist.config.ds_training import precision
+from lorapre_dist.core.comm import all_ranks
 from lorapre_dist.integrations.deepspeed import checkpoint as engine_checkpoints
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.data.sequences import Stream, TrainingData
@@ -97,7 +97,7 @@ def save(engine: Any, settings: RunSettings, data: TrainingData, step: int, toke
         CheckpointError: it could not be written (or, in the background, the one before); training can go on.
     """
     folder, tag = checkpoint_folder(settings), f"step{step:07d}"
-    trainer = {"step": step, "tokens": tokens, "data": _gathered_position(data.train), "rng": _gathered(rng_state())}
+    trainer = {"step": step, "tokens": tokens, "data": _gathered_position(data.train), "rng": all_ranks(rng_state())}
     trainer["schedule"] = resumed.schedule(settings)
     client_state = {"trainer": {**trainer, "identity": identity(settings, data)}}
 
@@ -209,14 +209,7 @@ def set_aside(settings: RunSettings) -> Path | None:
 
 
 def _gathered_position(stream: Stream) -> dict[str, Any]:
-    return merge_states(_gathered(stream.state_dict()))
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Every rank's ``value``, on every rank: DeepSpeed keeps one rank's client state under ZeRO-0/1/2."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return merge_states(all_ranks(stream.state_dict()))
 
 
 def rng_state() -> dict[str, Any]:

@@ -69,19 +69,14 @@ def together() -> Iterator[None]:
     Raises:
         AgreedError: the first failing rank's :class:`ConfigError`.
     """
-    import torch.distributed as dist
+    from lorapre_dist.core.comm import all_ranks
 
     error: ConfigError | None = None
     try:
         yield
     except ConfigError as caught:
         error = caught
-    message = None if error is None else str(error)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-    else:
-        messages = [message]
+    messages = all_ranks(None if error is None else str(error))
     for failing, text in enumerate(messages):
         if text is not None:
             everywhere = all(other == text for other in messages)
@@ -90,12 +85,9 @@ def together() -> Iterator[None]:
 
 def agree_on(name: str, value: object) -> None:
     """Raise :class:`AgreedError` unless every rank holds the same ``value``."""
-    import torch.distributed as dist
+    from lorapre_dist.core.comm import all_ranks
 
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    values: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = all_ranks(value)
     if any(other != values[0] for other in values):
         raise AgreedError(f"the ranks disagree on {name}: {values}; give all machines the same files")
 
@@ -104,11 +96,9 @@ def gathered(value: Any) -> list[Any]:
     """Every rank's ``value``, in order of rank; a collective that touches no device."""
     import torch.distributed as dist
 
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_cpu_group())
-    return values
+    from lorapre_dist.core.comm import all_ranks
+
+    return all_ranks(value, _cpu_group() if dist.is_initialized() else None)
 
 
 @cache
