@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 
 import pytest
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
