@@ -14,6 +14,10 @@ import os
 import sys
 from pathlib import Path
 
+from lorapre_dist.config import extras
+
+extras.need_or_exit("hf", "train")
+
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from hf_trainer import SEQ_LEN, VOCABULARY, data
 from torch.utils.data import DataLoader
@@ -104,4 +108,4 @@ def train(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     code = ranks.one_line(main)
     sys.stdout.flush()
-    os._exit(code)  # see launch/pretrain.py
+    os._exit(code)  # see lorapre_dist.training.run.program.script

@@ -15,12 +15,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorapre_dist.config import extras
+
+extras.need_or_exit("hf", "train")
+
 import datasets
 import torch
 from transformers import DataCollatorForLanguageModeling, HfArgumentParser, LlamaForCausalLM, TrainingArguments
 
 from lorapre_dist.checkpoint.files import weights_only
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, shipped
 from lorapre_dist.config.arguments import Parser
 from lorapre_dist.integrations.deepspeed import quiet
 from lorapre_dist.integrations.huggingface.trainer import LoRAPreTrainer
@@ -42,6 +46,12 @@ class Arguments(TrainingArguments):
     learning_rate: float = field(default=5e-3, metadata={"help": "times scale; Trainer's 5e-5 would learn nothing"})
     logging_steps: float = field(default=10, metadata={"help": "Steps between losses that are shown."})
     logging_first_step: bool = field(default=True, metadata={"help": "Show the first step's loss."})
+
+    def __post_init__(self) -> None:
+        """The name of a shipped configuration stands for its file."""
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = str(shipped.located(self.deepspeed))
+        super().__post_init__()
 
 
 @dataclass
@@ -120,4 +130,4 @@ def train(arguments: Arguments, choice: Choice) -> None:
 if __name__ == "__main__":
     code = ranks.one_line(main)
     sys.stdout.flush()
-    os._exit(code)  # see launch/pretrain.py
+    os._exit(code)  # see lorapre_dist.training.run.program.script

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Start pre-training on several hosts: ``python launch/run.py launch/cluster.ini --launcher pdsh``."""
+"""``lorapre launch``: ``python launch/run.py launch/cluster.ini --launcher pdsh`` starts training on several hosts."""
 
 import sys
 

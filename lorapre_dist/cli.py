@@ -1,7 +1,7 @@
-"""The command ``lorapre``: what is done before and after a training run, in one process and without devices.
+"""The command ``lorapre``: the training programs, and what is done before and after a run, without devices.
 
-A command is an entry of ``COMMANDS``: its options, and a function that runs it and returns the exit code. What is
-slow to import is imported there.
+A command is an entry of ``COMMANDS``: its options, and a function that runs it and returns the exit code. A program, an
+entry of ``PROGRAMS``, reads its own command line. What is slow to import is imported in these functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from lorapre_dist import __version__
 from lorapre_dist.checkpoint import CheckpointError
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, ds_json, extras, shipped
 from lorapre_dist.config.arguments import Parser, readable
 from lorapre_dist.integrations.deepspeed import quiet
 
@@ -150,6 +150,7 @@ def _tokenize(options: argparse.Namespace) -> int:
     from lorapre_dist.training.run.settings import check_corpus
 
     given = vars(options)
+    extras.need("train")
     check_corpus(given)
     for name in ("max_tokens", "eval_tokens", "part_tokens", "workers"):
         if given[name] is not None and given[name] < 1:
@@ -161,6 +162,30 @@ def _tokenize(options: argparse.Namespace) -> int:
     train, held_out = found["train"], found["held_out"]
     print(f"{options.out}: {train['tokens']:,} tokens of {train['documents']:,} documents to train on, ", end="")
     print(f"{held_out['tokens']:,} held out; {found['vocab_size']} token ids as {found['dtype']}")
+    return 0
+
+
+# configs ------------------------------------------------------------------------------------------------------------
+
+
+def _configs_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--copy", type=Path, metavar="DIR", help="copy the files to DIR, with those of lorapre launch")
+    parser.add_argument("--overwrite", action="store_true", help="replace changed files in DIR")
+
+
+def _configs(options: argparse.Namespace) -> int:
+    if options.copy is not None:
+        copies = shipped.copy(options.copy, options.overwrite)
+        others = ", ".join(shipped.LAUNCH_FILES)
+        print(f"{options.copy}: {len(copies) - len(shipped.LAUNCH_FILES)} DeepSpeed configurations, {others}")
+        return 0
+    print(f"{'--deepspeed_config':<24} {'optimizer':<16} {'rank':>4} {'lr':>7} {'ZeRO':>4} {'batch':>5} precision")
+    for name, path in shipped.configs().items():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        optimizer, batch = config["optimizer"], config.get("train_batch_size", "")
+        rank, lr = (optimizer["params"].get(key, "") for key in ("rank", "lr"))
+        stage, precision = ds_json.zero_stage(config), ds_json.precision(config)
+        print(f"{name:<24} {optimizer['type']:<16} {rank:>4} {lr:>7} {stage:>4} {batch:>5} {precision}")
     return 0
 
 
@@ -179,9 +204,66 @@ def _plan(options: argparse.Namespace) -> int:
     return run(options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# programs -------------------------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Program:
+    """What reads its own command line.
+
+    Attributes:
+        what, example: as of a :class:`Command`.
+        main: runs it; the exit code, unless it ends this process.
+    """
+
+    what: str
+    example: str
+    main: Callable[[Sequence[str]], int]
+
+
+def _pretrain(argv: Sequence[str]) -> int:
+    from lorapre_dist.training.run import app, program
+
+    program.script(lambda: app.main(argv))
+
+
+def _finetune(argv: Sequence[str]) -> int:
+    from lorapre_dist.training.finetune import app
+    from lorapre_dist.training.run import program
+
+    program.script(lambda: app.main(argv))
+
+
+def _launch(argv: Sequence[str]) -> int:
+    from lorapre_dist.launcher.app import main
+
+    return main(argv)
+
+
+PROGRAMS = {
+    "pretrain": Program(
+        "pre-train a causal LM; on several ranks: deepspeed --module lorapre_dist pretrain ..., torchrun -m ...",
+        "--model llama-tiny --deepspeed_config tiny_zero2 --max_steps 200",
+        _pretrain,
+    ),
+    "finetune": Program(
+        "fine-tune a causal LM on questions and answers, and score it by generation; on several ranks likewise",
+        "--model llama-hf --deepspeed_config finetune_zero2 --dataset metamath --score gsm8k",
+        _finetune,
+    ),
+    "launch": Program(
+        "start pre-training on several hosts: over ssh (pdsh), torchrun, MPI or Slurm",
+        "cluster.ini --launcher pdsh",
+        _launch,
+    ),
+}
 COMMANDS = {
+    "configs": Command(
+        "list the DeepSpeed configurations that are shipped, or copy them",
+        "--copy .",
+        _configs_options,
+        _configs,
+    ),
     "plan": Command(
         "memory per rank and bytes sent per step of a training run, for any world size and without devices",
         "--model llama-7b --stage 2 --world_size 64 --rank 1024",
@@ -209,15 +291,19 @@ COMMANDS = {
 }
 
 
+NAMES = (*PROGRAMS, *COMMANDS)
+
+
 def _top_parser() -> Parser:
-    width = max(map(len, COMMANDS))
+    width = max(map(len, NAMES))
     shown = [
-        f"  {name:<{width}}  {c.what}\n{'':<{width + 4}}lorapre {name} {c.example}" for name, c in COMMANDS.items()
+        f"  {name:<{width}}  {c.what}\n{'':<{width + 4}}lorapre {name} {c.example}"
+        for name, c in {**PROGRAMS, **COMMANDS}.items()
     ]
     parser = Parser(
         prog="lorapre",
         usage="lorapre COMMAND ...   (lorapre COMMAND --help lists its options)",
-        description="Plan LoRA-Pre training runs, and work with their checkpoints and data.",
+        description="Train with LoRA-Pre, plan such runs, and work with their checkpoints and data.",
         epilog="commands, each with an example:\n" + "\n".join(shown),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -242,9 +328,14 @@ def _parser_of(name: str) -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` names; the exit code.
 
-    0, 1 where ``inspect`` finds a checkpoint damaged, and 2 after one line on stderr about what went wrong.
+    0, 1 where ``inspect`` finds a checkpoint damaged, and 2 after one line on stderr about what went wrong. A training
+    program has its own codes, and ends this process.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    if given[1:] and given[0].startswith("--local_rank="):  # the deepspeed launcher puts it first
+        given.append(given.pop(0))
+    if given and given[0] in PROGRAMS:
+        return PROGRAMS[given[0]].main(given[1:])
     quiet.deepspeed()  # results alone go to stdout
     try:
         if not given or given[0] not in COMMANDS:
@@ -267,7 +358,7 @@ def _no_command(given: list[str]) -> int:
     if given and given[0].startswith("-"):
         _top_parser().parse_args(given)
     if not given or given[0].startswith("-"):
-        raise ConfigError(f"name a command: {', '.join(COMMANDS)} (see lorapre --help)")
-    near = difflib.get_close_matches(given[0], COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+        raise ConfigError(f"name a command: {', '.join(NAMES)} (see lorapre --help)")
+    near = difflib.get_close_matches(given[0], NAMES, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(NAMES)}"
     raise ConfigError(f"unknown command {given[0]!r}: {hint}")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.training.engines.schedule import scheduler_factory
 from lorapre_dist.training.run.settings import BUILTIN, default_cache, load_settings
 
@@ -80,6 +80,7 @@ def prepare(args: argparse.Namespace) -> Task:
     Raises:
         ConfigError: bad options, or a corpus that is too small.
     """
+    extras.need("train")
     from lorapre_dist.training.data.batches import BatchPlan
     from lorapre_dist.training.data.sequences import prepare_data
     from lorapre_dist.training.engines.models import build_model, fit_vocabulary, model_config
@@ -169,7 +170,8 @@ def run_rows(names: list[str], lrs: list[float] | None, task: Task) -> list[Run]
             except ModuleNotFoundError as error:
                 if (error.name or "").partition(".")[0] != "galore_torch":
                     raise
-                print(f"{name} skipped: galore-torch is not installed (pip install galore-torch)", file=sys.stderr)
+                how = "pip install 'lorapre-dist[bench]'"
+                print(f"{name} skipped: galore-torch is not installed: {how}", file=sys.stderr)
                 break
             last = runs[-1]
             print(f"{name} at {lr:g}: {_nats(last.val_loss)} ({last.seconds:.0f} s)", file=sys.stderr, flush=True)

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hjson
-
+from . import extras, shipped
 from .checks import ConfigError
 
 BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -27,10 +26,15 @@ _AUTO = (
 def read(source: str | Path) -> dict[str, Any]:
     """The configuration in a file, or in a string in base64, as DeepSpeed takes it: Hjson, which JSON is a part of.
 
+    The name of a shipped configuration (:mod:`.shipped`) stands for its file.
+
     Raises:
         ConfigError: no such file, not a JSON object, a key given twice. It does not name the file, see :func:`naming`.
     """
-    text = _text(source)
+    extras.need("deepspeed", "hjson")
+    import hjson
+
+    text = _text(shipped.located(source))
     try:
         config = hjson.loads(text, object_pairs_hook=_unique_keys)
     except ConfigError:
@@ -105,7 +109,7 @@ def _text(source: str | Path) -> str:
     except ValueError as error:  # of UTF-8 or base64
         if os.path.exists(source):
             raise ConfigError(f"not text in UTF-8: {error}") from error
-        raise ConfigError("no such file") from None
+        raise ConfigError(f"no such file{shipped.nearest(source)}") from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror or error}") from error
 

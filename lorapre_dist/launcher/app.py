@@ -27,9 +27,9 @@ LAUNCHERS = tuple(checks.PROGRAMS)
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="run.py",
-        description="Start launch/pretrain.py on several hosts. Options that are not listed here go to pretrain.py, "
-        "after those of the settings file.",
+        prog="lorapre launch",
+        description="Start lorapre pretrain on several hosts. Options that are not listed here go to it, after those "
+        "of the settings file. Hosts need the same Python environment, and no clone of the repository.",
         epilog="Exit code: the ranks' (0; 75: stopped by a signal, saved, start again), 2 for bad settings or a host "
         "that is not ready. SIGTERM, SIGUSR1 and Ctrl-C make all ranks finish their step, save and end; once more ends "
         "them at once.",
@@ -37,8 +37,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "settings",
-        help="INI file; launch/cluster.ini is an example with every setting explained. Relative paths in it, and in "
-        "pretrain.py's options, are of the repository",
+        help="INI file; cluster.ini, which lorapre configs --copy DIR writes, is an example with every setting "
+        "explained. Relative paths in it, and in the options, are of the present folder",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: pdsh")
     parser.add_argument("--hosts", help="use only these of the hostfile, separated by commas")
@@ -53,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, more = build_parser().parse_known_args(argv)
         settings = read_settings(os.path.abspath(args.settings), [word for word in more if word != "--"])
         _prefer_own_programs()
-        os.chdir(checks.REPO)  # where the ranks start: a path means the same here and there
         hosts = {} if args.launcher == "slurm" else _chosen(checks.read_hostfile(settings.hostfile), args.hosts)
         _check_pretrain(settings, sum(hosts.values()))
         if args.dry_run:
@@ -112,7 +111,7 @@ def _run(launcher: str, launch: Launch, settings: ClusterSettings, hosts: dict[s
         words[words.index("--hostfile") + 1] = str(chosen)
     begun, asked = time.time(), threading.Event()
     # A session of its own: a signal to the terminal's group reaches the front alone, which knows what to do with it.
-    process = subprocess.Popen(words, env=os.environ | launch.variables, cwd=checks.REPO, start_new_session=True)
+    process = subprocess.Popen(words, env=os.environ | launch.variables, start_new_session=True)
 
     def stop(number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -161,13 +160,13 @@ def _ask_to_stop(launch: Launch, settings: ClusterSettings, hosts: Iterable[str]
 
 def _code_that_mpich_hides(settings: ClusterSettings, begun: float, asked: bool) -> int:
     """DeepSpeed starts MPICH's ranks through a helper that ends with 0 whatever became of the rank."""
-    summary = checks.REPO / settings.output_dir / "summary.json"
+    summary = settings.output_dir / "summary.json"
     if summary.is_file() and summary.stat().st_mtime >= begun:
         return 0
     return EXIT_STOPPED if asked else 1
 
 
 def _newest(settings: ClusterSettings) -> str:
-    names = [path.name for path in (checks.REPO / settings.output_dir / "checkpoints").glob("step*")]
+    names = [path.name for path in (settings.output_dir / "checkpoints").glob("step*")]
     tags = [name for name in names if re.fullmatch(r"step\d+", name)]
     return f"resumes from {max(tags)} in {settings.output_dir}" if tags else "starts from the beginning"

@@ -18,8 +18,7 @@ from typing import Any
 from lorapre_dist.config import ConfigError
 from lorapre_dist.launcher.settings import ClusterSettings
 
-REPO = Path(__file__).resolve().parents[2]
-PROBE = Path(__file__).with_name("probe.py")
+PROBE = "lorapre_dist.launcher.probe"
 HOST_LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?")
 # Answers at once or not at all; a host that is cut off later is noticed within a minute.
 SSH_OPTIONS = (
@@ -98,7 +97,7 @@ def check_hosts(hosts: Mapping[str, int], settings: ClusterSettings) -> str | No
     Raises:
         ConfigError: a host that cannot be reached, or is not like this one; the first of several, and their number.
     """
-    folder = REPO / settings.output_dir
+    folder = Path.cwd() / settings.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".hosts-") as shared, ThreadPoolExecutor(64) as pool:
@@ -124,9 +123,10 @@ def _ask(host: str, settings: ClusterSettings, shared: str) -> dict[str, Any] | 
     python, arguments = shlex.quote(sys.executable), ["--port", str(settings.master_port), "--shared", shared]
     if settings.interface:
         arguments += ["--interface", settings.interface]
+    given = shlex.join(f"{name}={value}" for name, value in where_modules_are().items())
     command = (
-        f"cd {shlex.quote(str(REPO))} 2>/dev/null || exit {NO_FOLDER}; test -x {python} || exit {NO_PYTHON}; "
-        f"exec {python} {shlex.quote(str(PROBE))} {shlex.join(arguments)}"
+        f"cd {shlex.quote(os.getcwd())} 2>/dev/null || exit {NO_FOLDER}; test -x {python} || exit {NO_PYTHON}; "
+        f"exec env {given} {python} -m {PROBE} {shlex.join(arguments)}"
     )
     try:
         done = ssh(host, settings, command)
@@ -134,9 +134,11 @@ def _ask(host: str, settings: ClusterSettings, shared: str) -> dict[str, Any] | 
         return f"{host}: no answer within 120 s"
     said = " ".join(done.stderr.split())
     if done.returncode == NO_FOLDER:
-        return f"{host}: {REPO} is not there; every host needs the repository at the same path"
+        return f"{host}: {os.getcwd()} is not there; start in a folder that all hosts have, shared storage say"
     if done.returncode == NO_PYTHON:
         return f"{host}: {sys.executable} is not there; every host needs the same Python environment at the same path"
+    if "No module named" in said and "lorapre_dist" in said:
+        return f"{host}: lorapre_dist is not installed for {sys.executable}: pip install 'lorapre-dist[train]' there"
     if done.returncode == 255:
         return f"{host}: not reachable by ssh without a password: {said or 'no reason given'}"
     try:
@@ -164,7 +166,7 @@ def _compare(
                 f"{host}: {package} {there['versions'][package] or 'missing'}, here it is {version or 'missing'}"
             )
     if there["sources"] != here["sources"]:
-        found.append(f"{host}: another state of lorapre_dist than here; copy {REPO} again")
+        found.append(f"{host}: another state of lorapre_dist than here; install the same there, or copy it again")
     if settings.interface and there["address"] is None:
         known = ", ".join(there["interfaces"])
         found.append(f"{host}: network interface {settings.interface} has no IPv4 address; there: {known}")
@@ -177,6 +179,11 @@ def _compare(
     if first and not there["port_is_free"]:
         found.append(f"{host}: port {settings.master_port} is in use; set another master_port")
     return found
+
+
+def where_modules_are() -> dict[str, str]:
+    """``PYTHONPATH``, where it is set: the package may be a checkout that is not installed."""
+    return {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 
 
 def environment_of_ranks(settings: ClusterSettings, launcher: str, address: str | None) -> dict[str, str]:

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, shipped
 from lorapre_dist.integrations.deepspeed import quiet
-from lorapre_dist.launcher.checks import REPO, SSH_OPTIONS, environment_of_ranks
+from lorapre_dist.launcher.checks import SSH_OPTIONS, environment_of_ranks, where_modules_are
 from lorapre_dist.launcher.settings import ClusterSettings
 
-PRETRAIN = "launch/pretrain.py"
-BATCH_SCRIPT = "launch/slurm.sbatch"
+#: What every rank runs, on hosts that have the package and no clone: ``python -m`` and these.
+PRETRAIN = ("lorapre_dist", "pretrain")
+BATCH_SCRIPT = "slurm.sbatch"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def build(launcher: str, settings: ClusterSettings, hosts: Mapping[str, int], ad
 
 def ranks_file(settings: ClusterSettings) -> Path:
     """Where DeepSpeed's launcher reads the environment of the ranks from."""
-    return REPO / settings.output_dir / "ranks.env"
+    return Path.cwd() / settings.output_dir / "ranks.env"
 
 
 def _deepspeed(launcher: str, settings: ClusterSettings, ranks: dict[str, str], address: str | None) -> Launch:
@@ -81,9 +82,10 @@ def _deepspeed(launcher: str, settings: ClusterSettings, ranks: dict[str, str], 
         words += ["--launcher_args", shlex.join(["-bind-to", "none", *_flag("-iface", settings.interface)])]
         # Hydra knows no option for ssh's options.
         variables["HYDRA_LAUNCHER_EXTRA_ARGS"] = shlex.join([*_port(settings), *SSH_OPTIONS])
+    words += ["--no_local_rank", "--module", *PRETRAIN]  # the number would come before the name of the program
     # The rank itself, not the launcher before it, whose command line goes on in the same way.
-    pattern = rf"^[^ ]*python[^ ]* -u {PRETRAIN} .*{_output_of(settings)}"
-    return Launch([*words, PRETRAIN, *settings.pretrain], variables, ranks, ("USR1", pattern))
+    pattern = rf"^[^ ]*python[^ ]* -u -m {' '.join(PRETRAIN)} .*{_output_of(settings)}"
+    return Launch([*words, *settings.pretrain], variables, ranks, ("USR1", pattern))
 
 
 def _openmpi_options(settings: ClusterSettings) -> str:
@@ -123,24 +125,19 @@ def _torchrun(
         *("--nnodes", f"{least}:{len(hosts)}", "--nproc_per_node", str(hosts[first])),
         *("--rdzv_endpoint", f"{address or first}:{settings.master_port}", "--max_restarts", str(settings.restarts)),
         # Room for a step and a checkpoint between the agent's SIGTERM and SIGKILL.
-        *("--shutdown_timeout", "300", PRETRAIN, *settings.pretrain),
+        *("--shutdown_timeout", "300", "-m", *PRETRAIN, *settings.pretrain),
     ]
-    exported = " ".join(f"{key}={shlex.quote(value)}" for key, value in _with_repo(ranks).items())
-    remote = f"cd {shlex.quote(str(REPO))} && exec env {exported} {shlex.join(agent)}"
+    exported = " ".join(f"{key}={shlex.quote(value)}" for key, value in (where_modules_are() | ranks).items())
+    remote = f"cd {shlex.quote(os.getcwd())} && exec env {exported} {shlex.join(agent)}"
     variables = {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": shlex.join([*_port(settings), *SSH_OPTIONS])}
     pattern = rf"^[^ ]*python[^ ]* -m torch\.distributed\.run .*--rdzv_id {name} "
     return Launch(["pdsh", "-S", "-w", ",".join(hosts), remote], variables, {}, ("TERM", pattern))
 
 
 def _slurm(settings: ClusterSettings, ranks: dict[str, str]) -> Launch:
-    words = ["sbatch", f"--chdir={REPO}", *settings.slurm, BATCH_SCRIPT, sys.executable, "-u", PRETRAIN]
-    return Launch([*words, *settings.pretrain], _with_repo(ranks))
-
-
-def _with_repo(ranks: dict[str, str]) -> dict[str, str]:
-    """The package may be a checkout that is not installed."""
-    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path} | ranks
+    words = ["sbatch", f"--chdir={os.getcwd()}", *settings.slurm, str(shipped.file(BATCH_SCRIPT))]
+    rank = [sys.executable, "-u", "-m", *PRETRAIN]
+    return Launch([*words, *rank, *settings.pretrain], where_modules_are() | ranks)
 
 
 def _output_of(settings: ClusterSettings) -> str:

@@ -1,4 +1,4 @@
-"""What one host has, as a line of JSON; run on it by file name, before anything is known to be installed there."""
+"""What one host has, as a line of JSON: ``python -m lorapre_dist.launcher.probe``, which imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import platform
 import socket
 import struct
 from importlib import metadata
-from pathlib import Path
+
+from lorapre_dist.config import shipped
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "mpi4py")
-PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 SIOCGIFADDR = 0x8915
 
 
@@ -50,9 +50,9 @@ def port_is_free(port: int) -> bool:
 
 def sources() -> str:
     """Digest of the package's source files: an old copy on one host trains something else."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE_FOLDER.rglob("*.py")):
-        digest.update(str(path.relative_to(PACKAGE_FOLDER)).encode() + path.read_bytes())
+    digest, folder = hashlib.sha256(), shipped.package()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -16,7 +16,7 @@ SECTIONS = {
     "environment": None,  # any variable
     "torchrun": ("min_hosts", "restarts"),
     "slurm": None,  # any option of sbatch
-    "pretrain": None,  # any option of pretrain.py, which checks them itself
+    "pretrain": None,  # any option of lorapre pretrain, which checks them itself
 }
 DEFAULT_OUTPUT = "runs/pretrain"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -36,7 +36,7 @@ class ClusterSettings:
         min_hosts: with how many hosts torchrun goes on after losing others (None: all are needed).
         restarts: how often torchrun starts the ranks again.
         slurm: options for sbatch.
-        pretrain: command line of ``pretrain.py``.
+        pretrain: command line of ``lorapre pretrain``.
     """
 
     path: Path
@@ -53,11 +53,11 @@ class ClusterSettings:
 
     @property
     def output_dir(self) -> Path:
-        """Where the run writes; relative to the repository."""
+        """Where the run writes; relative to the folder that the front was started in."""
         return Path(self.option("output_dir") or DEFAULT_OUTPUT)
 
     def option(self, name: str) -> str | None:
-        """The value of an option of ``pretrain.py``; of several the last, as argparse takes it."""
+        """The value of an option of ``lorapre pretrain``; of several the last, as argparse takes it."""
         found = None
         for place, word in enumerate(self.pretrain):
             if word == f"--{name}":
@@ -68,7 +68,7 @@ class ClusterSettings:
 
 
 def read_settings(path: str, more: Sequence[str] = ()) -> ClusterSettings:
-    """Read the file; ``more`` follows its options for ``pretrain.py`` and so overrides them.
+    """Read the file; ``more`` follows its options for ``lorapre pretrain`` and so overrides them.
 
     Raises:
         ConfigError: no such file, a line, section, name or value that is not understood.

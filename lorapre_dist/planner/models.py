@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.training.engines.presets import PRESETS
 
 from .request import Parameter
@@ -43,6 +43,7 @@ def find(model: str) -> tuple[str, tuple[Parameter, ...]]:
     values = _json(file)
     if values.get("model_type") == "llama" and _has_sizes(values) and values.get("architectures") in (None, [LLAMA]):
         return LLAMA, llama(values)  # transformers takes seconds to import
+    extras.need("train", "transformers", why=f"--model {model}")
     from lorapre_dist.training.engines.pretrained import read_config
 
     config = read_config(str(file) if path.exists() else model, "--model")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.config.arguments import readable
 
 from .optimizers import OPTIMIZERS
@@ -137,6 +137,7 @@ def chart(request: Request, path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written, or matplotlib knows no such format.
     """
+    extras.need("train", "matplotlib", "tqdm", why="--plot")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -32,4 +32,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # see launch/pretrain.py
+    os._exit(0)  # see lorapre_dist.training.run.program.script

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def test_options_reach_pretrain_under_every_launcher(ini):
         words = words_of(ini, launcher, "--max_steps", "9")
         if launcher == "torchrun":
             words = shlex.split(words[-1])
-        options = words[words.index("launch/pretrain.py") + 1 :]
+        program = words.index("pretrain")
+        assert words[program - 1] == "lorapre_dist" and words[program - 2] in ("-m", "--module")
+        options = words[program + 1 :]
         assert options[:4] == expected
         assert "--no_progress" in options and "--wandb" not in options
         assert options[-2:] == ["--max_steps", "9"]
@@ -74,13 +77,9 @@ def test_commands(ini):
     assert "--nnodes 1:2 --nproc_per_node 2 --rdzv_endpoint 10.0.0.1:29500 --max_restarts 3" in remote
     assert "NCCL_DEBUG=WARN" in remote and "GLOO_SOCKET_IFNAME=lan0" in remote and "OMP_NUM_THREADS=4" in remote
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in remote
-    assert words_of(ini, "slurm")[:5] == [
-        "sbatch",
-        f"--chdir={REPO}",
-        "--nodes=2",
-        "--exclusive",
-        "launch/slurm.sbatch",
-    ]
+    sbatch, *options, script = words_of(ini, "slurm")[:5]
+    assert [sbatch, *options] == ["sbatch", f"--chdir={os.getcwd()}", "--nodes=2", "--exclusive"]
+    assert Path(script).read_bytes() == (REPO / "launch" / "slurm.sbatch").read_bytes()
 
 
 def test_dry_run_prints_a_command_that_a_shell_takes(ini, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 
 import pytest
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -88,3 +89,15 @@ def test_arguments_that_say_what_the_deepspeed_json_says_are_taken():
 def test_arguments_that_the_deepspeed_json_would_override_are_refused(section, options, kind, words):
     with pytest.raises(ConfigError, match=words):
         check_agreement(section, options, kind)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [("hf_trainer", "trainer", "LoRAPreTrainer"), ("hf_accelerate", "accelerate", "LoRAPreAccelerator")],
+)
+def test_the_old_places_give_the_same_and_warn(old, new, name):
+    sys.modules.pop(f"lorapre_dist.training.{old}", None)
+    with pytest.warns(FutureWarning, match=f"is now lorapre_dist.integrations.huggingface.{new}$"):
+        before = importlib.import_module(f"lorapre_dist.training.{old}")
+    now = importlib.import_module(f"lorapre_dist.integrations.huggingface.{new}")
+    assert getattr(before, name) is getattr(now, name)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.config.ds_training import batch_sizes, precision, read_deepspeed_config, zero_stage
 from lorapre_dist.training.engines.presets import LR_GRID, RECIPES
 from lorapre_dist.training.run.settings import load_settings
@@ -118,8 +118,8 @@ def test_bad_options_say_what_is_wrong(make_settings, options, words):
 
 
 def test_wandb_that_is_not_installed_is_named(make_settings, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="wandb package is not installed"):
+    monkeypatch.setattr(extras, "has", lambda package: package != "wandb")
+    with pytest.raises(ConfigError, match=r"--wandb: needs wandb: pip install 'lorapre-dist\[wandb\]'"):
         make_settings("--wandb")
 
 

@@ -59,6 +59,8 @@ def test_command_lines_are_answered_before_anything_heavy_is_imported(tmp_path):
         ("lorapre_dist", "tokenize", "--help"): (0, "--max_tokens"),
         ("lorapre_dist", "inspect", "--jsn"): (2, "error: "),
         ("lorapre_dist", "plna"): (2, "did you mean plan?"),
+        ("lorapre_dist", "configs"): (0, "llama_60m_zero2 "),
+        ("lorapre_dist", "launch", "--lancher", "pdsh"): (2, "settings"),
         ("lorapre_dist", "plan", "--model", "llama-60m", "--world_size", "8"): (0, "ZeRO-2"),
         (pretrain, "--help"): (0, "--deepspeed_config"),
         (pretrain, "--modle", "x"): (2, "unknown option --modle"),

@@ -8,14 +8,20 @@ pass through there.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed as ds
 import torch
+
+from ...config import extras
+
+extras.need("deepspeed")
+
+import deepspeed as ds
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -23,7 +29,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ...config import ConfigError, LowRankConfig, ds_json
+from ...config import ConfigError, LowRankConfig, ds_json, shipped
 from ...config.checks import shown
 from ...config.param_groups import clean_name, shape_of
 from ...layouts import whole, zero3, zero12
@@ -79,14 +85,23 @@ def register() -> None:
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize``: same arguments and result, after checking the configuration.
 
+    The name of a shipped configuration stands for its file.
+
     Raises:
         ConfigError: an unknown or bad key or option, an unsupported DeepSpeed feature, or nothing is low-rank.
     """
-    given = inspect.signature(ds.initialize).bind_partial(*args, **kwargs).arguments
-    config = given.get("config") or given.get("config_params") or getattr(given.get("args"), "deepspeed_config", None)
+    call = inspect.signature(ds.initialize).bind_partial(*args, **kwargs)
+    given, options = call.arguments, copy.copy(call.arguments.get("args"))
+    config = given.get("config") or given.get("config_params") or getattr(options, "deepspeed_config", None)
     if config is not None:
         check_config(config)
-    return ds.initialize(*args, **kwargs)
+    if isinstance(config, (str, Path)):
+        for name in ("config", "config_params"):
+            if given.get(name) is config:
+                given[name] = shipped.located(config)
+        if getattr(options, "deepspeed_config", None) is config:
+            options.deepspeed_config, given["args"] = shipped.located(config), options
+    return ds.initialize(*call.args, **call.kwargs)
 
 
 def check_config(config: Mapping[str, Any] | str | Path) -> LowRankConfig | None:

@@ -1,1 +1,5 @@
 """The Hugging Face ``Trainer`` and Accelerate."""
+
+from ...config import extras
+
+extras.need("hf")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ def recipe(name: str) -> dict[str, Any]:
     """
     return {
         "model": name,
-        "deepspeed_config": str(DS_CONFIGS / f"{name.replace('-', '_')}_zero{RECIPES[name]}.json"),
+        "deepspeed_config": f"{name.replace('-', '_')}_zero{RECIPES[name]}",
         "dataset": "c4",
         "tokenizer": "t5-base",
         "seq_len": 256,

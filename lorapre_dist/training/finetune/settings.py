@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.config.arguments import Parser, naming_paths
 from lorapre_dist.config.ds_training import batch_sizes, override_lr, read_deepspeed_config, zero_stage
 from lorapre_dist.training.run.settings import (
@@ -62,7 +61,7 @@ class FinetuneSettings(RunSettings):
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every default is shown by ``--help``."""
     parser = Parser(
-        prog="finetune.py",
+        prog="lorapre finetune",
         description="Fine-tune a causal LM on questions and answers under DeepSpeed, and score it by generation.",
         formatter_class=Help,
         allow_abbrev=False,
@@ -133,8 +132,9 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> FinetuneSettin
         ConfigError: a bad value, a missing or malformed file, a package that is needed and not installed.
     """
     args = vars(build_parser().parse_args(argv))
+    extras.need("train")
     if args["deepspeed_config"] is None:
-        raise ConfigError("--deepspeed_config is needed: ds_configs/finetune_zero2.json, or one like it")
+        raise ConfigError("--deepspeed_config is needed: finetune_zero2, which is shipped, or a file like it")
     _check_model(args)
     _check_data(args)
     check_run(args, max_steps=0, max_examples=1, score_problems=1, score_batch=1, max_new_tokens=1, lora_rank=1)
@@ -204,9 +204,7 @@ def _check_numbers(args: dict[str, Any]) -> None:
 
 
 def _check_packages(optimizer: str | None, stage: int) -> None:
-    for package, wanted, why in (
-        ("peft", optimizer == "lora", "--optimizer lora"),
-        ("accelerate", stage == 3, "ZeRO-3"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{why}: needs the package {package}; run: pip install 'lorapre-dist[finetune]'")
+    if optimizer == "lora":
+        extras.need("finetune", "peft", why="--optimizer lora")
+    if stage == 3:
+        extras.need("finetune", "accelerate", why="ZeRO-3")

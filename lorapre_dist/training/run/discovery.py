@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, extras
 
 DEFAULT_PORT = 29500
 
@@ -35,6 +35,8 @@ def find_ranks() -> None:
 
 
 def _ask_mpi() -> None:
+    extras.need("mpi", why="started by mpirun")
+    extras.need("deepspeed", why="started by mpirun")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

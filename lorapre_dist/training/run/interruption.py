@@ -15,6 +15,8 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
+from lorapre_dist.config import extras
+
 # ``EX_TEMPFAIL`` of sysexits.h: nothing is wrong, start the same command again.
 EXIT_STOPPED = 75
 
@@ -65,6 +67,8 @@ def end_with_launcher(poll: float = 1.0) -> None:
 
 
 def _launchers() -> Iterator[Any]:
+    if not extras.has("psutil"):  # a program's options are still read then; what it lacks is said after that
+        return
     import psutil
 
     try:

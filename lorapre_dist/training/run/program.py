@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from lorapre_dist.checkpoint.folder import write_atomically
 from lorapre_dist.config import CONFIGS, ConfigError
@@ -53,6 +53,17 @@ def run(
         return ranks.report(error)
     except KeyboardInterrupt:
         return 130
+
+
+def script(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` of a training program as all that this process is for, and end with its exit code."""
+    interruption.outlive_the_terminal()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written and closed. Now and then the teardown of the interpreter ended in "terminate called without
+    # an active exception" of some library's thread, and the launcher would take a finished run for a failed one.
+    os._exit(code)
 
 
 def _quiet() -> None:

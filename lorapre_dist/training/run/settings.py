@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.config import ConfigError
+from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.config.arguments import Parser, naming_paths
 from lorapre_dist.config.ds_training import (
     BatchSizes,
@@ -149,7 +148,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every default is shown by ``--help``."""
     parser = Parser(
-        prog="pretrain.py",
+        prog="lorapre pretrain",
         description="Pre-train a causal LM with the optimizer of the DeepSpeed JSON.",
         formatter_class=Help,
         allow_abbrev=False,
@@ -222,7 +221,10 @@ def _add_data_options(group: Any) -> None:
 
 def add_run_options(group: Any, save_every: int) -> None:
     """Options of every training program."""
-    group.add_argument("--deepspeed_config", help="DeepSpeed JSON: batch sizes, optimizer, precision; needed")
+    group.add_argument(
+        "--deepspeed_config",
+        help="DeepSpeed JSON: batch sizes, optimizer, precision; a file, or a name that lorapre configs lists; needed",
+    )
     group.add_argument("--lr", type=float, help="overrides the JSON's optimizer.params.lr")
     group.add_argument("--save_every", type=int, default=save_every, help="steps between checkpoints; 0: none at all")
     group.add_argument("--keep_last", type=int, help="keep this many of the newest checkpoints (default: all)")
@@ -267,6 +269,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     """
     parser = build_parser()
     args = vars(parser.parse_args(argv))
+    extras.need("train")
     if args["recipe"] is not None:
         defaults = recipe(args["recipe"])
         if os.path.isfile(os.path.join(args["dataset"], "manifest.json")):
@@ -276,7 +279,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
         if args["model"] == defaults["model"] and (args["model_config"] or args["init_from"]):
             args["model"] = None
     if args["deepspeed_config"] is None:
-        raise ConfigError("--deepspeed_config is needed: a file of ds_configs/, or --recipe")
+        raise ConfigError("--deepspeed_config is needed: a file, or a name that lorapre configs lists; or --recipe")
     _check_model(args)
     _own_tokenizer(args)
     check_corpus(args)
@@ -406,5 +409,5 @@ def check_run(args: dict[str, Any], **least: int) -> None:
         raise ConfigError(f"--lr {args['lr']}: must be a positive number")
     if Path(args["output_dir"]).exists() and not Path(args["output_dir"]).is_dir():
         raise ConfigError(f"--output_dir {args['output_dir']}: is a file")
-    if args["wandb"] and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("--wandb: the wandb package is not installed; run: pip install 'lorapre-dist[wandb]'")
+    if args["wandb"]:
+        extras.need("wandb", why="--wandb")
