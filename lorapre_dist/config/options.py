@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 VARIANTS = ("stable", "paper")
+STATE_DTYPES = ("fp32", "bf16", "8bit")
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
 # Options of torch's and DeepSpeed's optimizers that mean nothing here.
 ELSEWHERE = {
@@ -44,6 +45,8 @@ class LowRankConfig:
         target_modules: which weights are low-rank, see :func:`lorapre_dist.config.param_groups.matches`.
         seed: with the parameter's name, determines the initial factors.
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
+        state_dtype: in which form the factors are kept between steps: ``"fp32"``, ``"bf16"``, or ``"8bit"`` with a scale
+            for each row of ``B`` and column of ``A``; a step reckons in fp32 and rounds stochastically.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -59,6 +62,7 @@ class LowRankConfig:
     target_modules: str | tuple[str, ...] | None = None
     seed: int = 0
     max_skipped: int = 20
+    state_dtype: str = "fp32"
 
     # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
     # below which next to nothing is learned from scratch: a fiftieth of what is usual.
@@ -72,6 +76,7 @@ class LowRankConfig:
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         self._check_numbers()
         choice("variant", self.variant, VARIANTS)
+        choice("state_dtype", self.state_dtype, STATE_DTYPES)
         targets = self.target_modules
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):
@@ -129,6 +134,11 @@ class LowRankConfig:
     def ranks(self) -> dict[str, int]:
         """Rank of the factors by moment."""
         return {"m": self.rank}
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """In which form the factors are kept, by moment."""
+        return dict.fromkeys(self.ranks, self.state_dtype)
 
     @property
     def vectors(self) -> tuple[str, ...]:

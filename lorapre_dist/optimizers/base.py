@@ -250,6 +250,7 @@ class LowRankOptimizer(StatefulOptimizer):
                     device=device,
                     dtype=dtype,
                     before=piece.before,
+                    kept=config.forms,
                 )
             else:
                 state = adamw.allocate(piece.numel, device, dtype)
