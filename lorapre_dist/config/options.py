@@ -45,8 +45,8 @@ class LowRankConfig:
         target_modules: which weights are low-rank, see :func:`lorapre_dist.config.param_groups.matches`.
         seed: with the parameter's name, determines the initial factors.
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
-        state_dtype: in which form the factors are kept between steps: ``"fp32"``, ``"bf16"``, or ``"8bit"`` with a scale
-            for each row of ``B`` and column of ``A``; a step reckons in fp32 and rounds stochastically.
+        state_dtype: in which form the factors are kept between steps: ``"fp32"``, ``"bf16"``, or ``"8bit"`` with a
+            scale for each row of ``B`` and column of ``A``; a step reckons in fp32 and rounds stochastically.
 
     Raises:
         ConfigError: a value outside what is allowed.

@@ -37,7 +37,7 @@ def widened(kept: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     if kept.dtype != torch.int8:
         return kept
     codes, scale = kept.split([rank_of(kept, dim), forms.SCALE], dim)
-    return codes.to(dtype).mul_(scale.movedim(dim, -1).contiguous().view(torch.float32).movedim(-1, dim))
+    return codes.to(dtype).mul_(_viewed(scale, dim, torch.float32))
 
 
 def rounded(wide: Tensor, form: str, dim: int, bits: Tensor | None = None) -> Tensor:
@@ -58,8 +58,13 @@ def rounded(wide: Tensor, form: str, dim: int, bits: Tensor | None = None) -> Te
     scale = wide.abs().amax(dim, keepdim=True).div_(127)
     up = 0.5 if bits is None else bits.bitwise_right_shift(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
     codes = (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)).add_(up).floor_().clamp_(-127, 127)
-    bytes_of = scale.movedim(dim, -1).contiguous().view(torch.int8).movedim(-1, dim)
-    return torch.cat([codes.to(torch.int8), bytes_of], dim)
+    return torch.cat([codes.to(torch.int8), _viewed(scale, dim, torch.int8)], dim)
+
+
+def _viewed(scales: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The vectors' scales as bytes along ``dim``, or the other way round."""
+    apart = scales.movedim(dim, -1).clone(memory_format=torch.contiguous_format)  # a view needs strides of 1
+    return apart.view(dtype).movedim(-1, dim)
 
 
 def converted(kept: Tensor, like: Tensor, dim: int) -> Tensor:

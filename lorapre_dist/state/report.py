@@ -38,7 +38,6 @@ class MemoryReport:
         """The report for this rank's pieces and their state; the core knows the workspace."""
         matrices = [(piece, state) for piece, state in held if isinstance(state, Matrix)]
         others = [(piece, state) for piece, state in held if not isinstance(state, Matrix)]
-        size = {id(piece): next(iter(state.tensors().values())).element_size() for piece, state in held}
         return cls(
             layout=layout.name,
             world_size=layout.world_size,
@@ -47,7 +46,7 @@ class MemoryReport:
             adamw_parameters=len(others),
             adamw_elements=sum(p.numel for p, _ in others),
             state_bytes=sum(t.numel() * t.element_size() for _, s in held for t in s.tensors().values()),
-            adamw_state_bytes=sum(2 * p.numel * size[id(p)] for p, _ in held),
+            adamw_state_bytes=sum(2 * p.numel * s.dtype.itemsize for p, s in held),
             workspace_bytes=workspace_bytes,
         )
 
