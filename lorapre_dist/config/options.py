@@ -47,6 +47,10 @@ class LowRankConfig:
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
         state_dtype: in which form the factors are kept between steps: ``"fp32"``, ``"bf16"``, or ``"8bit"`` with a
             scale for each row of ``B`` and column of ``A``; a step reckons in fp32 and rounds stochastically.
+        release_gradients: step each parameter in the backward pass, as soon as its gradient is complete, and forget the
+            gradient; the same in all parameter groups, see :mod:`lorapre_dist.optimizers.release`.
+        clip_each: norm to which each parameter's gradient is scaled down by itself, where gradients are released: their
+            global norm is not known before all have been used.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -63,6 +67,8 @@ class LowRankConfig:
     seed: int = 0
     max_skipped: int = 20
     state_dtype: str = "fp32"
+    release_gradients: bool = False
+    clip_each: float | None = None
 
     # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
     # below which next to nothing is learned from scratch: a fiftieth of what is usual.
@@ -77,6 +83,14 @@ class LowRankConfig:
         self._check_numbers()
         choice("variant", self.variant, VARIANTS)
         choice("state_dtype", self.state_dtype, STATE_DTYPES)
+        boolean("release_gradients", self.release_gradients)
+        if self.clip_each is not None:
+            number("clip_each", self.clip_each, low=0.0, low_open=True)
+            if not self.release_gradients:
+                raise ConfigError(
+                    f"clip_each={self.clip_each}: is for gradients that are released (release_gradients=true); else "
+                    "clip all of them by their global norm (gradient_clipping, or torch.nn.utils.clip_grad_norm_)"
+                )
         targets = self.target_modules
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):

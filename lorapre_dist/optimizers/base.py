@@ -31,6 +31,7 @@ from ..state.full import all_ranks, full_state, load_full_state
 from ..state.report import MemoryReport
 from ..state.state_dict import StatefulOptimizer, state_dtype
 from . import advise, agreement, awaiting
+from .release import UNDER_DEEPSPEED, Release, check_release
 from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
 
 # ``from . import`` would give the function that the package has by the same name.
@@ -109,6 +110,9 @@ class LowRankOptimizer(StatefulOptimizer):
         if not self.awaiting_layout and not any(getattr(p, "_fsdp_flattened", False) for _, p, _ in self._named()):
             named = [(n, p, i) for n, p, i in self._named() if p.requires_grad]
             self.check_matches([(n, param_groups.shape_of(p)) for n, p, _ in named], [i for _, _, i in named])
+        if self.config.release_gradients and self.awaiting_layout:
+            raise ConfigError(UNDER_DEEPSPEED)
+        self._release = Release(self) if self.config.release_gradients else None
         advise.of_small_steps(self.config)
 
     def learn_types(self, model: nn.Module) -> None:
@@ -161,6 +165,8 @@ class LowRankOptimizer(StatefulOptimizer):
             if meant:
                 raise ConfigError(f"unknown {name} option {key!r} in a parameter group; did you mean {meant[0]!r}?")
         check_tensors(group, name)
+        if config.release_gradients != self.config.release_gradients:
+            raise ConfigError(f"release_gradients={config.release_gradients} in a parameter group: give it for all")
         if not self.awaiting_layout:
             if config.target_modules is not None and "param_names" not in group:
                 raise ConfigError(
@@ -182,6 +188,7 @@ class LowRankOptimizer(StatefulOptimizer):
         super().__setstate__({name: value for name, value in state.items() if name != "_bound"})
         units = self.layout.units if self.layout else []
         self._bound = {id(unit.tensor): b for unit, b in zip(units, bound, strict=True)}
+        self._release = Release(self) if self.config.release_gradients else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
         """A copy with parameters and state of its own, which belongs to the same process groups."""
@@ -201,6 +208,8 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         if self._stepped():
             raise ConfigError(f"cannot change the layout of a {self.config.optimizer} optimizer after its first step")
+        if self.config.release_gradients:
+            check_release(layout)
         self._bound, self.layout, self.awaiting_layout = {}, layout, False
         arrange(layout, self._in_group)
         for unit in layout.units:
@@ -394,18 +403,25 @@ class LowRankOptimizer(StatefulOptimizer):
             return loss
         self._ensure_bound()
         assert self.layout is not None
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        pieces = {id(p): self._pieces(p) for p in tensors if p.grad is not None}
-        go, elsewhere = self._look([piece for some in pieces.values() for piece in some])
-        if go is None:
+        if self._release is not None:
+            self._count(*self._release.finish())
             return loss
+        self._advance([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+        return loss
+
+    def _advance(self, tensors: list[Tensor], release: Release | None = None) -> None:
+        """Step these tensors, which have a gradient; on behalf of ``release`` those that come by themselves."""
+        assert self.layout is not None
+        pieces = {id(p): self._pieces(p) for p in tensors}
+        go, elsewhere = self._look([piece for some in pieces.values() for piece in some], release)
+        if go is None:
+            return
         pieces |= {id(p): self._pieces(p) for p in elsewhere}
         for group in self.param_groups:
             config = self.group_config(group)
             stepped = [piece for p in group["params"] for piece in pieces.get(id(p), ())]
             self._step_group(config, self.vector_hyper(config, group), stepped, go)
         send_stepped(self.layout, pieces, self.comm, self.workspace.bucket)
-        return loss
 
     def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
         items = []
@@ -419,7 +435,7 @@ class LowRankOptimizer(StatefulOptimizer):
         for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
             held.copy_(copied.view(held.shape))
 
-    def _look(self, pieces: list[Stepped]) -> tuple[dict[Any, Go] | None, list[Tensor]]:
+    def _look(self, pieces: list[Stepped], release: Release | None = None) -> tuple[dict[Any, Go] | None, list[Tensor]]:
         """Whether the step is taken, by device: on all ranks alike, if every gradient is finite. None: it is not.
 
         And the tensors that have a gradient on other ranks alone: they are stepped with a zero gradient here.
@@ -436,7 +452,9 @@ class LowRankOptimizer(StatefulOptimizer):
         if self.layout.checks_gradients:
             return {device: taken_for_granted(device) for device in devices}, []
         units = self.layout.units if self.layout.spread_over else []
-        home = next(iter(devices), units[0].device if units else torch.device("cpu"))
+        if release is not None:  # what the others have is what has come here
+            units = release.left(units)
+        home = next(iter(devices), self.layout.units[0].device if self.layout.units else torch.device("cpu"))
         # How many gradients are not finite, and for each tensor how many ranks have one: in one collective.
         said = torch.ones(1 + len(units), dtype=torch.float64, device=home)
         for k in (0, *(k for k, unit in enumerate(units, 1) if unit.tensor.grad is None)):
@@ -451,7 +469,7 @@ class LowRankOptimizer(StatefulOptimizer):
             counts = dict(zip(map(id, units), said[1:].tolist(), strict=True))
             elsewhere = [unit for unit in elsewhere if counts[id(unit)]]
         value = (said[0] == 0).double()
-        self._count(value, pieces)
+        (self._count if release is None else release.record)(value, [(p.bound.piece.name, p.largest) for p in pieces])
         on_host = home.type == "cpu" and not self._decides_on_device
         if on_host and not value:
             return None, []
@@ -464,15 +482,17 @@ class LowRankOptimizer(StatefulOptimizer):
         lacking = [unit for unit in units if unit.tensor.grad is None and unit.tensor.requires_grad]
         return [unit for unit in lacking if self._bound[id(unit.tensor)] or self.layout.sends]
 
-    def _count(self, go: Tensor, pieces: list[Stepped]) -> None:
-        """Count a step; warn and, after too many in a row, raise where one was skipped."""
+    def _count(self, go: Tensor, looked: list[tuple[str, Tensor]]) -> None:
+        """Count a step; warn and, after too many in a row, raise where one was skipped.
+
+        Args:
+            looked: names of the parameters here, and bounds on their gradients' elements.
+        """
         before, _ = self.skips.seen
         self.skips.record(go)
         total, in_row = self.skips.look()
         if total > before:
-            names = (
-                [p.bound.piece.name for p in pieces if not p.largest.isfinite()] if in_row >= self.max_skipped else []
-            )
+            names = [name for name, largest in looked if not largest.isfinite()] if in_row >= self.max_skipped else []
             self._skipped(total, in_row, names)
 
     def _skipped(self, total: int, in_row: int, names: list[str]) -> None:

@@ -35,8 +35,8 @@ from .full import all_ranks, rooted
 _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
 # What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's, and so
-# is the form in which state is kept: what was saved in another one is converted.
-_PRESENT = ("target_modules", "state_dtype")
+# are when gradients are used, and the form in which state is kept: what was saved in another one is converted.
+_PRESENT = ("target_modules", "state_dtype", "release_gradients", "clip_each")
 _FLATTENED = "FSDP1"
 
 
