@@ -131,7 +131,7 @@ def _wrong_entry(entry: Any) -> str | None:
         return f"factors of a tensor that is no matrix: {shape!r:.80}"
     for key in RANKS.values():
         rank = entry.get(key) if key == "rank" else entry.get(key, 1)
-        if not (files.is_count(rank) and rank):
+        if not (files.is_count(rank) and (rank or entry.get("optimizer") == "LoRAPreAdafactor")):
             return f"a {key} that is no rank: {rank!r:.80}"
     if not isinstance(entry.get("variant"), str) or not isinstance(entry.get("optimizer", "LoRAPre"), str):
         return "an optimizer or variant that is no text"

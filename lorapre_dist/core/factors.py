@@ -118,8 +118,14 @@ class Matrix(Counted):
         """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
         state: dict[str, Tensor] = {}
         for moment, factors in self.factors.items():
-            state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.A}
+            if self.ranks[moment]:
+                state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.A}
         return state | self.vectors
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether there are factors of a rank beyond 0."""
+        return any(self.ranks.values())
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -248,8 +254,8 @@ def state_shapes(
     p, q = shape
     found: dict[str, tuple[int, ...]] = {}
     for moment, r in ranks.items():
-        length = forms.length(r, (kept or {}).get(moment, "fp32"))
-        found |= {f"{moment}_B": (p, length), f"{moment}_A": (length, q)}
+        length = forms.length(r, (kept or {}).get(moment, "fp32")) if r else 0
+        found |= {} if not r else {f"{moment}_B": (p, length), f"{moment}_A": (length, q)}
     return found | {name: (p if name.endswith("_row") else q,) for name in vectors}
 
 

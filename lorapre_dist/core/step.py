@@ -126,7 +126,9 @@ def _invert_grams_of_A(works: list[Work], how: Regression, comm: Comm, workspace
 
 
 def _refresh(works: list[Work], how: Regression, comm: Comm, workspace: Workspace) -> None:
-    """The refresh of A; in ``stable`` back to the gauge."""
+    """The refresh of A; in ``stable`` back to the gauge. Of rank 0 there is nothing to refresh."""
+    if not any(work.matrix.low_rank for work in works):
+        return
     grams = [[moment.S for moment in work.moments] for work in works]
     regression.refresh_columns(works, _inverses(works, grams, how, comm, "B", workspace), how)
     if how.stable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, LowRankConfig, param_groups
 from ..config.checks import boolean, shown
+from ..config.options import RELEASE_UNDER_DEEPSPEED
 from ..core import batching, gauge
 from ..core.comm import Comm
 from ..core.exchange import Item
@@ -30,8 +31,8 @@ from ..layouts.matrices import arrange
 from ..state.full import all_ranks, full_state, load_full_state
 from ..state.report import MemoryReport
 from ..state.state_dict import StatefulOptimizer, state_dtype
-from . import advise, agreement, awaiting
-from .release import UNDER_DEEPSPEED, Release, check_release
+from . import advise, agreement, awaiting, others
+from .release import Release, check_release
 from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
 
 # ``from . import`` would give the function that the package has by the same name.
@@ -39,10 +40,14 @@ from .tensors import check_given, check_tensors, flat, may_step, number, refuse_
 
 @dataclass
 class Bound:
-    """A piece of a parameter, and the state that this rank keeps for it."""
+    """A piece of a parameter, and the state that this rank keeps for it.
+
+    ``other``: it is a matrix to the core, but no projection, see ``others.py``.
+    """
 
     piece: Piece
     state: Matrix | adamw.Vector
+    other: bool = False
 
 
 @dataclass
@@ -85,7 +90,7 @@ class LowRankOptimizer(StatefulOptimizer):
     #: On a CPU too, let the device decide whether a step is taken; for tests.
     _decides_on_device: ClassVar[bool] = False
     #: Parameters that are no projections by the types of their layers, see :meth:`learn_types`.
-    _other_layers: frozenset[str] = frozenset()
+    _other_layers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, params: nn.Module | Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
         boolean("shard_state", shard_state)
@@ -111,7 +116,7 @@ class LowRankOptimizer(StatefulOptimizer):
             named = [(n, p, i) for n, p, i in self._named() if p.requires_grad]
             self.check_matches([(n, param_groups.shape_of(p)) for n, p, _ in named], [i for _, _, i in named])
         if self.config.release_gradients and self.awaiting_layout:
-            raise ConfigError(UNDER_DEEPSPEED)
+            raise ConfigError(RELEASE_UNDER_DEEPSPEED)
         self._release = Release(self) if self.config.release_gradients else None
         advise.of_small_steps(self.config)
 
@@ -125,7 +130,7 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         if self._stepped():
             raise ConfigError("learn_types: must come before the first step")
-        self._other_layers = frozenset(param_groups.layer_kinds(model))
+        self._other_layers = param_groups.layer_kinds(model)  # type: ignore[misc]
         self.layout, self._bound = None, {}
 
     def low_rank_names(self, model: nn.Module) -> set[str]:
@@ -223,6 +228,7 @@ class LowRankOptimizer(StatefulOptimizer):
             config = self.group_config(self.param_groups[unit.group])
             matrices = [b.state for b in self._bound[id(unit.tensor)] if isinstance(b.state, Matrix)]
             # A plan has no elements, or peers without a group.
+            matrices = [m for m in matrices if m.low_rank]
             ready = [m for m in matrices if not m.taken.is_meta and (m.peers is None or m.peers.group is not None)]
             if config.variant == "stable" and ready:
                 gauge.settle(ready, config.resolved_damping, Comm(), fresh)  # no part of a step
@@ -242,7 +248,8 @@ class LowRankOptimizer(StatefulOptimizer):
         bound = []
         for piece in [piece for piece in unit.pieces if piece.owned]:
             state: Matrix | adamw.Vector
-            if self._is_low_rank(piece.name, piece.shape, config):
+            kept = self._settings(piece.name, piece.shape, config)
+            if kept is not None:
                 if not piece.numel and piece.peers is None:  # as in FSDP1, which shows it on every rank
                     continue
                 shape = piece.shape[0], piece.shape[1]
@@ -250,20 +257,20 @@ class LowRankOptimizer(StatefulOptimizer):
                 state = allocate(
                     interval,
                     piece.peers,
-                    ranks=config.ranks,
-                    vectors=config.vectors,
-                    optimizer=config.optimizer,
-                    variant=config.variant,
-                    init_std=config.init_std,
-                    seed=config.seed,
+                    ranks=kept.ranks,
+                    vectors=kept.vectors,
+                    optimizer=kept.optimizer,
+                    variant=kept.variant,
+                    init_std=kept.init_std,
+                    seed=kept.seed,
                     device=device,
                     dtype=dtype,
                     before=piece.before,
-                    kept=config.forms,
+                    kept=kept.forms,
                 )
             else:
                 state = adamw.allocate(piece.numel, device, dtype)
-            bound.append(Bound(piece, state))
+            bound.append(Bound(piece, state, other=kept is not None and kept is not config))
         self._bound[id(unit.tensor)] = bound
 
     def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> bool:
@@ -272,8 +279,17 @@ class LowRankOptimizer(StatefulOptimizer):
             return False
         return param_groups.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
 
+    def _settings(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> LowRankConfig | None:
+        """By which settings the state of a parameter is a matrix's: its group's, or those of others; None: a vector's."""
+        if self._is_low_rank(name, shape, config):
+            return config
+        return others.settings(name, shape, config, self._other_layers)
+
+    def _kept_as(self, name: str, shape: tuple[int, ...], group: int) -> LowRankConfig | None:
+        return self._settings(name, shape, self.group_config(self.param_groups[group]))
+
     def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
-        return self._is_low_rank(name, shape, self.group_config(self.param_groups[group]))
+        return self._kept_as(name, shape, group) is not None
 
     def _named(self) -> list[tuple[str, Tensor, int]]:
         """The parameters as given to the constructor: (name, tensor, index of its group)."""
@@ -363,7 +379,7 @@ class LowRankOptimizer(StatefulOptimizer):
     def _advise_names(self) -> None:
         """Warn if matrices are low-rank for want of a name. Who gave a group ``"rank": 0`` has chosen."""
         shapes = {n.removeprefix(_UNNAMED): p.shape for n, p, _ in self._named() if n.startswith(_UNNAMED)}
-        low_rank = {b.piece.name for b in self.bound() if isinstance(b.state, Matrix)}
+        low_rank = {b.piece.name for b in self.bound() if _low_rank(b.state)}
         taken = {f"parameter {n}": s for n, s in shapes.items() if f"{_UNNAMED}{n}" in low_rank}
         if taken and all(group["rank"] for group in self.param_groups):
             advise.of_missing_names(self.config.optimizer, taken)
@@ -424,14 +440,20 @@ class LowRankOptimizer(StatefulOptimizer):
         send_stepped(self.layout, pieces, self.comm, self.workspace.bucket)
 
     def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
-        items = []
+        items: list[Item] = []
+        other: dict[others.Settings, list[Item]] = {}
         for piece in pieces:
             state, taken = piece.bound.state, go[piece.theta.device]
             if isinstance(state, Matrix):
-                items.append(Item(state, piece.theta, piece.grad, piece.largest, taken))
+                item = Item(state, piece.theta, piece.grad, piece.largest, taken)
+                name, shape = piece.bound.piece.name, piece.bound.piece.shape
+                kept = others.settings(name, shape, config, self._other_layers, vectors) if piece.bound.other else None
+                (items if kept is None else other.setdefault(kept, [])).append(item)
             else:
                 adamw.step(state, piece.theta, piece.grad, vectors, self.workspace.block, taken)
         step(items, self.rule(config), self.comm, self.workspace)
+        for kept in sorted(other, key=lambda kept: kept.rank):  # the same order on every rank
+            step(other[kept], others.rule(kept), self.comm, self.workspace)
         for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
             held.copy_(copied.view(held.shape))
 
@@ -571,7 +593,7 @@ class LowRankOptimizer(StatefulOptimizer):
         ``m_B`` (rows x r), ``m_A`` (r x columns) and, where the optimizer has them, ``v_B``, ``v_A`` and ``rms_row``
         (rows). On one device they are whole. The tensors are the state itself, not copies.
         """
-        return {b.piece.name: b.state.tensors() for b in self.bound() if isinstance(b.state, Matrix)}
+        return {b.piece.name: b.state.tensors() for b in self.bound() if _low_rank(b.state)}
 
     @torch.no_grad()
     def conditions(self) -> dict[str, dict[str, gauge.Condition]]:
@@ -580,15 +602,16 @@ class LowRankOptimizer(StatefulOptimizer):
         In ``stable`` the condition of ``A A^T`` is near 1 by the gauge, and that of ``B^T B`` is of the momentum's
         directions. Factors that drift, or a rank that is far too large, show here first.
         """
-        held = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
+        held = [b.state for b in self.bound() if isinstance(b.state, Matrix) and b.state.low_rank]
         return {m.interval.name: c for m, c in zip(held, gauge.conditions(held, Comm()), strict=True)}
 
     def memory_report(self) -> MemoryReport:
         """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""
         self._ensure_bound()
         assert self.layout is not None
-        matrices = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
-        workspace = self.workspace_bytes(matrices)
+        matrices = [(b.state, b.other) for b in self.bound() if isinstance(b.state, Matrix)]
+        of = [[state for state, other in matrices if other == kind] for kind in (False, True)]
+        workspace = max(self.workspace_bytes(of[0]), LowRankOptimizer.workspace_bytes(self, of[1]))
         return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, workspace)
 
     def workspace_bytes(self, matrices: list[Matrix]) -> int:
@@ -616,6 +639,10 @@ class LowRankOptimizer(StatefulOptimizer):
         self.bind_saved({param_groups.parameter_name(name) for name in all_ranks(list(full))[0]})
         load_full_state(full, [(b.piece, b.state) for b in self.bound()])
         self.settle()
+
+
+def _low_rank(state: Matrix | adamw.Vector) -> bool:
+    return isinstance(state, Matrix) and state.low_rank
 
 
 _UNNAMED = "unnamed."

@@ -25,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
+from ..config.options import RELEASE_UNDER_DEEPSPEED
 from ..layouts import detect
 from ..layouts.base import Layout, Unit
 
@@ -141,7 +142,8 @@ class Release:
             if getattr(ddp, option):
                 raise ConfigError(f"release_gradients=True: DistributedDataParallel({option}=True) is not supported")
         try:
-            ddp.register_comm_hook(ddp.process_group, self._reduced)
+            # DDP reads annotations, and does not know those that are strings.
+            ddp.register_comm_hook(ddp.process_group, lambda group, bucket: self._reduced(group, bucket))
         except RuntimeError as error:
             raise ConfigError(
                 "release_gradients=True: DistributedDataParallel has a communication hook already, and takes one"
@@ -165,17 +167,10 @@ class Release:
         return done
 
 
-UNDER_DEEPSPEED = (
-    "release_gradients=True: DeepSpeed's engine collects gradients in buffers of its own and steps when all are there; "
-    "leave it out: ZeRO-2 and 3 keep a part of them on each rank, stage 3 widens one sub_group_size of them at a time, "
-    "and offload_optimizer keeps them in host memory. Or train under FSDP2"
-)
-
-
 def check_release(layout: Layout) -> None:
     """Raise a ConfigError where gradients cannot be released under a layout."""
     if not layout.native:
-        raise ConfigError(UNDER_DEEPSPEED)
+        raise ConfigError(RELEASE_UNDER_DEEPSPEED)
     if layout.name == "FSDP1":
         raise ConfigError("release_gradients=True: FSDP1 shows gradients when the backward pass is over; use FSDP2")
 

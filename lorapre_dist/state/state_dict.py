@@ -97,7 +97,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         config = self.group_config(self.param_groups[unit.group])
 
         def low_rank(name: str, shape: tuple[int, ...]) -> Any:
-            return (config.ranks, config.vectors, config.forms) if self._in_group(name, shape, unit.group) else None
+            kept = self._kept_as(name, shape, unit.group)
+            return None if kept is None else (kept.ranks, kept.vectors, kept.forms)
 
         return {
             name: expose(unit, held[name].piece, held[name].state, self.layout, group)
@@ -125,6 +126,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
+        raise NotImplementedError
+
+    def _kept_as(self, name: str, shape: tuple[int, ...], group: int) -> Any:
+        """By which settings a parameter's state is a matrix's; None if it is a vector's."""
         raise NotImplementedError
 
     def settle(self) -> None:
