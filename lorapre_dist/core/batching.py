@@ -196,7 +196,9 @@ def _buffers(runs: list[list[Outline]], part: int, limits: Limits, cpu: bool) ->
     if any(run[0].widened for run in runs):  # random bits, and what they round
         blocks += 7 * block
     beside = max(4 * rows(run, run[0].shape[1]) * sum(run[0].ranks) for run in runs)
-    gauged = max(r * (run[0].block_size * len(run) + rows(run, r)) for run in runs for r in run[0].ranks)
+    gauged = max(
+        (r * (run[0].block_size * len(run) + rows(run, r)) for run in runs for r in run[0].ranks if r), default=0
+    )
     return kept + 4 * batch * 8 + blocks + (beside + gauged) * size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -89,8 +89,6 @@ class LowRankOptimizer(StatefulOptimizer):
     workspace_limits: ClassVar[Workspace] = Workspace()
     #: On a CPU too, let the device decide whether a step is taken; for tests.
     _decides_on_device: ClassVar[bool] = False
-    #: Parameters that are no projections by the types of their layers, see :meth:`learn_types`.
-    _other_layers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, params: nn.Module | Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
         boolean("shard_state", shard_state)
@@ -103,6 +101,8 @@ class LowRankOptimizer(StatefulOptimizer):
         self.shard_state = shard_state
         self.layout: Layout | None = None
         self.skips = Skips()
+        #: Parameters that are no projections by the types of their layers, see :meth:`learn_types`.
+        self._other_layers: dict[str, str] = {}
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
         self.awaiting_layout = awaiting.engine_is_building()
         self._bound: dict[int, list[Bound]] = {}
@@ -130,7 +130,7 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         if self._stepped():
             raise ConfigError("learn_types: must come before the first step")
-        self._other_layers = param_groups.layer_kinds(model)  # type: ignore[misc]
+        self._other_layers = param_groups.layer_kinds(model)
         self.layout, self._bound = None, {}
 
     def low_rank_names(self, model: nn.Module) -> set[str]:
@@ -141,7 +141,8 @@ class LowRankOptimizer(StatefulOptimizer):
             for n, p in model.named_parameters()
             if p.requires_grad
         ]
-        return {n for n, shape in named if any(self._is_low_rank(n, shape, config) for config in configs)}
+        kept = {n: [self._settings(n, shape, config) for config in configs] for n, shape in named}
+        return {n for n, some in kept.items() if any(config is not None and config.rank for config in some)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults.
@@ -280,7 +281,7 @@ class LowRankOptimizer(StatefulOptimizer):
         return param_groups.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
 
     def _settings(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> LowRankConfig | None:
-        """By which settings the state of a parameter is a matrix's: its group's, or those of others; None: a vector's."""
+        """By which settings the state of a parameter is a matrix's: its group's, or ``others``'; None: it is not."""
         if self._is_low_rank(name, shape, config):
             return config
         return others.settings(name, shape, config, self._other_layers)

@@ -94,7 +94,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if group is None:
             return {name: expose(unit, b.piece, b.state, self.layout, None) for name, b in held.items()}
         kind = {"dtype": state_dtype(p), "device": local(p).device}
-        config = self.group_config(self.param_groups[unit.group])
 
         def low_rank(name: str, shape: tuple[int, ...]) -> Any:
             kept = self._kept_as(name, shape, unit.group)

@@ -114,7 +114,7 @@ def check_release(options: dict[str, Any], arguments: Any) -> None:
     if arguments.max_grad_norm:
         raise ConfigError(
             f"lorapre release_gradients=True: nothing is left to clip at max_grad_norm={arguments.max_grad_norm:g}; "
-            "set max_grad_norm=0 (max_update bounds updates, and clip_each clips each parameter's gradient by its own norm)"
+            "set max_grad_norm=0 (max_update bounds updates, and clip_each clips each gradient by its own norm)"
         )
     if arguments.gradient_accumulation_steps > 1:
         raise ConfigError(
