@@ -6,14 +6,14 @@ import copy
 import difflib
 import warnings
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import ConfigError, LowRankConfig, param_groups
+from ..config import ConfigError, LowRankConfig, others, param_groups
 from ..config.checks import boolean, shown
 from ..config.options import RELEASE_UNDER_DEEPSPEED
 from ..core import batching, gauge
@@ -31,7 +31,8 @@ from ..layouts.matrices import arrange
 from ..state.full import all_ranks, full_state, load_full_state
 from ..state.report import MemoryReport
 from ..state.state_dict import StatefulOptimizer, state_dtype
-from . import advise, agreement, awaiting, others
+from . import advise, agreement, awaiting
+from .other_rules import other_rule
 from .release import Release, check_release
 from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
 
@@ -42,7 +43,7 @@ from .tensors import check_given, check_tensors, flat, may_step, number, refuse_
 class Bound:
     """A piece of a parameter, and the state that this rank keeps for it.
 
-    ``other``: it is a matrix to the core, but no projection, see ``others.py``.
+    ``other``: it is a matrix to the core, but no projection, see ``config/others.py``.
     """
 
     piece: Piece
@@ -281,7 +282,7 @@ class LowRankOptimizer(StatefulOptimizer):
         return param_groups.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
 
     def _settings(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> LowRankConfig | None:
-        """By which settings the state of a parameter is a matrix's: its group's, or ``others``'; None: it is not."""
+        """By which settings a parameter's state is a matrix's: its group's, or those of ``others``; None: it is not."""
         if self._is_low_rank(name, shape, config):
             return config
         return others.settings(name, shape, config, self._other_layers)
@@ -448,13 +449,15 @@ class LowRankOptimizer(StatefulOptimizer):
             if isinstance(state, Matrix):
                 item = Item(state, piece.theta, piece.grad, piece.largest, taken)
                 name, shape = piece.bound.piece.name, piece.bound.piece.shape
-                kept = others.settings(name, shape, config, self._other_layers, vectors) if piece.bound.other else None
+                kept = None
+                if piece.bound.other:
+                    kept = others.settings(name, shape, config, self._other_layers, **asdict(vectors))
                 (items if kept is None else other.setdefault(kept, [])).append(item)
             else:
                 adamw.step(state, piece.theta, piece.grad, vectors, self.workspace.block, taken)
         step(items, self.rule(config), self.comm, self.workspace)
         for kept in sorted(other, key=lambda kept: kept.rank):  # the same order on every rank
-            step(other[kept], others.rule(kept), self.comm, self.workspace)
+            step(other[kept], other_rule(kept), self.comm, self.workspace)
         for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
             held.copy_(copied.view(held.shape))
 

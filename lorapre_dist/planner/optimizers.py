@@ -14,7 +14,7 @@ from lorapre_dist.core.batching import Limits, Outline, evenly_dealt
 from lorapre_dist.core.sizes import SAMPLES, Sizes
 
 from .request import Request
-from .spread import Array, Spread
+from .spread import Array, Share, Spread
 
 FP32 = 4
 
@@ -109,7 +109,7 @@ def lorapre(request: Request, spread: Spread) -> Costs:
         if share.low_rank:
             count = vector * (share.held.rows + share.held.columns) + FP32 * energies * share.held.rows
         else:
-            count = 2 * FP32 * share.held.numel
+            count = _other_bytes(request, share)
         state += spread.total(share, count)
     workspace = _zeros(spread)
     sent: dict[str, Array] = defaultdict(lambda: _zeros(spread))
@@ -137,6 +137,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Muon": Optimizer(muon, "4 p q"),
     "GaLore": Optimizer(galore, "e r (min(p, q) + 2 max(p, q)), e bytes a weight", whole=True),
 }
+
+
+def _other_bytes(request: Request, share: Share) -> Any:
+    """Bytes of state of a parameter that is no low-rank matrix, on each of its ranks."""
+    kept = request.kept_as(share.parameter)
+    if kept is None:
+        return 2 * FP32 * share.held.numel
+    held, vector = share.held, forms.vector_bytes(kept.ranks, kept.forms, FP32) if kept.rank else 0
+    rows, q = ("rms_row" in kept.vectors) * held.rows, ("rms_col" in kept.vectors) * share.parameter.shape[-1]
+    return vector * (held.rows + held.columns) + FP32 * (rows + q)
 
 
 def _zeros(spread: Spread) -> Array:

@@ -52,6 +52,19 @@ def test_other_optimizers_in_8_bits(optimizer):
         assert_parameters_match(result, alone(optimizer, **options))
 
 
+@pytest.mark.parametrize("layout, world", [("fsdp2", 3), ("fsdp1", 3), ("ddp", 2), ("tp+fsdp2", 4)])
+def test_adafactors_sums_are_those_of_one_device(layout, world):
+    options = {"rank": 3, "target_modules": ["q_proj", "experts"], "other_state": "adafactor"}
+    want = alone("LoRAPre", rank=3, target_modules=("q_proj", "experts"), other_state="adafactor")
+    first, *others = run_ranks(world, trained_case, layout=layout, steps=STEPS, options=options)
+    for result in (first, *others):
+        assert_parameters_match(result, want)
+    for name, entry in want["state"].items():
+        assert first["state"][name].keys() == entry.keys()
+        for key in entry.keys() & {"rms_row", "rms_col"}:
+            assert torch.allclose(first["state"][name][key], entry[key], rtol=1e-10), (name, key)
+
+
 @pytest.mark.parametrize(
     "layout, world, views",
     [("fsdp2", 3, False), ("hsdp", 4, False), ("ddp", 2, False), ("ddp", 3, True), ("tp", 2, False)],
