@@ -5,10 +5,12 @@
     {"format": 2, "version": "0.1.0", "layout": "ZeRO-2", "world_size": 4, "step": 1000,
      "aliases": {NAME: NAME of the tensor it is tied to},
      "parameters": {NAME: {"kind": "lorapre", "optimizer": "LoRAPre", "variant": "stable", "rank": r, "rank_v": s,
-                           "vectors": ["rms_row"], "shape": [p, q], "step": n}
+                           "vectors": ["rms_row"], "forms": {"m": "8bit", "v": "8bit"}, "shape": [p, q], "step": n}
                           | {"kind": "adamw", "shape": [...], "step": n}
                           | {"kind": "untrained", "shape": [...]}},
      "param_groups": [{"lr": ..., "rank": ..., ...}]}
+
+``forms`` says how factors are kept that are not in fp32 (``core/forms.py``); without it all are.
 
 Format 1 had factors of any size, perhaps not finite, and mean squares, ``v_row`` and ``v_col``, for their roots. It can
 be read.
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..config.options import STATE_DTYPES
 from ..config.param_groups import in_block, is_low_rank, parameter_name
 from ..core.factors import SQUARES, Matrix
 from ..optimizers.base import LowRankOptimizer
@@ -46,7 +49,8 @@ def parameters(optimizer: LowRankOptimizer) -> dict[str, dict[str, Any]]:
             state = bound.state
             identity = {"optimizer": state.optimizer, "variant": state.variant, "vectors": list(state.vectors)}
             ranks = {RANKS[moment]: rank for moment, rank in state.ranks.items()}
-            entry = {"kind": "lorapre", **identity, **ranks, **entry}
+            forms = {moment: form for moment, form in state.forms.items() if form != "fp32"}
+            entry = {"kind": "lorapre", **identity, **ranks, **({"forms": forms} if forms else {}), **entry}
         else:
             entry = {"kind": "adamw", **entry}
         found[bound.piece.name] = entry
@@ -127,13 +131,16 @@ def _wrong_entry(entry: Any) -> str | None:
         return f"factors of a tensor that is no matrix: {shape!r:.80}"
     for key in RANKS.values():
         rank = entry.get(key) if key == "rank" else entry.get(key, 1)
-        if not (files.is_count(rank) and rank):
+        if not (files.is_count(rank) and (rank or entry.get("optimizer") == "LoRAPreAdafactor")):
             return f"a {key} that is no rank: {rank!r:.80}"
     if not isinstance(entry.get("variant"), str) or not isinstance(entry.get("optimizer", "LoRAPre"), str):
         return "an optimizer or variant that is no text"
     known = (*SQUARES, *SQUARES.values())
     if not isinstance(entry.get("vectors", []), list) or any(v not in known for v in entry.get("vectors", [])):
         return f"statistics that are not known: {entry.get('vectors')!r:.80}"
+    forms = entry.get("forms", {})
+    if not isinstance(forms, dict) or any(m not in RANKS or form not in STATE_DTYPES for m, form in forms.items()):
+        return f"factors in a form that is not known: {forms!r:.80}"
     return None
 
 
@@ -190,7 +197,7 @@ def _difference(then: dict[str, Any], present: dict[str, Any], resize: bool) -> 
             was = was or "LoRAPre"  # the first versions had but one, and did not say so
         elif key == "vectors":
             was = [roots.get(square, square) for square in vectors(then)]
-        if key != "step" and was != now and not (resize and key in ("rank", "rank_v")):
+        if key not in ("step", "forms") and was != now and not (resize and key in ("rank", "rank_v")):
             hint = " (resize_rank=True, or a program's --resize_rank, adapts it)" if key in ("rank", "rank_v") else ""
             return f"{key} was {was}, is {now}{hint}"
     return None
@@ -256,6 +263,11 @@ def missing(saved: dict[str, Any], untrained: dict[str, Any]) -> list[str]:
 def ranks(entry: dict[str, Any]) -> tuple[Any, Any]:
     """Ranks of the factors of a parameter, ``(None, None)`` where it has none."""
     return entry.get("rank"), entry.get("rank_v")
+
+
+def forms(entry: dict[str, Any]) -> dict[str, str]:
+    """In which form a parameter's factors were saved, by moment; fp32 where it is not said."""
+    return dict(entry.get("forms", {}))
 
 
 def vectors(entry: dict[str, Any]) -> list[str]:

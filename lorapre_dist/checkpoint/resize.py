@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.factors import initial_A
-from ..state.shards import OPTIMIZER, Shard
+from ..core.rounding import converted, widened
+from ..state.shards import OPTIMIZER, Shard, vector_dim
 from . import dcp
 from .content import RANKS
 from .team import Team
@@ -50,19 +51,21 @@ def load_resized(
         for moment, rank in [(moment, now[key]) for moment, key in RANKS.items() if key in now]:
             entries = [saved[f"{OPTIMIZER}{name}.{moment}_{factor}"] for factor in "BA"]
             p, q = now["shape"]
-            dtype = entries[0].properties.dtype
+            dtype = torch.promote_types(entries[0].properties.dtype, torch.float32)
             new = [torch.empty(p, rank, dtype=dtype), torch.empty(rank, q, dtype=dtype)]
             with team.together(f"changing the rank of {name}"):
                 if team.rank == 0:
                     key = f"{OPTIMIZER}{name}.{moment}"
                     B, A = (dcp.whole(folder, f"{key}_{f}", e) for f, e in zip("BA", entries, strict=True))
+                    B, A = widened(B, -1, dtype), widened(A, -2, dtype)
                     fresh = initial_A(name, moment, rank, q, options["init_std"], options["seed"])
                     new = list(resize(B, A, rank, fresh))
             for factor, tensor in zip("BA", new, strict=True):
                 mine = shards.get(f"{OPTIMIZER}{name}.{moment}_{factor}")
                 whole = _to_all(tensor, team)
                 if mine is not None:
-                    mine.local.copy_(whole.narrow(mine.dim, mine.start, mine.local.shape[mine.dim]))
+                    part = whole.narrow(mine.dim, mine.start, mine.local.shape[mine.dim])
+                    mine.local.copy_(converted(part, mine.local, vector_dim(mine.dim)))
 
 
 def _to_all(tensor: Tensor, team: Team) -> Tensor:

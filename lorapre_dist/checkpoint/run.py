@@ -21,8 +21,18 @@ import torch.distributed as dist
 from ..config.param_groups import parameter_name
 from ..core.factors import SQUARES
 from ..optimizers.base import LowRankOptimizer
-from ..state.shards import MODEL, OPTIMIZER, UNTRAINED, Shard, Untrained, bring_home, state_shards, weight_shards
-from ..state.state_dict import restore_groups
+from ..state.shards import (
+    MODEL,
+    OPTIMIZER,
+    UNTRAINED,
+    Shard,
+    Untrained,
+    bring_home,
+    in_other_form,
+    state_shards,
+    weight_shards,
+)
+from ..state.state_dict import restore_groups, tell_converted
 from . import content, dcp, files, folder, stored
 from .files import CheckpointError
 from .folder import Manifest
@@ -345,7 +355,8 @@ def load(
         known = {n: e for n, e in present.items() if n not in fresh}
         changed = {n: e for n, e in known.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
         resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"}
-        shards.update({name: shard for name, shard in factors.items() if name not in resized})
+        as_saved = _as_saved(factors, dcp.shapes(path / content.TENSORS)) if changed_forms(saved, known) else factors
+        shards.update({name: shard for name, shard in as_saved.items() if name not in resized})
     roots = {}
     if saved["format"] == 1:
         roots = {n: n.removesuffix(r) + s for n in shards for r, s in SQUARES.items() if n.endswith(f".{r}")}
@@ -356,6 +367,7 @@ def load(
         shards[name].local.sqrt_()
     bring_home(shards)
     if states:
+        tell_converted(optimizer, len(changed_forms(saved, known)))
         if changed:
             options = {"init_std": optimizer.config.init_std, "seed": optimizer.config.seed}
             load_resized(path / content.TENSORS, changed, factors, options, team)
@@ -365,6 +377,21 @@ def load(
             state.step = saved["parameters"][piece.name]["step"]
         _restore_options(optimizer, saved, resize_rank)
     return extra
+
+
+def changed_forms(saved: dict[str, Any], present: dict[str, dict[str, Any]]) -> list[str]:
+    """Matrices whose factors were saved in another form than they are kept in."""
+    return [n for n, entry in present.items() if content.forms(entry) != content.forms(saved["parameters"][n])]
+
+
+def _as_saved(shards: dict[str, Shard], saved: dict[str, Any]) -> dict[str, Shard]:
+    """Shards to load into, in the form in which each factor was saved."""
+    found = {}
+    for name, shard in shards.items():
+        entry = saved.get(name)
+        other = entry is not None and in_other_form(name, entry.properties.dtype, shard.local)
+        found[name] = shard.saved_as(tuple(entry.size), entry.properties.dtype) if other and entry else shard
+    return found
 
 
 def _differences(

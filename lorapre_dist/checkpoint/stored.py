@@ -101,7 +101,7 @@ def expected(parameters: dict[str, dict[str, Any]]) -> dict[str, tuple[int, ...]
         found[(UNTRAINED if entry["kind"] == "untrained" else MODEL) + name] = shape
         if entry["kind"] == "lorapre":
             ranks = {moment: entry[key] for moment, key in content.RANKS.items() if key in entry}
-            whole = state_shapes((shape[0], shape[1]), ranks, content.vectors(entry))
+            whole = state_shapes((shape[0], shape[1]), ranks, content.vectors(entry), content.forms(entry))
             found.update({f"{OPTIMIZER}{name}.{key}": size for key, size in whole.items()})
         elif entry["kind"] == "adamw":
             found[f"{OPTIMIZER}{name}.exp_avg"] = found[f"{OPTIMIZER}{name}.exp_avg_sq"] = shape

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorapre_dist.config import CONFIGS, ConfigError, ds_json
 from lorapre_dist.config.ds_json import BATCH_SIZES, precision, zero_stage
+from lorapre_dist.config.options import RELEASE_UNDER_DEEPSPEED
 
 #: What the backends without DeepSpeed read, or can do without telling.
 NATIVE = {*BATCH_SIZES, *ds_json.PRECISIONS, "gradient_clipping", "optimizer", "steps_per_print"}
@@ -46,9 +47,40 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 
 def override_lr(config: dict[str, Any], lr: float) -> dict[str, Any]:
     """A copy of ``config`` with ``optimizer.params.lr`` set to ``lr``."""
+    return override(config, lr=lr)
+
+
+def override(config: dict[str, Any], **params: Any) -> dict[str, Any]:
+    """A copy of ``config`` with some of ``optimizer.params`` set."""
     config = copy.deepcopy(config)
-    config["optimizer"]["params"] = {**(config["optimizer"].get("params") or {}), "lr": lr}
+    config["optimizer"]["params"] = {**(config["optimizer"].get("params") or {}), **params}
     return config
+
+
+def releases_gradients(config: dict[str, Any]) -> bool:
+    """Whether the optimizer steps in the backward pass."""
+    return (config["optimizer"].get("params") or {}).get("release_gradients") is True
+
+
+def check_release(backend: str, config: dict[str, Any], batch: BatchSizes) -> None:
+    """Raise a ConfigError where gradients shall be released, and something needs all of them."""
+    if not releases_gradients(config):
+        return
+    if backend == "deepspeed":
+        raise ConfigError(RELEASE_UNDER_DEEPSPEED + " (--backend fsdp2)")
+    if limit := clipping(config):
+        whose = "" if "gradient_clipping" in config else ", DeepSpeed's default"
+        raise ConfigError(
+            f"release_gradients: no gradient is left to clip by the global norm (gradient_clipping={limit:g}{whose}): "
+            "set gradient_clipping to 0; max_update bounds each element of an update, and clip_each clips each "
+            "parameter's gradient by its own norm"
+        )
+    if batch.accumulation > 1:
+        raise ConfigError(
+            f"release_gradients: gradients cannot be accumulated over {batch.accumulation} micro-batches, as each is "
+            "used when it is complete: let train_micro_batch_size_per_gpu times the ranks be train_batch_size, with "
+            "--gradient_checkpointing if the activations do not fit"
+        )
 
 
 def clipping(config: dict[str, Any]) -> float:

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
 
 VARIANTS = ("stable", "paper")
+STATE_DTYPES = ("fp32", "bf16", "8bit")
+OTHER_STATES = ("adamw", "adafactor")
+EMBEDDINGS = ("full", "low_rank")
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
+#: Why gradients are not released there, and what is possible instead.
+RELEASE_UNDER_DEEPSPEED = (
+    "release_gradients=True: DeepSpeed's engine collects gradients in buffers of its own and steps when all are there; "
+    "leave it out: ZeRO-2 and 3 keep a part of them on each rank, stage 3 widens one sub_group_size of them at a time, "
+    "and offload_optimizer keeps them in host memory. Or train under FSDP2"
+)
 # Options of torch's and DeepSpeed's optimizers that mean nothing here.
 ELSEWHERE = {
     **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), "there is one implementation; leave it out"),
@@ -44,6 +53,16 @@ class LowRankConfig:
         target_modules: which weights are low-rank, see :func:`lorapre_dist.config.param_groups.matches`.
         seed: with the parameter's name, determines the initial factors.
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
+        state_dtype: in which form the factors are kept between steps: ``"fp32"``, ``"bf16"``, or ``"8bit"`` with a
+            scale for each row of ``B`` and column of ``A``; a step reckons in fp32 and rounds stochastically.
+        other_state: what is kept of the 2-D parameters that are no low-rank matrices: ``"adamw"``, or ``"adafactor"``,
+            the means of the gradient's square over rows and columns, and no first moment.
+        embeddings: ``"low_rank"`` gives embedding and output layer low-rank momenta, too, stepped at AdamW's settings;
+            ``"full"`` leaves them to ``other_state``.
+        release_gradients: step each parameter in the backward pass, as soon as its gradient is complete, and forget the
+            gradient; the same in all parameter groups, see :mod:`lorapre_dist.optimizers.release`.
+        clip_each: norm to which each parameter's gradient is scaled down by itself, where gradients are released: their
+            global norm is not known before all have been used.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -59,6 +78,11 @@ class LowRankConfig:
     target_modules: str | tuple[str, ...] | None = None
     seed: int = 0
     max_skipped: int = 20
+    state_dtype: str = "fp32"
+    other_state: str = "adamw"
+    embeddings: str = "full"
+    release_gradients: bool = False
+    clip_each: float | None = None
 
     # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
     # below which next to nothing is learned from scratch: a fiftieth of what is usual.
@@ -72,6 +96,17 @@ class LowRankConfig:
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         self._check_numbers()
         choice("variant", self.variant, VARIANTS)
+        choice("state_dtype", self.state_dtype, STATE_DTYPES)
+        choice("other_state", self.other_state, OTHER_STATES)
+        choice("embeddings", self.embeddings, EMBEDDINGS)
+        boolean("release_gradients", self.release_gradients)
+        if self.clip_each is not None:
+            number("clip_each", self.clip_each, low=0.0, low_open=True)
+            if not self.release_gradients:
+                raise ConfigError(
+                    f"clip_each={self.clip_each}: is for gradients that are released (release_gradients=true); else "
+                    "clip all of them by their global norm (gradient_clipping, or torch.nn.utils.clip_grad_norm_)"
+                )
         targets = self.target_modules
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):
@@ -129,6 +164,11 @@ class LowRankConfig:
     def ranks(self) -> dict[str, int]:
         """Rank of the factors by moment."""
         return {"m": self.rank}
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """In which form the factors are kept, by moment."""
+        return dict.fromkeys(self.ranks, self.state_dtype)
 
     @property
     def vectors(self) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ class Outline:
         alike: the same for matrices that can be one stack: of one shape, that lie alike on the same ranks.
         turn: see :class:`lorapre_dist.core.factors.Peers`.
         before: see :class:`lorapre_dist.layouts.base.Piece`.
+        widened: sum of the ranks of the factors that are kept in fewer bits, and widened for a step.
     """
 
     shape: tuple[int, int]
@@ -57,6 +58,7 @@ class Outline:
     alike: Hashable
     turn: int
     before: tuple[int, int, int]
+    widened: int = 0
 
     @property
     def block_size(self) -> int:
@@ -147,7 +149,8 @@ def _kept(one: Outline, count: int, columns: int) -> int:
 
 def transient_bytes(one: Outline) -> int:
     """Bytes of one matrix in a step: gathered factors, their gradients, packed collectives, Grams and inverses."""
-    return one.bytes(one.block_size * (1 if one.lends else 5 * one.parts), 4)
+    wider = one.widened * (one.rows + one.block_size) * one.itemsize
+    return one.bytes(one.block_size * (1 if one.lends else 5 * one.parts), 4) + wider
 
 
 def workspace_bytes(
@@ -190,8 +193,12 @@ def _buffers(runs: list[list[Outline]], part: int, limits: Limits, cpu: bool) ->
     # Four temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
     largest = max(rows(run, run[0].shape[1]) * run[0].shape[1] * size for run in runs)
     blocks = 4 * largest + max(2 * largest, 5 * part)
+    if any(run[0].widened for run in runs):  # random bits, and what they round
+        blocks += 7 * block
     beside = max(4 * rows(run, run[0].shape[1]) * sum(run[0].ranks) for run in runs)
-    gauged = max(r * (run[0].block_size * len(run) + rows(run, r)) for run in runs for r in run[0].ranks)
+    gauged = max(
+        (r * (run[0].block_size * len(run) + rows(run, r)) for run in runs for r in run[0].ranks if r), default=0
+    )
     return kept + 4 * batch * 8 + blocks + (beside + gauged) * size
 
 

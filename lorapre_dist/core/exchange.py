@@ -172,7 +172,7 @@ def sum_edges(works: list[Work], comm: Comm) -> None:
 def reduce(works: list[Work], comm: Comm) -> None:
     """Sum Z into each rank's block of columns: one reduce-scatter a group."""
     waits = []
-    for group, shared in by_group(work for work in works if not work.matrix.lends):
+    for group, shared in by_group(work for work in works if work.matrix.low_rank and not work.matrix.lends):
         blocks = _blocks([moment.Z for work in shared for moment in work.moments], shared[0].matrix.parts)
         waits.append((comm.reduce_scatter(blocks, group, "reduce Z"), shared))
     for wait, shared in waits:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import forms, rounding
 from .batching import Outline
 from .guard import Counted, sample
 from .interval import Range, RowInterval, column_block, cut_rows
@@ -74,6 +75,8 @@ class Factors:
     Attributes:
         B: rows x r, the rows that this rank's interval touches; a row cut between ranks is held by each of them.
         A: r x columns, this rank's block of the columns of ``A``.
+
+    Between steps both may be kept in fewer bits, see ``forms.py``: in 8 they are rows x (r + 4) and (r + 4) x columns.
     """
 
     B: Tensor
@@ -93,6 +96,9 @@ class Matrix(Counted):
         optimizer, variant: by which the state is stepped.
         before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
         sampled: places in this rank's piece of what :func:`lorapre_dist.core.guard.sample` names; -1: not here.
+        wide: the type that a step reckons in, where factors are kept in fewer bits; else None.
+        salt: what the random bits begin with that round them (0-d, int64); None where nothing is rounded.
+        kept: in a step, the factors as they are kept, where ``factors`` are wider copies.
     """
 
     interval: RowInterval
@@ -104,23 +110,37 @@ class Matrix(Counted):
     variant: str = "stable"
     before: tuple[int, int, int] = (0, 0, 0)
     sampled: Tensor | None = None
+    wide: torch.dtype | None = None
+    salt: Tensor | None = None
+    kept: dict[str, Factors] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
         state: dict[str, Tensor] = {}
         for moment, factors in self.factors.items():
-            state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.A}
+            if self.ranks[moment]:
+                state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.A}
         return state | self.vectors
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether there are factors of a rank beyond 0."""
+        return any(self.ranks.values())
 
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of the factors by moment."""
-        return {moment: f.B.shape[-1] for moment, f in self.factors.items()}
+        return {moment: rounding.rank_of(f.B, -1) for moment, f in self.factors.items()}
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """In which form the factors are kept, by moment, see ``forms.py``."""
+        return {moment: rounding.form_of(f.B) for moment, f in self.factors.items()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all state."""
-        return self.factors["m"].B.dtype
+        """The type that a step reckons in."""
+        return self.wide or self.factors["m"].B.dtype
 
     @property
     def parts(self) -> int:
@@ -136,6 +156,11 @@ class Matrix(Counted):
     def first_column(self) -> int:
         """The first column of the ``A`` that a step on this rank needs."""
         return column_block(self.interval.shape[1], self.parts, self.peers.index)[0] if self.peers and self.lends else 0
+
+    @property
+    def own_column(self) -> int:
+        """The first column of this rank's block of ``A``."""
+        return min(self.interval.shape[1], self.peers.index * self.block_size) if self.peers else 0
 
     @property
     def block_size(self) -> int:
@@ -163,9 +188,10 @@ class Matrix(Counted):
             parts=self.parts,
             lends=self.lends,
             largest=largest * self.dtype.itemsize,
-            alike=(shape, lying, *self.ranks.items(), self.dtype, self.variant, *self.vectors),
+            alike=(shape, lying, *self.ranks.items(), *self.forms.items(), self.dtype, self.variant, *self.vectors),
             turn=peers.turn if peers else 0,
             before=self.before,
+            widened=forms.smaller(self.ranks, self.forms),
         )
 
 
@@ -182,28 +208,35 @@ def allocate(
     device: torch.device,
     dtype: torch.dtype,
     before: tuple[int, int, int] = (0, 0, 0),
+    kept: Mapping[str, str] | None = None,
 ) -> Matrix:
     """State of one matrix before its first step: ``B = vB = 0`` and ``A, vA ~ N(0, init_std^2)``; zero statistics.
 
     Args:
         ranks: of the factors by moment.
         vectors: names of the statistics, see :class:`Matrix`.
+        kept: form in which the factors are kept, by moment (``forms.py``); default: all of them in fp32.
     """
+    kept = kept or {}
     p, q = interval.rows, interval.shape[1]
     columns = column_block(q, len(peers.ranges), peers.index) if peers else (0, q)
 
     def factors(moment: str, r: int) -> Factors:
         whole = initial_A(interval.name, moment, r, q, init_std, seed)
         block = whole[:, columns[0] : columns[1]].to(device, dtype).contiguous()
-        return Factors(torch.zeros(p, r, device=device, dtype=dtype), block)
+        form = kept.get(moment, "fp32")
+        zeros = torch.zeros(p, forms.length(r, form), device=device, dtype=rounding.DTYPES.get(form, dtype))
+        return Factors(zeros, rounding.rounded(block, form, -2))
 
     held = {moment: factors(moment, r) for moment, r in ranks.items()}
     sizes = {name: p if name.endswith("_row") else q for name in vectors}
     zeros = {name: torch.zeros(size, device=device, dtype=dtype) for name, size in sizes.items()}
     taken = torch.zeros((), device=device, dtype=torch.float64)
-    return Matrix(
-        interval, peers, held, zeros, taken, optimizer, variant, before, _sampled(replace(interval, name=""), device)
-    )
+    made = Matrix(interval, peers, held, zeros, taken, optimizer, variant, before)
+    made.sampled = _sampled(replace(interval, name=""), device)
+    if forms.smaller(ranks, kept):
+        made.wide, made.salt = dtype, torch.tensor(rounding.salt(seed, interval.name), device=device)
+    return made
 
 
 @functools.lru_cache(maxsize=4096)
@@ -214,12 +247,15 @@ def _sampled(interval: RowInterval, device: torch.device) -> Tensor:
     return torch.tensor(held + [-1] * (SAMPLES - len(held)), device=device)
 
 
-def state_shapes(shape: tuple[int, int], ranks: dict[str, int], vectors: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of what :meth:`Matrix.tensors` holds of a p x q matrix."""
+def state_shapes(
+    shape: tuple[int, int], ranks: dict[str, int], vectors: Iterable[str], kept: Mapping[str, str] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of what :meth:`Matrix.tensors` holds of a p x q matrix; ``kept`` as in :func:`allocate`."""
     p, q = shape
     found: dict[str, tuple[int, ...]] = {}
     for moment, r in ranks.items():
-        found |= {f"{moment}_B": (p, r), f"{moment}_A": (r, q)}
+        length = forms.length(r, (kept or {}).get(moment, "fp32")) if r else 0
+        found |= {} if not r else {f"{moment}_B": (p, length), f"{moment}_A": (length, q)}
     return found | {name: (p if name.endswith("_row") else q,) for name in vectors}
 
 

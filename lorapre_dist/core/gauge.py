@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import exchange
+from . import at_rest, exchange, rounding
 from .comm import Comm
 from .exchange import Work
 from .factors import Factors, Matrix
@@ -86,18 +86,21 @@ def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> N
         fresh: all, with the damping of a step; else those whose A is not as orthonormal rows are, without.
     """
     holders = [_Holder(matrix) for matrix in matrices]
-    grams = [[gram(f.A.double(), wide=True) for f in matrix.factors.values()] for matrix in matrices]
+    grams = [[gram(f.A.double(), wide=True) for f in at_rest.factors(matrix).values()] for matrix in matrices]
     exchange.sum_grams(holders, grams, comm)
     for matrix, of_matrix in zip(matrices, grams, strict=True):
-        for factors, G in zip(matrix.factors.values(), of_matrix, strict=True):
-            r = G.shape[0]
-            if fresh or float(G.square().sum()) > 1.01 * r or float(G.trace()) < r / 2:
+        wide = at_rest.factors(matrix)
+        for (moment, kept), G in zip(matrix.factors.items(), of_matrix, strict=True):
+            r, factors = G.shape[0], wide[moment]
+            most = 1.01 if rounding.form_of(kept.A) == "fp32" else 1.25  # rounding is no drift
+            if fresh or float(G.square().sum()) > most * r or float(G.trace()) < r / 2:
                 lower, inverse = unpacked(gauges(G[None], damping if fresh else 0.0))[0]
                 factors.A.copy_(inverse @ factors.A.double())
                 alike = [(row, factors.B[row].double() @ lower) for row in _replicas(matrix)]
                 factors.B.copy_(factors.B.double() @ lower)
                 for row, product in alike:
                     factors.B[row] = product
+                at_rest.keep(kept, factors)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def conditions(matrices: list[Matrix], comm: Comm) -> list[dict[str, Condition]]
     grams = []
     for matrix in matrices:
         owned = slice(matrix.interval.first_owned, None)
-        wide = [(f.A.double(), f.B[owned].double()) for f in matrix.factors.values()]
+        wide = [(f.A.double(), f.B[owned].double()) for f in at_rest.factors(matrix).values()]
         grams.append([G for A, B in wide for G in (gram(A, wide=True), gram(B, wide=False))])
     exchange.sum_grams(holders, grams, comm)
 

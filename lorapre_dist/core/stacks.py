@@ -33,7 +33,9 @@ def stacked(run: list[Item]) -> Item:
         for moment in matrices[0].factors
     }
     vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}
-    matrix = replace(matrices[0], factors=factors, vectors=vectors, taken=_lying_together(matrices, "taken"))
+    salt = None if matrices[0].salt is None else _lying_together(matrices, "salt")
+    taken = _lying_together(matrices, "taken")
+    matrix = replace(matrices[0], factors=factors, vectors=vectors, taken=taken, salt=salt)
     theta, grad = (_joined([getattr(item, of) for item in run]) for of in ("theta", "grad"))
     return Item(matrix, theta, grad, _joined([item.largest for item in run]), run[0].go)
 

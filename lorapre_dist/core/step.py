@@ -23,7 +23,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import batching, exchange, gauge, regression, stacks
+from . import at_rest, batching, exchange, gauge, regression, stacks
 from .batching import Bucket, Limits
 from .comm import Comm
 from .exchange import Item, Work
@@ -79,7 +79,7 @@ def _update(bucket: Bucket, items: list[Item], rule: Rule, comm: Comm, workspace
     """Update theta, the rows of B, and this rank's block of Z."""
     how, runs = rule.regression, [[items[k] for k in run] for run in bucket]
     found = [stacks.stacked(run) for run in runs]
-    works = exchange.gather(found, comm, rule.boundary_sums)
+    works = exchange.gather([at_rest.widen(stack) for stack in found], comm, rule.boundary_sums)
     for work in works:
         work.matrix.taken.add_(work.item.go.value)
         _sum_boundary(work, rule, workspace)
@@ -126,11 +126,14 @@ def _invert_grams_of_A(works: list[Work], how: Regression, comm: Comm, workspace
 
 
 def _refresh(works: list[Work], how: Regression, comm: Comm, workspace: Workspace) -> None:
-    """The refresh of A; in ``stable`` back to the gauge."""
+    """The refresh of A; in ``stable`` back to the gauge. Of rank 0 there is nothing to refresh."""
+    if not any(work.matrix.low_rank for work in works):
+        return
     grams = [[moment.S for moment in work.moments] for work in works]
     regression.refresh_columns(works, _inverses(works, grams, how, comm, "B", workspace), how)
     if how.stable:
         gauge.regauge(works, how.damping, comm, workspace)
+    at_rest.round_back(works, workspace)
 
 
 def _inverses(

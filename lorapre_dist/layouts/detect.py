@@ -55,11 +55,21 @@ def find(named: Named) -> Place:
         living = _living("FlatParamHandle")
         handles = tuple(h for h in living if any(id(p) in ours for p in h.flat_param._params or ()))
         return Place("FSDP1", False, None, _fsdp1_ranks(handles), shapes | fsdp1.shapes(ours, handles), handles)
-    if dist.get_world_size() > 1:
-        for module in _living("DistributedDataParallel"):
-            if any(id(p) in ours for p in module.parameters()) and dist.get_world_size(module.process_group) > 1:
-                return Place("DDP", False, module.process_group, shapes=shapes)
+    module = data_parallel(named)
+    if module is not None:
+        return Place("DDP", False, module.process_group, shapes=shapes)
     return Place("one device", shapes=shapes)
+
+
+def data_parallel(named: Named) -> Any:
+    """The ``DistributedDataParallel`` of several ranks that has some of the parameters; None if there is none."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    ours = {id(p) for _, p, _ in named}
+    for module in _living("DistributedDataParallel"):
+        if any(id(p) in ours for p in module.parameters()) and dist.get_world_size(module.process_group) > 1:
+            return module
+    return None
 
 
 def layout(place: Place, named: Named, shard_state: bool, is_low_rank: LowRank) -> Layout:

@@ -6,15 +6,16 @@ import copy
 import difflib
 import warnings
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import ConfigError, LowRankConfig, param_groups
+from ..config import ConfigError, LowRankConfig, others, param_groups
 from ..config.checks import boolean, shown
+from ..config.options import RELEASE_UNDER_DEEPSPEED
 from ..core import batching, gauge
 from ..core.comm import Comm, all_ranks
 from ..core.exchange import Item
@@ -31,6 +32,8 @@ from ..state.full import full_state, load_full_state
 from ..state.report import MemoryReport
 from ..state.state_dict import StatefulOptimizer, state_dtype
 from . import advise, agreement, awaiting
+from .other_rules import other_rule
+from .release import Release, check_release
 from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
 
 # ``from . import`` would give the function that the package has by the same name.
@@ -38,10 +41,14 @@ from .tensors import check_given, check_tensors, flat, may_step, number, refuse_
 
 @dataclass
 class Bound:
-    """A piece of a parameter, and the state that this rank keeps for it."""
+    """A piece of a parameter, and the state that this rank keeps for it.
+
+    ``other``: it is a matrix to the core, but no projection, see ``config/others.py``.
+    """
 
     piece: Piece
     state: Matrix | adamw.Vector
+    other: bool = False
 
 
 @dataclass
@@ -83,8 +90,6 @@ class LowRankOptimizer(StatefulOptimizer):
     workspace_limits: ClassVar[Workspace] = Workspace()
     #: On a CPU too, let the device decide whether a step is taken; for tests.
     _decides_on_device: ClassVar[bool] = False
-    #: Parameters that are no projections by the types of their layers, see :meth:`learn_types`.
-    _other_layers: frozenset[str] = frozenset()
 
     def __init__(self, params: nn.Module | Iterable[Any], *, shard_state: bool = True, **options: Any) -> None:
         boolean("shard_state", shard_state)
@@ -97,6 +102,8 @@ class LowRankOptimizer(StatefulOptimizer):
         self.shard_state = shard_state
         self.layout: Layout | None = None
         self.skips = Skips()
+        #: Parameters that are no projections by the types of their layers, see :meth:`learn_types`.
+        self._other_layers: dict[str, str] = {}
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
         self.awaiting_layout = awaiting.engine_is_building()
         self._bound: dict[int, list[Bound]] = {}
@@ -109,6 +116,9 @@ class LowRankOptimizer(StatefulOptimizer):
         if not self.awaiting_layout and not any(getattr(p, "_fsdp_flattened", False) for _, p, _ in self._named()):
             named = [(n, p, i) for n, p, i in self._named() if p.requires_grad]
             self.check_matches([(n, param_groups.shape_of(p)) for n, p, _ in named], [i for _, _, i in named])
+        if self.config.release_gradients and self.awaiting_layout:
+            raise ConfigError(RELEASE_UNDER_DEEPSPEED)
+        self._release = Release(self) if self.config.release_gradients else None
         advise.of_small_steps(self.config)
 
     def learn_types(self, model: nn.Module) -> None:
@@ -121,7 +131,7 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         if self._stepped():
             raise ConfigError("learn_types: must come before the first step")
-        self._other_layers = frozenset(param_groups.layer_kinds(model))
+        self._other_layers = param_groups.layer_kinds(model)
         self.layout, self._bound = None, {}
 
     def low_rank_names(self, model: nn.Module) -> set[str]:
@@ -132,7 +142,8 @@ class LowRankOptimizer(StatefulOptimizer):
             for n, p in model.named_parameters()
             if p.requires_grad
         ]
-        return {n for n, shape in named if any(self._is_low_rank(n, shape, config) for config in configs)}
+        kept = {n: [self._settings(n, shape, config) for config in configs] for n, shape in named}
+        return {n for n, some in kept.items() if any(config is not None and config.rank for config in some)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in ``torch.optim``; options of ``config_class`` in it override the defaults.
@@ -161,6 +172,8 @@ class LowRankOptimizer(StatefulOptimizer):
             if meant:
                 raise ConfigError(f"unknown {name} option {key!r} in a parameter group; did you mean {meant[0]!r}?")
         check_tensors(group, name)
+        if config.release_gradients != self.config.release_gradients:
+            raise ConfigError(f"release_gradients={config.release_gradients} in a parameter group: give it for all")
         if not self.awaiting_layout:
             if config.target_modules is not None and "param_names" not in group:
                 raise ConfigError(
@@ -182,6 +195,7 @@ class LowRankOptimizer(StatefulOptimizer):
         super().__setstate__({name: value for name, value in state.items() if name != "_bound"})
         units = self.layout.units if self.layout else []
         self._bound = {id(unit.tensor): b for unit, b in zip(units, bound, strict=True)}
+        self._release = Release(self) if self.config.release_gradients else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
         """A copy with parameters and state of its own, which belongs to the same process groups."""
@@ -201,6 +215,8 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         if self._stepped():
             raise ConfigError(f"cannot change the layout of a {self.config.optimizer} optimizer after its first step")
+        if self.config.release_gradients:
+            check_release(layout)
         self._bound, self.layout, self.awaiting_layout = {}, layout, False
         arrange(layout, self._in_group)
         for unit in layout.units:
@@ -214,6 +230,7 @@ class LowRankOptimizer(StatefulOptimizer):
             config = self.group_config(self.param_groups[unit.group])
             matrices = [b.state for b in self._bound[id(unit.tensor)] if isinstance(b.state, Matrix)]
             # A plan has no elements, or peers without a group.
+            matrices = [m for m in matrices if m.low_rank]
             ready = [m for m in matrices if not m.taken.is_meta and (m.peers is None or m.peers.group is not None)]
             if config.variant == "stable" and ready:
                 gauge.settle(ready, config.resolved_damping, Comm(), fresh)  # no part of a step
@@ -233,7 +250,8 @@ class LowRankOptimizer(StatefulOptimizer):
         bound = []
         for piece in [piece for piece in unit.pieces if piece.owned]:
             state: Matrix | adamw.Vector
-            if self._is_low_rank(piece.name, piece.shape, config):
+            kept = self._settings(piece.name, piece.shape, config)
+            if kept is not None:
                 if not piece.numel and piece.peers is None:  # as in FSDP1, which shows it on every rank
                     continue
                 shape = piece.shape[0], piece.shape[1]
@@ -241,19 +259,20 @@ class LowRankOptimizer(StatefulOptimizer):
                 state = allocate(
                     interval,
                     piece.peers,
-                    ranks=config.ranks,
-                    vectors=config.vectors,
-                    optimizer=config.optimizer,
-                    variant=config.variant,
-                    init_std=config.init_std,
-                    seed=config.seed,
+                    ranks=kept.ranks,
+                    vectors=kept.vectors,
+                    optimizer=kept.optimizer,
+                    variant=kept.variant,
+                    init_std=kept.init_std,
+                    seed=kept.seed,
                     device=device,
                     dtype=dtype,
                     before=piece.before,
+                    kept=kept.forms,
                 )
             else:
                 state = adamw.allocate(piece.numel, device, dtype)
-            bound.append(Bound(piece, state))
+            bound.append(Bound(piece, state, other=kept is not None and kept is not config))
         self._bound[id(unit.tensor)] = bound
 
     def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> bool:
@@ -262,8 +281,17 @@ class LowRankOptimizer(StatefulOptimizer):
             return False
         return param_groups.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
 
+    def _settings(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> LowRankConfig | None:
+        """By which settings a parameter's state is a matrix's: its group's, or those of ``others``; None: it is not."""
+        if self._is_low_rank(name, shape, config):
+            return config
+        return others.settings(name, shape, config, self._other_layers)
+
+    def _kept_as(self, name: str, shape: tuple[int, ...], group: int) -> LowRankConfig | None:
+        return self._settings(name, shape, self.group_config(self.param_groups[group]))
+
     def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
-        return self._is_low_rank(name, shape, self.group_config(self.param_groups[group]))
+        return self._kept_as(name, shape, group) is not None
 
     def _named(self) -> list[tuple[str, Tensor, int]]:
         """The parameters as given to the constructor: (name, tensor, index of its group)."""
@@ -353,7 +381,7 @@ class LowRankOptimizer(StatefulOptimizer):
     def _advise_names(self) -> None:
         """Warn if matrices are low-rank for want of a name. Who gave a group ``"rank": 0`` has chosen."""
         shapes = {n.removeprefix(_UNNAMED): p.shape for n, p, _ in self._named() if n.startswith(_UNNAMED)}
-        low_rank = {b.piece.name for b in self.bound() if isinstance(b.state, Matrix)}
+        low_rank = {b.piece.name for b in self.bound() if _low_rank(b.state)}
         taken = {f"parameter {n}": s for n, s in shapes.items() if f"{_UNNAMED}{n}" in low_rank}
         if taken and all(group["rank"] for group in self.param_groups):
             advise.of_missing_names(self.config.optimizer, taken)
@@ -393,32 +421,47 @@ class LowRankOptimizer(StatefulOptimizer):
             return loss
         self._ensure_bound()
         assert self.layout is not None
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        pieces = {id(p): self._pieces(p) for p in tensors if p.grad is not None}
-        go, elsewhere = self._look([piece for some in pieces.values() for piece in some])
-        if go is None:
+        if self._release is not None:
+            self._count(*self._release.finish())
             return loss
+        self._advance([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+        return loss
+
+    def _advance(self, tensors: list[Tensor], release: Release | None = None) -> None:
+        """Step these tensors, which have a gradient; on behalf of ``release`` those that come by themselves."""
+        assert self.layout is not None
+        pieces = {id(p): self._pieces(p) for p in tensors}
+        go, elsewhere = self._look([piece for some in pieces.values() for piece in some], release)
+        if go is None:
+            return
         pieces |= {id(p): self._pieces(p) for p in elsewhere}
         for group in self.param_groups:
             config = self.group_config(group)
             stepped = [piece for p in group["params"] for piece in pieces.get(id(p), ())]
             self._step_group(config, self.vector_hyper(config, group), stepped, go)
         send_stepped(self.layout, pieces, self.comm, self.workspace.bucket)
-        return loss
 
     def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
-        items = []
+        items: list[Item] = []
+        other: dict[others.Settings, list[Item]] = {}
         for piece in pieces:
             state, taken = piece.bound.state, go[piece.theta.device]
             if isinstance(state, Matrix):
-                items.append(Item(state, piece.theta, piece.grad, piece.largest, taken))
+                item = Item(state, piece.theta, piece.grad, piece.largest, taken)
+                name, shape = piece.bound.piece.name, piece.bound.piece.shape
+                kept = None
+                if piece.bound.other:
+                    kept = others.settings(name, shape, config, self._other_layers, **asdict(vectors))
+                (items if kept is None else other.setdefault(kept, [])).append(item)
             else:
                 adamw.step(state, piece.theta, piece.grad, vectors, self.workspace.block, taken)
         step(items, self.rule(config), self.comm, self.workspace)
+        for kept in sorted(other, key=lambda kept: kept.rank):  # the same order on every rank
+            step(other[kept], other_rule(kept), self.comm, self.workspace)
         for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
             held.copy_(copied.view(held.shape))
 
-    def _look(self, pieces: list[Stepped]) -> tuple[dict[Any, Go] | None, list[Tensor]]:
+    def _look(self, pieces: list[Stepped], release: Release | None = None) -> tuple[dict[Any, Go] | None, list[Tensor]]:
         """Whether the step is taken, by device: on all ranks alike, if every gradient is finite. None: it is not.
 
         And the tensors that have a gradient on other ranks alone: they are stepped with a zero gradient here.
@@ -435,7 +478,9 @@ class LowRankOptimizer(StatefulOptimizer):
         if self.layout.checks_gradients:
             return {device: taken_for_granted(device) for device in devices}, []
         units = self.layout.units if self.layout.spread_over else []
-        home = next(iter(devices), units[0].device if units else torch.device("cpu"))
+        if release is not None:  # what the others have is what has come here
+            units = release.left(units)
+        home = next(iter(devices), self.layout.units[0].device if self.layout.units else torch.device("cpu"))
         # How many gradients are not finite, and for each tensor how many ranks have one: in one collective.
         said = torch.ones(1 + len(units), dtype=torch.float64, device=home)
         for k in (0, *(k for k, unit in enumerate(units, 1) if unit.tensor.grad is None)):
@@ -450,7 +495,7 @@ class LowRankOptimizer(StatefulOptimizer):
             counts = dict(zip(map(id, units), said[1:].tolist(), strict=True))
             elsewhere = [unit for unit in elsewhere if counts[id(unit)]]
         value = (said[0] == 0).double()
-        self._count(value, pieces)
+        (self._count if release is None else release.record)(value, [(p.bound.piece.name, p.largest) for p in pieces])
         on_host = home.type == "cpu" and not self._decides_on_device
         if on_host and not value:
             return None, []
@@ -463,15 +508,17 @@ class LowRankOptimizer(StatefulOptimizer):
         lacking = [unit for unit in units if unit.tensor.grad is None and unit.tensor.requires_grad]
         return [unit for unit in lacking if self._bound[id(unit.tensor)] or self.layout.sends]
 
-    def _count(self, go: Tensor, pieces: list[Stepped]) -> None:
-        """Count a step; warn and, after too many in a row, raise where one was skipped."""
+    def _count(self, go: Tensor, looked: list[tuple[str, Tensor]]) -> None:
+        """Count a step; warn and, after too many in a row, raise where one was skipped.
+
+        Args:
+            looked: names of the parameters here, and bounds on their gradients' elements.
+        """
         before, _ = self.skips.seen
         self.skips.record(go)
         total, in_row = self.skips.look()
         if total > before:
-            names = (
-                [p.bound.piece.name for p in pieces if not p.largest.isfinite()] if in_row >= self.max_skipped else []
-            )
+            names = [name for name, largest in looked if not largest.isfinite()] if in_row >= self.max_skipped else []
             self._skipped(total, in_row, names)
 
     def _skipped(self, total: int, in_row: int, names: list[str]) -> None:
@@ -550,7 +597,7 @@ class LowRankOptimizer(StatefulOptimizer):
         ``m_B`` (rows x r), ``m_A`` (r x columns) and, where the optimizer has them, ``v_B``, ``v_A`` and ``rms_row``
         (rows). On one device they are whole. The tensors are the state itself, not copies.
         """
-        return {b.piece.name: b.state.tensors() for b in self.bound() if isinstance(b.state, Matrix)}
+        return {b.piece.name: b.state.tensors() for b in self.bound() if _low_rank(b.state)}
 
     @torch.no_grad()
     def conditions(self) -> dict[str, dict[str, gauge.Condition]]:
@@ -559,15 +606,16 @@ class LowRankOptimizer(StatefulOptimizer):
         In ``stable`` the condition of ``A A^T`` is near 1 by the gauge, and that of ``B^T B`` is of the momentum's
         directions. Factors that drift, or a rank that is far too large, show here first.
         """
-        held = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
+        held = [b.state for b in self.bound() if isinstance(b.state, Matrix) and b.state.low_rank]
         return {m.interval.name: c for m, c in zip(held, gauge.conditions(held, Comm()), strict=True)}
 
     def memory_report(self) -> MemoryReport:
         """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""
         self._ensure_bound()
         assert self.layout is not None
-        matrices = [b.state for b in self.bound() if isinstance(b.state, Matrix)]
-        workspace = self.workspace_bytes(matrices)
+        matrices = [(b.state, b.other) for b in self.bound() if isinstance(b.state, Matrix)]
+        of = [[state for state, other in matrices if other == kind] for kind in (False, True)]
+        workspace = max(self.workspace_bytes(of[0]), LowRankOptimizer.workspace_bytes(self, of[1]))
         return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, workspace)
 
     def workspace_bytes(self, matrices: list[Matrix]) -> int:
@@ -595,6 +643,10 @@ class LowRankOptimizer(StatefulOptimizer):
         self.bind_saved({param_groups.parameter_name(name) for name in all_ranks(list(full))[0]})
         load_full_state(full, [(b.piece, b.state) for b in self.bound()])
         self.settle()
+
+
+def _low_rank(state: Matrix | adamw.Vector) -> bool:
+    return isinstance(state, Matrix) and state.low_rank
 
 
 _UNNAMED = "unnamed."

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lorapre_dist.core import batching
+from lorapre_dist.core import batching, forms
 from lorapre_dist.core.batching import Limits, Outline, evenly_dealt
 from lorapre_dist.core.sizes import SAMPLES, Sizes
 
 from .request import Request
-from .spread import Array, Spread
+from .spread import Array, Share, Spread
 
 FP32 = 4
 
@@ -96,24 +96,26 @@ def galore(request: Request, spread: Spread) -> Costs:
 
 
 def lorapre(request: Request, spread: Spread) -> Costs:
-    """LoRAPre: fp32 factors of both moments, ``(r + r_v)`` numbers for each row and column held, and row energies.
+    """LoRAPre: factors of both moments, ``(r + r_v)`` numbers for each row and column held, and row energies in fp32.
 
     Rows are those that the rank's interval touches, columns a block of all columns of ``A`` (core/factors.py); AdamW
     elsewhere. It sends the factors of matrices that ranks share, see :func:`_sent`.
     """
     ours = request.optimizer
     ranks, energies = tuple(ours.ranks.values()), len(ours.vectors)
+    vector = forms.vector_bytes(ours.ranks, ours.forms, FP32)
     state = _zeros(spread)
     for share in spread.shares:
         if share.low_rank:
-            numbers = (sum(ranks) + energies) * share.held.rows + sum(ranks) * share.held.columns
+            count = vector * (share.held.rows + share.held.columns) + FP32 * energies * share.held.rows
         else:
-            numbers = 2 * share.held.numel
-        state += spread.total(share, FP32 * numbers)
+            count = _other_bytes(request, share)
+        state += spread.total(share, count)
     workspace = _zeros(spread)
     sent: dict[str, Array] = defaultdict(lambda: _zeros(spread))
     kind = "cpu" if request.cpu or request.offload else "cuda"
-    for rank, matrices in _held(spread, int(np.argmax(state)), ranks, energies).items():
+    widened = forms.smaller(ours.ranks, ours.forms)
+    for rank, matrices in _held(spread, int(np.argmax(state)), ranks, energies, widened).items():
         same = slice(None) if spread.uniform else slice(rank, rank + 1)
         outlines = [matrix.outline for matrix in matrices]
         workspace[same] = batching.workspace_bytes(outlines, Sizes(), kind)
@@ -135,6 +137,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Muon": Optimizer(muon, "4 p q"),
     "GaLore": Optimizer(galore, "e r (min(p, q) + 2 max(p, q)), e bytes a weight", whole=True),
 }
+
+
+def _other_bytes(request: Request, share: Share) -> Any:
+    """Bytes of state of a parameter that is no low-rank matrix, on each of its ranks."""
+    kept = request.kept_as(share.parameter)
+    if kept is None:
+        return 2 * FP32 * share.held.numel
+    held, vector = share.held, forms.vector_bytes(kept.ranks, kept.forms, FP32) if kept.rank else 0
+    rows, q = ("rms_row" in kept.vectors) * held.rows, ("rms_col" in kept.vectors) * share.parameter.shape[-1]
+    return vector * (held.rows + held.columns) + FP32 * (rows + q)
 
 
 def _zeros(spread: Spread) -> Array:
@@ -160,7 +172,7 @@ class Held:
     call: int
 
 
-def _held(spread: Spread, fullest: int, ranks: tuple[int, ...], energies: int) -> dict[int, list[Held]]:
+def _held(spread: Spread, fullest: int, ranks: tuple[int, ...], energies: int, widened: int) -> dict[int, list[Held]]:
     """The matrices of each rank in the order of the step; of the fullest rank alone where all hold about the same."""
     found: dict[int, list[Held]] = {rank: [] for rank in ([fullest] if spread.uniform else range(spread.ranks))}
     for share in spread.shares:
@@ -185,6 +197,7 @@ def _held(spread: Spread, fullest: int, ranks: tuple[int, ...], energies: int) -
                 alike=((p, q), lying),
                 turn=who[0] % 2 if 1 < parts < spread.ranks else 0,
                 before=(0, 0, 0) if spread.own_order else (*share.ahead, 0),
+                widened=widened,
             )
             found[rank].append(Held(outline, held.cut, group, place, share.call))
     return found

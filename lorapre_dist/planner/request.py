@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
-from lorapre_dist.config import ConfigError, LoRAPreConfig
+from lorapre_dist.config import ConfigError, LoRAPreConfig, LowRankConfig, others
 from lorapre_dist.config.param_groups import explain_no_match, is_low_rank
 
 LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "fsdp2", "ddp")
@@ -98,6 +98,12 @@ class Request:
         """Whether LoRAPre keeps low-rank momenta for it."""
         ours = self.optimizer
         return is_low_rank(parameter.name, parameter.shape, ours.rank, ours.resolved_rank_v, ours.target_modules)
+
+    def kept_as(self, parameter: Parameter) -> LowRankConfig | None:
+        """By which settings LoRAPre's state of it is a matrix's; None where it has AdamW's."""
+        if self.is_low_rank(parameter):
+            return self.optimizer
+        return others.settings(parameter.name, parameter.shape, self.optimizer, {})
 
     @property
     def matrices(self) -> int:

@@ -194,7 +194,7 @@ def _ddp(request: Request) -> Spread:
     size, shares = request.world_size, _Shares(request)
     if size == 1:
         return replicated(request)
-    matrices = {p.name: _matrices(p) for p in request.parameters if request.is_low_rank(p)}
+    matrices = {p.name: _matrices(p) for p in request.parameters if request.kept_as(p) is not None}
     owner = owners({m.name: m.numel for found in matrices.values() for m in found}, size)
     for p in request.parameters:
         for matrix in matrices.get(p.name, ()):

@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_map_only
 
 from ..config import ConfigError
 from ..core.factors import Matrix, state_shapes
+from ..core.forms import length
 from ..core.interval import column_block
+from ..core.rounding import DTYPES, converted, form_of, rank_of
 from ..layouts.base import Layout, Piece, Unit, local
 from ..layouts.ranges import equal_ranges
 from .shards import Shard, like, matrix_shards
@@ -124,14 +126,21 @@ torch.serialization.add_safe_globals([_part])
 
 @dataclass
 class Exposed:
-    """One state tensor: as others see it, and this rank's part of it as the optimizer holds it (None: nothing)."""
+    """One state tensor: as others see it, and this rank's part of it as the optimizer holds it (None: nothing).
+
+    ``vectors`` is the dimension along which a factor's vectors lie, which may be loaded from another form of it; None
+    if it is no factor.
+    """
 
     tensor: Tensor
     held: Tensor | None
+    vectors: int | None = None
 
     def load(self, value: Tensor) -> None:
         """Copy ``value``, of the tensor's global shape, into what is held; a collective if it lies otherwise."""
         mine = self._mine(value)
+        if self.vectors is not None and self.held is not None:
+            mine = converted(mine, self.held, self.vectors)
         # Storage reads into the state itself; strides of dimensions of one element may differ then.
         if self.held is not None and (mine.data_ptr() != self.held.data_ptr() or mine.shape != self.held.shape):
             self.held.copy_(mine)
@@ -141,7 +150,7 @@ class Exposed:
         shape = f"is of shape {tuple(self.tensor.shape)}"
         if not isinstance(value, Tensor):
             return f"was missing, {shape}" if value is None else f"was a {type(value).__name__}, {shape}"
-        if value.shape != self.tensor.shape:
+        if value.shape != self._shape_as(value):
             return f"was of shape {tuple(value.shape)}, {shape}"
         if isinstance(value, DTensor):
             if isinstance(self.tensor, DTensor) and value.device_mesh.shape == self.tensor.device_mesh.shape:
@@ -150,6 +159,17 @@ class Exposed:
                     return None
             return "is another rank's, or was split otherwise: torch.distributed.checkpoint would reshard it"
         return None
+
+    def other_form(self, value: Any) -> bool:
+        """Whether ``value`` is a factor in another form."""
+        return self.vectors is not None and isinstance(value, Tensor) and form_of(value) != form_of(self.tensor)
+
+    def _shape_as(self, value: Tensor) -> torch.Size:
+        """Shape of the whole tensor in the form of ``value``."""
+        shape = list(self.tensor.shape)
+        if self.vectors is not None:
+            shape[self.vectors] = length(rank_of(self.tensor, self.vectors), form_of(value))
+        return torch.Size(shape)
 
     def _mine(self, value: Tensor) -> Tensor:
         here = self.tensor
@@ -186,15 +206,16 @@ def expose(unit: Unit, piece: Piece, state: Any, layout: Layout, group: Any) -> 
     alone = alone and (layout.native or layout.world_size == 1)
     found = {}
     for key, shard in (matrix_shards(state) if isinstance(state, Matrix) else {}).items():
+        vectors = _vectors(key)
         if alone:
-            found[key] = Exposed(shard.local, shard.local)
+            found[key] = Exposed(shard.local, shard.local, vectors)
         elif group is not None or flattened or state.peers is None:
             if key.endswith("_col") and state.peers is not None and state.peers.index:
                 shard.skip = len(shard.local)  # all of its holders have it, the first one writes it
-            found[key] = Exposed(spread(shard, group), shard.local)
+            found[key] = Exposed(spread(shard, group), shard.local, vectors)
         else:
             split = {"A": Split(1), "col": Replicate()}.get(key.rpartition("_")[2]) or _rows(state)
-            found[key] = Exposed(spread(shard, state.peers.group, split), shard.local)
+            found[key] = Exposed(spread(shard, state.peers.group, split), shard.local, vectors)
     for key, tensor in ({} if isinstance(state, Matrix) else state.tensors()).items():
         if isinstance(p, DTensor) and piece.numel == local(p).numel():
             found[key] = Exposed(like(p, tensor), tensor.view(local(p).shape))
@@ -214,13 +235,16 @@ def expose(unit: Unit, piece: Piece, state: Any, layout: Layout, group: Any) -> 
 
 
 def elsewhere(
-    shape: tuple[int, ...], low_rank: tuple[dict[str, int], tuple[str, ...]] | None, group: Any, **kind: Any
+    shape: tuple[int, ...],
+    low_rank: tuple[dict[str, int], tuple[str, ...], dict[str, str]] | None,
+    group: Any,
+    **kind: Any,
 ) -> dict[str, Exposed]:
     """As :func:`expose`, for what other ranks of ``group`` keep.
 
     Args:
         shape: of the parameter, or of a matrix of a stack.
-        low_rank: ranks by moment and names of the statistics, if it is low-rank.
+        low_rank: ranks by moment, names of the statistics, and the factors' forms by moment, if it is low-rank.
         kind: dtype and device of the state.
     """
     shape = shape or (1,)
@@ -229,12 +253,19 @@ def elsewhere(
         shapes = state_shapes((shape[0], shape[1]), *low_rank)
     found = {}
     for key, size in shapes.items():
-        dim = 1 if key.endswith("_A") else 0
-        nothing = torch.empty([0 if d == dim else n for d, n in enumerate(size)], **kind)
-        found[key] = Exposed(spread(Shard(size, 0, nothing, dim), group, Split(0) if low_rank is None else None), None)
+        dim, vectors = 1 if key.endswith("_A") else 0, None if low_rank is None else _vectors(key)
+        form = low_rank[2].get(key[0], "") if low_rank is not None and vectors is not None else ""
+        of = {**kind, "dtype": DTYPES.get(form, kind["dtype"])}
+        nothing = torch.empty([0 if d == dim else n for d, n in enumerate(size)], **of)
+        placed = spread(Shard(size, 0, nothing, dim), group, Split(0) if low_rank is None else None)
+        found[key] = Exposed(placed, None, vectors)
     none = torch.empty(0, dtype=torch.int64, device=kind["device"])
     found["step"] = Exposed(spread(Shard((1,), 0, none), group), None)
     return found
+
+
+def _vectors(key: str) -> int | None:
+    return {"A": -2, "B": -1}.get(key.rpartition("_")[2])
 
 
 def spread(shard: Shard, group: Any = None, placement: Any = None) -> DTensor:

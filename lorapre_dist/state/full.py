@@ -13,7 +13,8 @@ from torch import Tensor
 from ..config import ConfigError
 from ..core.comm import all_ranks
 from ..core.factors import SQUARES
-from .shards import OPTIMIZER, Shard, bring_home, state_shards
+from ..core.rounding import converted
+from .shards import OPTIMIZER, Shard, bring_home, in_other_form, state_shards, vector_dim
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def scatter(shards: dict[str, Shard], whole: dict[str, Tensor], group: Any = Non
         ConfigError: on every rank: names or shapes that differ. Nothing has been changed then.
     """
     found = _extents(shards, group)
+    whole = {name: _in_form(name, tensor, found.get(name)) for name, tensor in whole.items()}
     problems = _differences({n: next(iter(e.values())).shape for n, e in found.items()}, whole)
     problems = all_ranks(problems if _rank(group) == 0 else None, group)[0]
     if problems:
@@ -113,6 +115,17 @@ def scatter(shards: dict[str, Shard], whole: dict[str, Tensor], group: Any = Non
             part = _move(source, 0, rank, extent.part(extent.length), extent.dtype, group)
             if part is not None:
                 shards[name].local.copy_(part)
+
+
+def _in_form(name: str, tensor: Tensor, extents: dict[int, Extent] | None) -> Tensor:
+    """A factor as its holders keep it; anything else as it is."""
+    if not extents:
+        return tensor
+    first = next(iter(extents.values()))
+    like = torch.empty(0, dtype=first.dtype)
+    if not in_other_form(name, tensor.dtype, like) or tensor.ndim != 2:
+        return tensor
+    return converted(tensor, like, vector_dim(first.dim))
 
 
 def _differences(wanted: dict[str, tuple[int, ...]], given: dict[str, Tensor]) -> list[str]:

@@ -17,7 +17,7 @@ class MemoryReport:
         layout: name of the layout.
         world_size: ranks over which the state is spread.
         matrices, matrix_elements: low-rank parameters that this rank holds a part of, and its elements of them.
-        adamw_parameters, adamw_elements: the same for parameters under AdamW.
+        adamw_parameters, adamw_elements: the same for the other parameters, under AdamW or ``other_state``.
         state_bytes: of optimizer state on this rank.
         adamw_state_bytes: what AdamW (two numbers per element, same precision) would hold on this rank.
         workspace_bytes: bound on the tensors that a step allocates for itself; BLAS libraries add buffers of their own.
@@ -36,9 +36,8 @@ class MemoryReport:
     @classmethod
     def of(cls, held: list[tuple[Any, Any]], layout: Layout, workspace_bytes: int) -> MemoryReport:
         """The report for this rank's pieces and their state; the core knows the workspace."""
-        matrices = [(piece, state) for piece, state in held if isinstance(state, Matrix)]
-        others = [(piece, state) for piece, state in held if not isinstance(state, Matrix)]
-        size = {id(piece): next(iter(state.tensors().values())).element_size() for piece, state in held}
+        matrices = [(piece, state) for piece, state in held if isinstance(state, Matrix) and state.low_rank]
+        others = [(piece, state) for piece, state in held if not (isinstance(state, Matrix) and state.low_rank)]
         return cls(
             layout=layout.name,
             world_size=layout.world_size,
@@ -47,7 +46,7 @@ class MemoryReport:
             adamw_parameters=len(others),
             adamw_elements=sum(p.numel for p, _ in others),
             state_bytes=sum(t.numel() * t.element_size() for _, s in held for t in s.tensors().values()),
-            adamw_state_bytes=sum(2 * p.numel * size[id(p)] for p, _ in held),
+            adamw_state_bytes=sum(2 * p.numel * s.dtype.itemsize for p, s in held),
             workspace_bytes=workspace_bytes,
         )
 

@@ -4,7 +4,8 @@ Names are ``model.NAME`` for the weights that are stepped (fp32 masters where th
 the model's other tensors, 1-D in row-major order; and ``optimizer.NAME.KEY`` for the state: ``m_B`` (p x r), ``m_A``
 (r x q), ``v_B``, ``v_A``, ``rms_row`` (p), ``rms_col`` (q), or ``exp_avg`` and ``exp_avg_sq`` (1-D). Every layout holds
 a run of each, so one form serves them all; a matrix that is split by columns is brought into rows, and back after
-loading.
+loading. Factors are saved as they are kept: in bf16, or in 8 bits with the scales behind (``core/forms.py``); what was
+saved otherwise is converted when it is loaded.
 
 A :class:`Shard` has the three methods by which ``torch.distributed.checkpoint`` saves and reshards a DTensor.
 """
@@ -24,6 +25,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..core.factors import Matrix
+from ..core.rounding import converted, form_of
 from ..layouts.base import Unit, local
 
 MODEL, UNTRAINED, OPTIMIZER = "model.", "untrained.", "optimizer."
@@ -35,8 +37,8 @@ class Shard:
 
     Attributes:
         skip: leading elements along ``dim`` that another rank writes (a row cut between ranks is held by each).
-        home: what ``local`` is a copy of, if it is one: a tensor whose elements do not lie in row-major order, or a
-            DTensor split by columns.
+        home: what ``local`` is a copy of, if it is one: a tensor whose elements do not lie in row-major order, a
+            DTensor split by columns, or a factor that is kept in another form.
     """
 
     shape: tuple[int, ...]
@@ -83,8 +85,26 @@ class Shard:
             shape, stride = self.home.shape, (self.home.shape[1], 1)
             loaded = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
             self.home.to_local().copy_(loaded.redistribute(placements=self.home.placements).to_local())
+        elif self.home is not None and self.home.dtype != self.local.dtype:
+            self.home.copy_(converted(self.local, self.home, vector_dim(self.dim)))
         elif self.home is not None:
             self.home.copy_(self.local.view(self.home.shape))
+
+    def saved_as(self, shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
+        """A shard to load into of a factor that was saved in another form: of ``shape`` as a whole, and ``dtype``."""
+        size = [n if d == self.dim else shape[d] for d, n in enumerate(self.local.shape)]
+        local = torch.empty(size, dtype=dtype, device=self.local.device)
+        return Shard(shape, self.start, local, self.dim, self.skip, home=self.local)
+
+
+def vector_dim(dim: int) -> int:
+    """Along which dimension a factor's vectors lie that is split along ``dim``."""
+    return -1 if dim == 0 else -2
+
+
+def in_other_form(key: str, dtype: torch.dtype, held: Tensor) -> bool:
+    """Whether a tensor of the state is a factor that was saved, as ``dtype``, in another form than it is kept in."""
+    return key.endswith(("_A", "_B")) and form_of(torch.empty(0, dtype=dtype)) != form_of(held)
 
 
 @torch.no_grad()

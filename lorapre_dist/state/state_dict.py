@@ -14,11 +14,13 @@ All of it is tensors, numbers, strings, lists and dicts, so ``torch.load(weights
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -33,8 +35,9 @@ from .full import rooted
 
 _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
-# What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's.
-_PRESENT = ("target_modules",)
+# What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's, and so
+# are when gradients are used, and the form in which state is kept: what was saved in another one is converted.
+_PRESENT = ("target_modules", "state_dtype", "release_gradients", "clip_each")
 _FLATTENED = "FSDP1"
 
 
@@ -92,10 +95,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if group is None:
             return {name: expose(unit, b.piece, b.state, self.layout, None) for name, b in held.items()}
         kind = {"dtype": state_dtype(p), "device": local(p).device}
-        config = self.group_config(self.param_groups[unit.group])
 
         def low_rank(name: str, shape: tuple[int, ...]) -> Any:
-            return (config.ranks, config.vectors) if self._in_group(name, shape, unit.group) else None
+            kept = self._kept_as(name, shape, unit.group)
+            return None if kept is None else (kept.ranks, kept.vectors, kept.forms)
 
         return {
             name: expose(unit, held[name].piece, held[name].state, self.layout, group)
@@ -123,6 +126,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
+        raise NotImplementedError
+
+    def _kept_as(self, name: str, shape: tuple[int, ...], group: int) -> Any:
+        """By which settings a parameter's state is a matrix's; None if it is a vector's."""
         raise NotImplementedError
 
     def settle(self) -> None:
@@ -263,6 +270,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise ConfigError("the optimizer state does not fit: " + "; ".join(found[:3]) + more)
+    tell_converted(optimizer, sum(any(to.other_form(e.get(k)) for k, to in keys.items()) for _, keys, e in loads))
     for state, keys, entry in loads:
         for key, to in keys.items():  # also what other ranks of DDP keep: it may be a collective
             to.load(entry[key])
@@ -270,6 +278,14 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
             state.step = int(keys["step"].held)  # type: ignore[arg-type]
     restore_groups(optimizer.param_groups, saved["param_groups"])
     optimizer.settle()
+
+
+def tell_converted(optimizer: Any, count: int) -> None:
+    """Say, where some are, that the factors of so many matrices come in another form than they are kept in."""
+    if count and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        kept = ", ".join(sorted({str(group["state_dtype"]) for group in optimizer.param_groups}))
+        text = f"the factors of {count} matrices were saved in another form, and are converted to state_dtype={kept}"
+        warnings.warn(text, stacklevel=4)
 
 
 def _finite(value: Any) -> bool:

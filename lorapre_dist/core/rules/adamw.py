@@ -30,6 +30,11 @@ class Vector(Counted):
     exp_avg_sq: Tensor
     taken: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that a step reckons in."""
+        return self.exp_avg.dtype
+
     def tensors(self) -> dict[str, Tensor]:
         """State by ``torch.optim.AdamW``'s names."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}

@@ -66,6 +66,7 @@ class LoRAPreTrainer(Trainer):
                 groups.append({"params": named, "weight_decay": decay, f"{own}weight_decay": decay})
         betas = (self.args.adam_beta1, self.args.adam_beta2)
         options = {"lr": self.args.learning_rate, f"{own}betas": betas, f"{own}eps": self.args.adam_epsilon}
+        check_release(self.lorapre, self.args)
         optimizer = self.optimizer_type(groups, **{**options, **self.lorapre})
         optimizer.learn_types(model)
         self.optimizer = optimizer
@@ -106,6 +107,22 @@ def check_agreement(section: Any, options: dict[str, Any], optimizer_type: str |
         if name not in params or there != (list(value) if isinstance(value, tuple) else value):
             held = repr(there) if name in params else "missing"
             raise ConfigError(f"lorapre {name}={value!r}: in the DeepSpeed JSON, optimizer.params.{name} is {held}")
+
+
+def check_release(options: dict[str, Any], arguments: Any) -> None:
+    """Raise a ConfigError where gradients shall be released, and ``Trainer`` wants all of them."""
+    if not options.get("release_gradients"):
+        return
+    if arguments.max_grad_norm:
+        raise ConfigError(
+            f"lorapre release_gradients=True: nothing is left to clip at max_grad_norm={arguments.max_grad_norm:g}; "
+            "set max_grad_norm=0 (max_update bounds updates, and clip_each clips each gradient by its own norm)"
+        )
+    if arguments.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            "lorapre release_gradients=True: gradients cannot be accumulated; set gradient_accumulation_steps=1, with "
+            "gradient_checkpointing if the activations do not fit"
+        )
 
 
 def _ours(optimizer: Any) -> LowRankOptimizer:

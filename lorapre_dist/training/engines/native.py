@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lorapre_dist.checkpoint import native, run
-from lorapre_dist.config.ds_training import clipping, precision
+from lorapre_dist.config.ds_training import clipping, precision, releases_gradients
 from lorapre_dist.integrations.deepspeed import checkpoint as engine_checkpoints
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.engines.schedule import scheduler_factory
@@ -45,6 +45,7 @@ class NativeEngine:
         self.basic_optimizer.bound()  # the layout is found here, not in the first step
         self.lr_scheduler = scheduler_factory(settings.warmup_steps, settings.max_steps)(self.basic_optimizer)
         self._clip = clipping(settings.ds_config)
+        self._released = releases_gradients(settings.ds_config)
         self._accumulation = settings.batch.accumulation
         self._micro_steps = 0
         self._norm: float | None = None
@@ -75,20 +76,24 @@ class NativeEngine:
     def step(self) -> None:
         """After the last micro-batch: clip, step, move the schedule on (as DeepSpeed unless the step was skipped)."""
         if self.is_gradient_accumulation_boundary():
-            parameters = [p for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            if self._clip > 0.0:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
-            self._norm = norm.item()
+            self._norm = None if self._released else self._clipped()
             self.basic_optimizer.step()
             if not self.basic_optimizer.overflow:
                 self.lr_scheduler.step()
             self.basic_optimizer.zero_grad()
         self._micro_steps += 1
 
+    def _clipped(self) -> float:
+        """Clip the gradients by their global norm, if they are to be; the norm before."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._clip > 0.0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+        return float(norm.item())
+
     def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradients before clipping."""
+        """Norm of the last step's gradients before clipping; None where they have been released."""
         return self._norm
 
     def get_lr(self) -> list[float]:

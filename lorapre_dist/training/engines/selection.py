@@ -34,7 +34,8 @@ def rows(model: Any, optimizer: Any) -> list[str]:
     adamw = f"embeddings and heads {apart / total:.1%}" + (
         f", {share:.1%} else: {_largest(sizes, total)}" * bool(sizes)
     )
-    found = [f"low-rank   {1 - apart / total - share:.1%} of the trained parameters; AdamW: {adamw}"]
+    kept = {"adamw": "AdamW", "adafactor": "Adafactor (vectors: AdamW)"}[optimizer.config.other_state]
+    found = [f"low-rank   {1 - apart / total - share:.1%} of the trained parameters; {kept}: {adamw}"]
     if share > WARN_ABOVE:
         found.append(
             f"warning    {share:.0%} of the trained parameters, embeddings and heads apart, take AdamW and its state: "

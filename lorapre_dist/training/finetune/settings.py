@@ -10,7 +10,13 @@ from typing import Any
 
 from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.config.arguments import Parser, naming_paths
-from lorapre_dist.config.ds_training import batch_sizes, override_lr, read_deepspeed_config, zero_stage
+from lorapre_dist.config.ds_training import (
+    batch_sizes,
+    check_release,
+    override_lr,
+    read_deepspeed_config,
+    zero_stage,
+)
 from lorapre_dist.training.run.settings import (
     Help,
     RunSettings,
@@ -144,6 +150,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> FinetuneSettin
         ds_config = override_lr(ds_config, args["lr"])
     _check_packages(args["optimizer"], zero_stage(ds_config))
     batch = batch_sizes(ds_config, world_size)
+    check_release("deepspeed", ds_config, batch)
     return FinetuneSettings(**args, backend="deepspeed", ds_config=ds_config, batch=batch)
 
 

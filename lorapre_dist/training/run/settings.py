@@ -16,6 +16,8 @@ from lorapre_dist.config.ds_training import (
     BatchSizes,
     batch_sizes,
     check_native,
+    check_release,
+    override,
     override_lr,
     read_deepspeed_config,
     zero_stage,
@@ -116,6 +118,7 @@ class Settings(RunSettings):
     eval_fraction: float
     vocab_size: int | None
     eval_batches: int
+    release_gradients: bool
 
     @property
     def model_name(self) -> str:
@@ -168,6 +171,11 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--eval_batches", type=int, default=16, help="global batches per evaluation; 0: all held-out text")
     run.add_argument(
         "--backend", default="deepspeed", choices=BACKENDS, help="what distributes; the last two are PyTorch's own"
+    )
+    run.add_argument(
+        "--release_gradients",
+        action="store_true",
+        help="step each parameter in the backward pass, so that few gradients exist (fsdp2, ddp)",
     )
     add_run_options(run, save_every=1000)
     add_output_options(parser.add_argument_group("output"), "runs/pretrain")
@@ -287,9 +295,12 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
     ds_config = read_deepspeed_config(args["deepspeed_config"])
     if args["lr"] is not None:
         ds_config = override_lr(ds_config, args["lr"])
+    if args["release_gradients"]:
+        ds_config = override(ds_config, release_gradients=True)
     batch = batch_sizes(ds_config, world_size)
     if args["backend"] != "deepspeed":
         check_native(args["backend"], ds_config)
+    check_release(args["backend"], ds_config, batch)
     return Settings(**args, ds_config=ds_config, batch=batch)
 
 

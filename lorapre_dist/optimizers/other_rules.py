@@ -1,0 +1,25 @@
+"""How 2-D parameters are stepped that are no projections, where they do not take AdamW (``config/others.py``)."""
+
+from __future__ import annotations
+
+from ..config import LoRAPreConfig
+from ..config.others import Settings
+from ..core.regression import Regression
+from ..core.rules.adafactor import Adafactor
+from ..core.rules.adam import Adam
+from ..core.step import Rule
+
+
+def other_rule(config: Settings) -> Rule:
+    """The rule of such parameters, from their settings."""
+    kind = Adam if isinstance(config, LoRAPreConfig) else Adafactor
+    return kind(
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        scale=config.scale,
+        residual=config.resolved_residual,
+        max_update=config.resolved_max_update,
+        regression=Regression(config.resolved_gammas[: len(config.ranks)], config.resolved_damping, stable=True),
+    )

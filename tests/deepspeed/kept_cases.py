@@ -1,0 +1,80 @@
+"""What runs on the ranks of the DeepSpeed tests of what a step keeps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lorapre_dist
+from lorapre_dist import LoRAPre, checkpoint
+from lorapre_dist.config import ConfigError
+
+from . import cases
+
+STEPS = 5
+
+
+def kept_case(rank: int, world_size: int, *, stage: int, options: list[dict[str, Any]], folder: str) -> list[Any]:
+    """For each of some options: the largest distance of any parameter to one device's, and how many factors differ.
+
+    Then the engine's checkpoint is loaded by the optimizer of one device, and both take one step more: that distance.
+    """
+    found = []
+    for k, some in enumerate(options):
+        config = cases.ds_config(stage, "fp32", 1, 0.0, {"lr": 0.01, "rank": 3, **some})
+        engine = cases.build(config)
+        alone = cases.Net()
+        optimizer = LoRAPre(alone, lr=0.01, rank=3, **some)
+        train(engine, alone, optimizer, rank, world_size, range(STEPS))
+        first = distance(engine, alone)
+        states = lorapre_dist.deepspeed.base_optimizer(engine).full_state_dict(), optimizer.full_state_dict()
+        engine.save_checkpoint(f"{folder}/{k}", "tag")
+        loaded = cases.Net()
+        resumed = LoRAPre(loaded, lr=0.01, rank=3, **some)
+        checkpoint.load(loaded, resumed, Path(folder) / str(k))
+        train(engine, loaded, resumed, rank, world_size, range(STEPS, STEPS + 1))
+        found.append((first, differing(*states) if rank == 0 else 0.0, distance(engine, loaded)))
+        engine.destroy()
+    return found
+
+
+def train(engine: Any, alone: Any, optimizer: Any, rank: int, world_size: int, steps: range) -> None:
+    cases.train(engine, rank, world_size, steps, 1)
+    for step in steps:
+        gradients = cases.mean_gradients(step, world_size, 1)
+        for name, p in alone.named_parameters():
+            p.grad = gradients[name].float() if name in gradients else None
+        optimizer.step()
+
+
+def distance(engine: Any, alone: Any) -> float:
+    ours = cases.full_parameters(engine)
+    named = {n: p.detach() for n, p in alone.named_parameters() if p.requires_grad}
+    return max(float((ours[n].double() - p.double()).norm() / p.double().norm()) for n, p in named.items())
+
+
+def differing(ours: dict[str, Any], alone: dict[str, Any]) -> float:
+    """The share of numbers of the factors that are not the same."""
+    pairs = [(ours[n][k], t) for n, entry in alone.items() for k, t in entry.items() if k.endswith(("_A", "_B"))]
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(math.prod(b.shape) for _, b in pairs)
+
+
+def refused_case(rank: int, world_size: int) -> list[str]:
+    """Through both doors, and with an optimizer of one's own."""
+    said = []
+    config = cases.ds_config(2, "fp32", 1, 0.0, {"lr": 0.01, "rank": 3, "release_gradients": True})
+    for door in ("lorapre", "deepspeed"):
+        try:
+            cases.build(config, door)
+        except ConfigError as error:
+            said.append(str(error))
+    model = cases.Net()
+    own = LoRAPre(model, rank=3, release_gradients=True)
+    del config["optimizer"]
+    config["zero_allow_untested_optimizer"] = True
+    try:
+        lorapre_dist.initialize(model=model, optimizer=own, config=config)
+    except ConfigError as error:
+        said.append(str(error))
+    return said
