@@ -38,5 +38,7 @@ def _environment_as_it_was():
 def _leave_no_ranks():
     yield
     from tests.distributed.harness import close_pools
+    from tests.forks import kill_all
 
     close_pools()
+    kill_all()

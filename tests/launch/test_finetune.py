@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorapre_dist.training.finetune.answers import equal, extract
+from tests.forks import Ranks
 from tests.launch import arithmetic
-from tests.launch.conftest import FINETUNE, REPO, ds_json, environment, finish, group_members, launch
+from tests.launch.conftest import FINETUNE, REPO, ds_json, finish, group_members, launch
+from tests.launch.crashing import crash
 
 PROBLEMS = 150
 # Learning rates as far apart as the methods want them: adapters are trained from nothing.
@@ -50,10 +50,14 @@ def test_exact_match_on_questions_about_other_numbers(optimizer, folder):
     steps = ["--max_steps", "150", "--lr", lr, "--save_every", "0"]
     score = ["--score_problems", str(PROBLEMS), "--score_batch", "50"]
     command = [*options(folder, config, optimizer), "--optimizer", optimizer, *steps, *score]
-    process = launch(2, *command, program=FINETUNE)
-    code, out, err = finish(process, timeout=500)
-    assert code == 0, err
-    assert group_members(process.pid) == []
+    if optimizer == "adamw":  # as a user starts it
+        process = launch(2, *command, program=FINETUNE)
+        code, out, err = finish(process, timeout=500)
+        assert code == 0, err
+        assert group_members(process.pid) == []
+    else:
+        codes, out, err = Ranks("finetune.py", command).finish(timeout=500)
+        assert codes == [0, 0], err
 
     summary = json.loads((folder / optimizer / "summary.json").read_text())
     assert summary["eval_test_exact_match_before"] < 0.05
@@ -78,20 +82,6 @@ def test_exact_match_on_questions_about_other_numbers(optimizer, folder):
     assert same >= 7
 
 
-def forked(folder: Path, name: str, world_size: int, argv: list[str], kills: int) -> dict[str, Any]:
-    """A run whose ranks are forked from one process, killed so many times; what happened."""
-    job = {"program": "lorapre_dist.training.finetune.app", "world_size": world_size, "argv": argv, "options": [[]]}
-    # In saves only: a kill at the start would now and then leave the lock of DeepSpeed's op behind.
-    job |= {"output_dir": str(folder / name), "kills": {"killed in a save": kills, "killed": 0}, "seed": 1}
-    (folder / f"{name}.job").write_text(json.dumps(job))
-    script, result = Path(__file__).with_name("crashing.py"), folder / f"{name}.result"
-    command = [sys.executable, str(script), str(folder / f"{name}.job"), str(result)]
-    subprocess.run(command, env=environment(), cwd=REPO, timeout=400, check=True)
-    found = json.loads(result.read_text())
-    assert found["error"] is None, (found, result.with_suffix(".log").read_text(errors="replace")[-3000:])
-    return found
-
-
 @pytest.mark.timeout(600)
 def test_killed_runs_and_other_world_sizes_make_no_difference(folder):
     """ZeRO-3. Five problems in batches of two: rank 0 is asked three, so that rank 1 has nothing left for the last."""
@@ -100,8 +90,11 @@ def test_killed_runs_and_other_world_sizes_make_no_difference(folder):
     steps = ["--epochs", "0.035", "--save_every", "2", "--eval_every", "5", "--max_examples", "2000"]
     score = ["--score_problems", "5", "--score_batch", "2"]
 
-    def run(name: str, world_size: int, kills: int) -> dict[str, Any]:
-        return forked(folder, name, world_size, [*options(folder, config, name), *steps, *score], kills)
+    def run(name: str, world_size: int, kills: int) -> dict[str, int]:
+        # In saves only: a kill at the start would now and then leave the lock of DeepSpeed's op behind.
+        wanted = {"killed in a save": kills, "killed": 0}
+        argv = [*options(folder, config, name), *steps, *score]
+        return crash("finetune.py", argv, folder / name, wanted, world_size)
 
     run("whole", 2, 0)
     found = run("killed", 2, 2)

@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str], mode
         argv += ["--output_dir", str(folder / name)]
         jobs.append(forked_ranks.job("pretrain.py", 2, [*argv, "--max_steps", "1"]))
     jobs.append(forked_ranks.job("pretrain.py", 2, [*jobs[1]["argv"], "--max_steps", "2"]))
-    return folder, forked_ranks.run(folder, jobs, environment() | {"HF_HUB_OFFLINE": "1"})
+    return folder, forked_ranks.run(folder, jobs, environment())
 
 
 def losses(folder: Path) -> list[float]:
