@@ -89,6 +89,8 @@ class Ranks:
         before: tuple[Callable[..., None], Any] | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lorapre-run-"))
+        for name in ("out", "err"):
+            (self.folder / name).touch()
         count, port = world_size or 1, free_port()
         self.processes = []
         for rank in range(count):
@@ -160,7 +162,7 @@ def _program(
     script: str, argv: list[str], environment: dict[str, str], folder: Path, before: tuple[Callable[..., None], Any]
 ) -> None:
     for number, name in ((1, "out"), (2, "err")):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(folder / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     code: Any = 70

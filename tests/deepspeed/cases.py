@@ -97,12 +97,17 @@ def mean_gradients(step: int, world_size: int, accumulation: int) -> dict[str, t
     return {name: g / (world_size * accumulation) for name, g in total.items()}
 
 
+_references: dict[str, dict[str, torch.Tensor]] = {}
+
+
 def dense(
     config: LowRankConfig, steps: int, world_size: int, accumulation: int, clip: float, skip: set[int], schedule: bool
 ) -> dict[str, torch.Tensor]:
-    """The reference's parameters after ``steps``, by name."""
-    *_, last = dense_path(config, steps, world_size, accumulation, clip, skip, schedule)
-    return last
+    """The reference's parameters after ``steps``, by name; a rank that has computed them keeps them."""
+    arguments = (config, steps, world_size, accumulation, clip, skip, schedule)
+    if repr(arguments) not in _references:
+        *_, _references[repr(arguments)] = dense_path(*arguments)
+    return _references[repr(arguments)]
 
 
 def dense_path(

@@ -78,8 +78,19 @@ def batch_of(step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: value.to(dtype) for name, value in batch.items()}
 
 
+_references: dict[str, dict[str, torch.Tensor]] = {}
+
+
 def dense_path(steps: int, optimizer: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Autograd in fp64 and the reference optimizer: parameters after ``steps``, by name."""
+    """The reference's parameters after ``steps``, by name; a rank that has computed them keeps them."""
+    key = repr((steps, optimizer, options))
+    if key not in _references:
+        _references[key] = _dense_path(steps, optimizer, options)
+    return _references[key]
+
+
+def _dense_path(steps: int, optimizer: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Autograd in fp64 and the reference optimizer."""
     config = OPTIMIZERS[optimizer].config_class(**options)
     model = Net(torch.float64)
     theta = {n: p.data for n, p in model.named_parameters()}

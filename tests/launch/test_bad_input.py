@@ -222,6 +222,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -
     return dict(zip(CASES, run_forked(jobs, "pretrain.py"), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("name", CASES)
 def test_one_line_and_its_exit_code(name, results):

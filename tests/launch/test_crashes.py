@@ -11,6 +11,8 @@ from tests.forks import Ranks
 from tests.launch.conftest import TINY_LLAMA, ds_json
 from tests.launch.crashing import crash
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(2400)
 def test_kills_change_nothing(base_options, tmp_path, exhaustive):

@@ -17,6 +17,8 @@ from tests.launch import arithmetic
 from tests.launch.conftest import FINETUNE, REPO, ds_json, finish, group_members, launch
 from tests.launch.crashing import crash
 
+pytestmark = pytest.mark.slow
+
 PROBLEMS = 150
 # Learning rates as far apart as the methods want them: adapters are trained from nothing.
 RUNS = {"lorapre": (2, "3e-3"), "adamw": (2, "2e-3"), "lora": (3, "1e-2")}

@@ -16,6 +16,8 @@ from lorapre_dist.training.data.tokenizer import train_bpe
 from tests.launch.conftest import ds_json
 from tests.launch.test_bad_input import Case, file_option, run_forked
 
+pytestmark = pytest.mark.slow
+
 PAIR = {"query": "What is 1 plus 1?", "response": "The answer is: 2"}
 
 

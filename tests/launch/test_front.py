@@ -207,7 +207,7 @@ def test_every_group_waits_no_longer_than_it_should(tmp_path):
     script = f"""
 import torch
 import torch.distributed as dist
-from lorapre_dist.training.interruption import limit_waits
+from lorapre_dist.training.run.interruption import limit_waits
 limit = limit_waits(7)
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1, timeout=limit)
 for group in (dist.group.WORLD, dist.new_group([0])):
@@ -221,7 +221,7 @@ def test_output_that_nobody_reads_ends_nothing(tmp_path):
     script = f"""
 import sys
 sys.path.insert(0, {str(REPO)!r})
-from lorapre_dist.training.interruption import outlive_the_terminal
+from lorapre_dist.training.run.interruption import outlive_the_terminal
 outlive_the_terminal()
 for _ in range(20000):
     print("a line that is long enough to fill a pipe", flush=True)

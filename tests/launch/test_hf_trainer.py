@@ -90,6 +90,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for row in history if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_saves_and_resumes(name, folder):
@@ -101,6 +102,7 @@ def test_it_saves_and_resumes(name, folder):
     assert resumed[-3:] == whole[3:]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", PEFT)
 def test_adapters_save_and_resume(name, folder):
@@ -117,6 +119,7 @@ def test_adapters_save_and_resume(name, folder):
     assert {e["kind"] for n, e in content["parameters"].items() if "lora_" in n} == {"lorapre"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [name for name in OPTIONS if not name.endswith("ddp")])
 def test_the_layout_does_not_change_the_losses(name, folder):
@@ -125,6 +128,7 @@ def test_the_layout_does_not_change_the_losses(name, folder):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_accelerate_launch(folder, tmp_path):
     """The command of the README, in the folder of a run that was killed after its fifth step."""

@@ -18,6 +18,8 @@ from tests.launch import forked_ranks
 from tests.launch.conftest import TINY_LLAMA, ds_json, environment
 from tests.training.conftest import documents
 
+pytestmark = pytest.mark.slow
+
 RUNS = {"zero2": ("deepspeed", 2), "zero3": ("deepspeed", 3), "fsdp2": ("fsdp2", 2)}
 
 

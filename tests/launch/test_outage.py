@@ -12,6 +12,8 @@ from tests.launch.test_resume import rows
 from tests.training import flaky
 from tests.training.conftest import documents
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 
 

@@ -13,6 +13,8 @@ from tests.forks import Ranks
 from tests.launch.conftest import ds_json
 from tests.launch.poison import poison
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--max_steps", "6", "--warmup_steps", "2", "--eval_every", "0", "--save_every", "1", "--keep_last", "2"]
 OPTIONS += ["--log_every", "10", "--no_tensorboard", "--no_progress"]
 BACKENDS = {f"zero{stage}": ("deepspeed", stage, "LoRAPre") for stage in (0, 2)}

@@ -15,6 +15,8 @@ from lorapre_dist.checkpoint import dcp
 from tests.forks import Ranks
 from tests.launch.conftest import ds_json, finish, group_members, launch
 
+pytestmark = pytest.mark.slow
+
 STEPS = ["--max_steps", "12", "--warmup_steps", "3", "--eval_every", "4", "--save_every", "4"]
 
 

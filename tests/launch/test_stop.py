@@ -14,6 +14,8 @@ from tests.forks import Ranks
 from tests.launch.conftest import ds_json, finish, group_members, launch, wait_for
 from tests.launch.test_resume import rows
 
+pytestmark = pytest.mark.slow
+
 STEPS = ["--max_steps", "60", "--warmup_steps", "3", "--eval_every", "10", "--save_every", "5", "--keep_last", "2"]
 
 
