@@ -20,10 +20,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 import lorapre_dist
-from lorapre_dist.bench.shapes import projections
 from lorapre_dist.config import LoRAPreConfig, LowRankConfig
 from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
+from tests.shapes import projections
 
 SHAPES = {
     "layers.0.q_proj": (24, 36),

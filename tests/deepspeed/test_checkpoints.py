@@ -37,6 +37,7 @@ def test_the_walk_takes_every_pair_once():
     assert len(pairs) == len(set(pairs)) == len(LAYOUTS) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_resume_from_every_layout_to_every_other(tmp_path, exhaustive):
     """Saved and loaded on the way, the run ends where the reference does that never stopped.

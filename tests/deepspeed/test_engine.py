@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorapre_dist.bench.memory import closed_form
-from lorapre_dist.bench.shapes import projections
 from tests.distributed.harness import run_ranks
+from tests.shapes import projections, state_bytes
 
 from .cases import (
     buffers_case,
@@ -23,7 +22,7 @@ from .llama_cases import llama_case
 def test_state_per_rank_under_zero3(world):
     """Llama-60M's matrices at rank 128: within 2% of 4 ((r + r_v)(p + q) + p) / N bytes on every rank."""
     shapes = [shape for _, shape in projections("llama-60m")]
-    want = closed_form(shapes, 128, 16, world)
+    want = state_bytes("llama-60m", 128, 16) / world
     for held, reported, elements in run_ranks(world, state_bytes_case, model="llama-60m", lora_rank=128):
         assert held == reported
         assert abs(held - want) <= 0.02 * want

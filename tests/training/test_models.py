@@ -138,6 +138,7 @@ def test_config_file_with_too_small_a_vocabulary(make_settings, tmp_path):
         models.fit_vocabulary(models.model_config(settings), settings, [""] * 300)
 
 
+@pytest.mark.slow
 def test_fsdp2_models_are_born_in_shards_with_the_same_weights(make_settings, tmp_path):
     """Shapes that three ranks cannot share evenly, tied embeddings, and a model with rules of its own."""
     tied = {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -168,6 +169,7 @@ def test_weights_accept_their_own_token_ids_and_new_ones(tmp_path):
         pretrained.check_token_ids(str(tmp_path), "--init_from", train_bpe(["another text, other words"] * 9, 300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_fsdp2_reads_the_saved_weights_rows_by_rows(kind, make_settings, tmp_path):
     """In several files, tied, named without a prefix, and experts that the files hold one by one; uneven shards."""
