@@ -3,16 +3,76 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
+import lorapre_dist
+from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.config.param_groups import parameter_name
 from tests import oracle
 from tests.covering import covering
 from tests.distributed.harness import run_ranks
 
-from .cases import OTHER_PARAMS, SHAPES, client_case, equality_case, groups_case
+from .cases import (
+    OTHER_PARAMS,
+    PARAMS,
+    SHAPES,
+    Net,
+    dense,
+    ds_config,
+    equality_case,
+    factor_at,
+    full_parameters,
+    train,
+    worst,
+)
+
+
+def groups_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str, set[str]]:
+    """Three groups with their own settings, and a scheduler over all of them."""
+    options = {**PARAMS, "weight_decay": 0.0}
+    config = ds_config(stage, "fp32", 1, 0.0, options)
+    model = Net()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    special = {
+        "layers.0.q_proj.weight": {"rank": 6, "rank_v": 2, "lr": 0.02},
+        "layers.1.up_proj.weight": {"rank": 0, "lr": 0.003, "weight_decay": 0.1},
+        "layers.1.sometimes.down_proj.weight": {"rank": 0},
+    }
+    rest = [p for n, p in named.items() if n not in special]
+    groups = [{"params": rest}, *({"params": [named[n]], **extra} for n, extra in special.items())]
+
+    def scheduler(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
+
+    engine = lorapre_dist.initialize(model=model, model_parameters=groups, config=config, lr_scheduler=scheduler)[0]
+    train(engine, rank, world_size, range(steps), 1)
+    want = {}
+    for name in named:
+        mine = LoRAPreConfig(**{**options, **special.get(name, {})})
+        want[name] = dense(mine, steps, world_size, 1, 0.0, set(), True)[name]
+    error, name = worst(full_parameters(engine), want)
+    low_rank = set(lorapre_dist.deepspeed.base_optimizer(engine).factors())
+    engine.destroy()
+    return error, name, low_rank
+
+
+def client_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str]:
+    """A LoRAPre that the caller builds and hands to ``deepspeed.initialize(optimizer=...)``."""
+    config = ds_config(stage, "fp32", 1, 0.0, {})
+    del config["optimizer"]
+    model = Net()
+    optimizer = lorapre_dist.LoRAPre(model.named_parameters(), **PARAMS)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    train(engine, rank, world_size, range(steps), 1)
+    want = dense(LoRAPreConfig(**PARAMS), steps, world_size, 1, 0.0, set(), False)
+    error, name = worst(full_parameters(engine), want)
+    engine.destroy()
+    return error, name
+
 
 STEPS = 20
 FP32 = 1e-5  # the contract: after 20 steps, fp32 summation order is all that differs

@@ -8,13 +8,26 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lorapre_dist.config import ConfigError
+from lorapre_dist.layouts.base import local
 from lorapre_dist.training.data.tokenizer import train_bpe
 from lorapre_dist.training.engines import models, pretrained
 from lorapre_dist.training.engines.presets import PRESETS
+from lorapre_dist.training.run.settings import Settings
 from tests.distributed.harness import run_ranks
 
 from .conftest import documents
-from .model_cases import born_in_shards
+
+
+def born_in_shards(
+    rank: int, world_size: int, *, settings: Settings
+) -> tuple[dict[str, torch.Tensor], dict[str, int], float]:
+    """Whole parameters by name, the number of elements held here, and the loss on one batch."""
+    model = models.build_model(models.model_config(settings), settings).eval()
+    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    sizes = {name: local(p).numel() for name, p in model.named_parameters()}
+    tokens = torch.arange(32).view(2, 16)
+    return whole, sizes, model(input_ids=tokens, labels=tokens).loss.item()
+
 
 # GaLore's shapes: (hidden, intermediate, heads, layers), and parameters without embeddings and lm_head:
 # layers * (4 h^2 + 3 h i + 2 h) + h.
