@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
-import torch
-from transformers import AutoModelForCausalLM
-
-from lorapre_dist.training.engines.models import preset_config
+from lorapre_dist.training.engines.presets import PRESETS
 
 
-@functools.cache
 def projections(preset: str) -> list[tuple[str, tuple[int, int]]]:
     """Name and shape of every attention and MLP projection, in the model's order."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(preset_config(preset))
-    return [(name, (p.shape[0], p.shape[1])) for name, p in model.named_parameters() if "_proj." in name]
+    hidden, inner = PRESETS[preset].hidden_size, PRESETS[preset].intermediate_size
+    layer = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    layer |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    layers = range(PRESETS[preset].num_hidden_layers)
+    return [(f"layers.{k}.{name}.weight", shape) for k in layers for name, shape in layer.items()]
 
 
 def state_bytes(preset: str, rank: int, rank_v: int) -> int:

@@ -82,8 +82,12 @@ def run_ranks(world_size: int, case: Callable[..., Any], timeout: float = 180, *
 
 
 def close_pools() -> None:
-    """End every pool."""
+    """End every pool: its ranks end by themselves once nobody can send them a case, or soon after."""
     for pool in list(_pools.values()):
+        for pipe in pool.pipes:
+            pipe.close()
+        for process in pool.processes:
+            process.join(timeout=10)
         pool.kill()
 
 
