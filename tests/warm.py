@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import tempfile
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 MODULES = [
     "pytest",
@@ -25,5 +29,9 @@ MODULES = [
 
 for name in MODULES:
     importlib.import_module(name)
+# transformers compiles the names of all its models' weights when the first model is saved
+with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(folder)
 gc.collect()
 gc.freeze()  # so that the collector does not write to, and so copy, what the ranks share

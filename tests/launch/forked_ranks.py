@@ -10,8 +10,11 @@ from tests.forks import Ranks
 
 
 def job(script: str, world_size: int, argv: list[str], **more: Any) -> dict[str, Any]:
-    """A job: ``launch/SCRIPT`` with its options, and perhaps ``env``, or a folder to ``copy`` (from, to) before it."""
-    return {"script": script, "world_size": world_size, "argv": argv, "env": {}, "copy": None, **more}
+    """A job: ``launch/SCRIPT`` with its options, and perhaps ``env``, or a folder to ``copy`` (from, to) before it.
+
+    ``before``: what ranks call first, as :class:`tests.forks.Ranks` takes it.
+    """
+    return {"script": script, "world_size": world_size, "argv": argv, "env": {}, "copy": None, "before": None, **more}
 
 
 def run(folder: Path, jobs: list[dict[str, Any]], env: dict[str, str]) -> str:
@@ -23,7 +26,7 @@ def run(folder: Path, jobs: list[dict[str, Any]], env: dict[str, str]) -> str:
             shutil.copytree(origin, target)
             shutil.rmtree(target / "checkpoints" / "step0000006")
             (target / "checkpoints" / "latest").write_text("step0000003")
-        ended = Ranks(job["script"], job["argv"], job["world_size"], env=env | job["env"]).finish()
+        ended = Ranks(job["script"], job["argv"], job["world_size"], env | job["env"], job["before"]).finish()
         log += ended.out + ended.err
         (folder / "codes.log").write_text(log)
         assert ended.codes == [0] * job["world_size"], (job, ended.out[-2000:], ended.err[-4000:])

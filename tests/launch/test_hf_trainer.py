@@ -14,6 +14,7 @@ import pytest
 from lorapre_dist.training.run import ranks
 from tests.launch import forked_ranks
 from tests.launch.conftest import REPO, environment, free_port
+from tests.launch.few_documents import few_documents
 
 TRAINER = ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--learning_rate", "0.01"]
 TRAINER += ["--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true"]
@@ -61,17 +62,18 @@ def peft_json(path: Path, stage: int) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs: one named as in OPTIONS, and one that resumed from its third step."""
     folder = tmp_path_factory.mktemp("hf")
-    jobs = []
+    jobs: list[dict[str, Any]] = []
+    few = {"before": (few_documents,)}
     for name, options in OPTIONS.items():
         library, layout = name.split()
         trainer = library == "trainer"
         env = {} if trainer or layout == "ddp" else plugin(layout)
         argv = [*(TRAINER if trainer else ACCELERATE), *options, "--output_dir"]
         script = "hf_trainer.py" if trainer else "accelerate_train.py"
-        jobs.append(forked_ranks.job(script, 2, [*argv, str(folder / name)], env=env))
+        jobs.append(forked_ranks.job(script, 2, [*argv, str(folder / name)], env=env, **few))
         saved = folder / name / ("checkpoint-3" if trainer else "step3")
         argv += [str(folder / f"{name} resumed"), "--resume_from_checkpoint", str(saved)]
-        jobs.append(forked_ranks.job(script, 2, argv, env=env))
+        jobs.append(forked_ranks.job(script, 2, argv, env=env, **few))
     for name, stage in PEFT.items():
         argv = [*TRAINER, "--learning_rate", "0.3", "--deepspeed", peft_json(folder / f"{name}.json", stage)]
         argv += ["--output_dir"]
@@ -131,9 +133,10 @@ def test_the_layout_does_not_change_the_losses(name, folder):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_accelerate_launch(folder, tmp_path):
-    """The command of the README, in the folder of a run that was killed after its fifth step."""
+    """The command of the README, on less text, in the folder of a run that was killed after its fifth step."""
     config = ["--config_file", "launch/accelerate_fsdp2.yaml", "--main_process_port", str(free_port())]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "launch/accelerate_train.py", *ACCELERATE]
+    program = ["tests/launch/few_documents.py", "accelerate_train.py"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, *program, *ACCELERATE]
     command += ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(folder / "accelerate fsdp2" / "step3")]
     whole = rows(folder / "accelerate fsdp2")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole[:5]))
