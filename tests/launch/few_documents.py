@@ -1,4 +1,4 @@
-"""The Hugging Face examples on a tenth of their text, which every rank reads, parses and tokenizes: half of a short run.
+"""The Hugging Face examples on a tenth of their text: every rank parses and tokenizes it, which is half a short run.
 
 python tests/launch/few_documents.py PROGRAM [OPTIONS]      # a program of launch/
 """
