@@ -25,6 +25,7 @@ MODULES = [
     "lorapre_dist.training.run.loop",
     "lorapre_dist.training.finetune.loop",
     "lorapre_dist.integrations.huggingface.trainer",
+    "matplotlib.pyplot",  # at the first plot
 ]
 
 for name in MODULES:
