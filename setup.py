@@ -51,6 +51,8 @@ EXTRAS["wandb"] = ["wandb>=0.17"]
 EXTRAS["test"] = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.7",
+    "pytest-cov>=7",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "mypy>=1.14",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,8 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 import lorapre_dist
-from lorapre_dist.bench.shapes import projections
-from lorapre_dist.config import LoRAPreConfig, LowRankConfig
+from lorapre_dist.config import LowRankConfig
 from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
 
@@ -97,12 +95,17 @@ def mean_gradients(step: int, world_size: int, accumulation: int) -> dict[str, t
     return {name: g / (world_size * accumulation) for name, g in total.items()}
 
 
+_references: dict[str, dict[str, torch.Tensor]] = {}
+
+
 def dense(
     config: LowRankConfig, steps: int, world_size: int, accumulation: int, clip: float, skip: set[int], schedule: bool
 ) -> dict[str, torch.Tensor]:
-    """The reference's parameters after ``steps``, by name."""
-    *_, last = dense_path(config, steps, world_size, accumulation, clip, skip, schedule)
-    return last
+    """The reference's parameters after ``steps``, by name; a rank that has computed them keeps them."""
+    arguments = (config, steps, world_size, accumulation, clip, skip, schedule)
+    if repr(arguments) not in _references:
+        *_, _references[repr(arguments)] = dense_path(*arguments)
+    return _references[repr(arguments)]
 
 
 def dense_path(
@@ -272,120 +275,3 @@ def equality_case(
             engine.destroy()
             dist.barrier()
     return found
-
-
-def groups_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str, set[str]]:
-    """Three groups with their own settings, and a scheduler over all of them."""
-    options = {**PARAMS, "weight_decay": 0.0}
-    config = ds_config(stage, "fp32", 1, 0.0, options)
-    model = Net()
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    special = {
-        "layers.0.q_proj.weight": {"rank": 6, "rank_v": 2, "lr": 0.02},
-        "layers.1.up_proj.weight": {"rank": 0, "lr": 0.003, "weight_decay": 0.1},
-        "layers.1.sometimes.down_proj.weight": {"rank": 0},
-    }
-    rest = [p for n, p in named.items() if n not in special]
-    groups = [{"params": rest}, *({"params": [named[n]], **extra} for n, extra in special.items())]
-
-    def scheduler(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
-
-    engine = lorapre_dist.initialize(model=model, model_parameters=groups, config=config, lr_scheduler=scheduler)[0]
-    train(engine, rank, world_size, range(steps), 1)
-    want = {}
-    for name in named:
-        mine = LoRAPreConfig(**{**options, **special.get(name, {})})
-        want[name] = dense(mine, steps, world_size, 1, 0.0, set(), True)[name]
-    error, name = worst(full_parameters(engine), want)
-    low_rank = set(lorapre_dist.deepspeed.base_optimizer(engine).factors())
-    engine.destroy()
-    return error, name, low_rank
-
-
-def client_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str]:
-    """A LoRAPre that the caller builds and hands to ``deepspeed.initialize(optimizer=...)``."""
-    config = ds_config(stage, "fp32", 1, 0.0, {})
-    del config["optimizer"]
-    model = Net()
-    optimizer = lorapre_dist.LoRAPre(model.named_parameters(), **PARAMS)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    train(engine, rank, world_size, range(steps), 1)
-    want = dense(LoRAPreConfig(**PARAMS), steps, world_size, 1, 0.0, set(), False)
-    error, name = worst(full_parameters(engine), want)
-    engine.destroy()
-    return error, name
-
-
-class Lookup(torch.nn.Module):
-    """A block with a projection, and with an embedding whose name does not tell that it is one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.places = torch.nn.Linear(8, 16), torch.nn.Embedding(12, 8)
-
-
-def types_case(rank: int, world_size: int, *, stage: int) -> list[set[str]]:
-    """What is low-rank on this rank by the JSON, and if the caller builds the optimizer of the model."""
-    config, found = ds_config(stage, "fp32", 1, 0.0, PARAMS), []
-    for client in (False, True):
-        with deepspeed.zero.Init(config_dict_or_path=config, enabled=stage == 3):
-            model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Lookup()])})
-        options = {k: v for k, v in config.items() if k != "optimizer"} if client else config
-        optimizer = lorapre_dist.LoRAPre(model, **PARAMS) if client else None
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=options)[0]
-        found.append(set(lorapre_dist.deepspeed.base_optimizer(engine).factors()))
-        engine.destroy()
-    return found
-
-
-class Projections(torch.nn.Module):
-    """The projections of a model preset and nothing else."""
-
-    def __init__(self, shapes: list[tuple[str, tuple[int, int]]]) -> None:
-        super().__init__()
-        for name, shape in shapes:
-            parent: torch.nn.Module = self
-            *path, _ = name.split(".")
-            for part in path:
-                if not hasattr(parent, part):
-                    parent.add_module(part, torch.nn.Module())
-                parent = getattr(parent, part)
-            parent.register_parameter("weight", torch.nn.Parameter(torch.zeros(shape)))
-
-
-def state_bytes_case(rank: int, world_size: int, *, model: str, lora_rank: int) -> tuple[int, int, int]:
-    """Bytes of the tensors that a rank really holds under ZeRO-3, those reported, and elements of weights."""
-    config = ds_config(3, "fp32", 1, 0.0, {"lr": 1e-3, "rank": lora_rank})
-    del config["zero_optimization"]["sub_group_size"]
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        module = Projections(projections(model))
-    engine = lorapre_dist.initialize(model=module, config=config)[0]
-    base = lorapre_dist.deepspeed.base_optimizer(engine)
-    held = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for tensors in base.factors().values()
-        for t in tensors.values()
-    }
-    report = base.memory_report()
-    engine.destroy()
-    dist.barrier()
-    return sum(held.values()), report.state_bytes, report.matrix_elements
-
-
-def refused_case(rank: int, world_size: int, *, changes: dict[str, Any], params: dict[str, Any], door: str) -> str:
-    """What building an engine from a bad configuration raises."""
-    stage = changes.get("zero_optimization", {}).get("stage", 2)
-    try:
-        build(merge(ds_config(stage, "fp32", 1, 0.0, {**PARAMS, **params}), changes), door).destroy()
-    except lorapre_dist.ConfigError as error:
-        return str(error)
-    return "accepted"
-
-
-def buffers_case(rank: int, world_size: int) -> list[str]:
-    """The buffers of DeepSpeed's ranks that are mapped here."""
-    deepspeed.init_distributed(verbose=False)
-    dist.barrier()
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return sorted({line.split(maxsplit=5)[5] for line in lines if "deepspeed_allreduce_buffer" in line})

@@ -37,11 +37,12 @@ def test_the_walk_takes_every_pair_once():
     assert len(pairs) == len(set(pairs)) == len(LAYOUTS) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_resume_from_every_layout_to_every_other(tmp_path, exhaustive):
     """Saved and loaded on the way, the run ends where the reference does that never stopped.
 
-    256 times with ``--exhaustive``, otherwise from each layout to two others.
+    256 times with ``--exhaustive``, otherwise from each layout to another.
     """
     walk = every_pair(len(LAYOUTS)) if exhaustive else some_pairs(len(LAYOUTS))
     errors = [error for _, error in visits(str(tmp_path), walk)]

@@ -6,15 +6,34 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+import lorapre_dist
 from lorapre_dist.checkpoint import dcp
 from lorapre_dist.cli import main
 from lorapre_dist.state.shards import OPTIMIZER
 from tests.distributed.harness import run_ranks
 
-from .cases import FROZEN, SHAPES, Net
-from .consolidate_cases import save_case
+from .cases import FROZEN, SHAPES, Net, full_parameters
+from .checkpoint_cases import engine_of, train_alike
+
+
+def save_case(
+    rank: int, world_size: int, *, stage: int, precision: str, folder: str
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, torch.Tensor]]]:
+    """Train a little and save: the fp32 weights, and rows of every ``m_B`` on this rank with the first row's number."""
+    engine = engine_of(stage, precision)
+    train_alike(engine, range(3))
+    engine.save_checkpoint(folder, tag="three", client_state={"note": 1})
+    weights = full_parameters(engine)
+    rows = {}
+    for bound in lorapre_dist.deepspeed.base_optimizer(engine).bound():
+        if "m_B" in bound.state.tensors():
+            rows[bound.piece.name] = (bound.state.interval.first_row, bound.state.tensors()["m_B"].clone())
+    engine.destroy()
+    dist.barrier()
+    return weights, rows
 
 
 @pytest.mark.parametrize("world, stage, precision", [(2, 3, "bf16"), (2, 2, "fp32")])

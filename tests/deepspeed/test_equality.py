@@ -3,15 +3,76 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
+import lorapre_dist
+from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.config.param_groups import parameter_name
 from tests import oracle
+from tests.covering import covering
 from tests.distributed.harness import run_ranks
 
-from .cases import OTHER_PARAMS, SHAPES, client_case, equality_case, groups_case
+from .cases import (
+    OTHER_PARAMS,
+    PARAMS,
+    SHAPES,
+    Net,
+    dense,
+    ds_config,
+    equality_case,
+    factor_at,
+    full_parameters,
+    train,
+    worst,
+)
+
+
+def groups_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str, set[str]]:
+    """Three groups with their own settings, and a scheduler over all of them."""
+    options = {**PARAMS, "weight_decay": 0.0}
+    config = ds_config(stage, "fp32", 1, 0.0, options)
+    model = Net()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    special = {
+        "layers.0.q_proj.weight": {"rank": 6, "rank_v": 2, "lr": 0.02},
+        "layers.1.up_proj.weight": {"rank": 0, "lr": 0.003, "weight_decay": 0.1},
+        "layers.1.sometimes.down_proj.weight": {"rank": 0},
+    }
+    rest = [p for n, p in named.items() if n not in special]
+    groups = [{"params": rest}, *({"params": [named[n]], **extra} for n, extra in special.items())]
+
+    def scheduler(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor_at)
+
+    engine = lorapre_dist.initialize(model=model, model_parameters=groups, config=config, lr_scheduler=scheduler)[0]
+    train(engine, rank, world_size, range(steps), 1)
+    want = {}
+    for name in named:
+        mine = LoRAPreConfig(**{**options, **special.get(name, {})})
+        want[name] = dense(mine, steps, world_size, 1, 0.0, set(), True)[name]
+    error, name = worst(full_parameters(engine), want)
+    low_rank = set(lorapre_dist.deepspeed.base_optimizer(engine).factors())
+    engine.destroy()
+    return error, name, low_rank
+
+
+def client_case(rank: int, world_size: int, *, stage: int, steps: int) -> tuple[float, str]:
+    """A LoRAPre that the caller builds and hands to ``deepspeed.initialize(optimizer=...)``."""
+    config = ds_config(stage, "fp32", 1, 0.0, {})
+    del config["optimizer"]
+    model = Net()
+    optimizer = lorapre_dist.LoRAPre(model.named_parameters(), **PARAMS)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    train(engine, rank, world_size, range(steps), 1)
+    want = dense(LoRAPreConfig(**PARAMS), steps, world_size, 1, 0.0, set(), False)
+    error, name = worst(full_parameters(engine), want)
+    engine.destroy()
+    return error, name
+
 
 STEPS = 20
 FP32 = 1e-5  # the contract: after 20 steps, fp32 summation order is all that differs
@@ -37,7 +98,7 @@ def check(results, steps=STEPS):
 )
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_parameters_match_reference(stage, world, precision, exhaustive):
-    combos = COMBOS if exhaustive else COMBOS[:2]
+    combos = COMBOS if exhaustive else COMBOS[:2] if (world, precision) == (2, "fp32") else COMBOS[1:2]
     check(run_ranks(world, equality_case, stage=stage, precision=precision, combos=combos, steps=STEPS))
 
 
@@ -54,23 +115,18 @@ def test_other_optimizers_match_reference(stage, world, precision, optimizer):
     check(run_ranks(world, equality_case, **arguments))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_overflow_leaves_factors_and_step_counts(stage):
+@pytest.mark.parametrize("stage, combo", covering([0, 1, 2, 3], [(1, 0.5), (4, 0.0)], strength=1))
+def test_overflow_leaves_factors_and_step_counts(stage, combo):
     """An fp16 overflow at step 5, on the last rank only: nothing of it reaches weights, factors or step counts."""
-    results = run_ranks(
-        2, equality_case, stage=stage, precision="fp16", combos=[(1, 0.5), (4, 0.0)], steps=STEPS, overflow_at=5
-    )
+    results = run_ranks(2, equality_case, stage=stage, precision="fp16", combos=[combo], steps=STEPS, overflow_at=5)
     check(results, steps=STEPS - 1)
     assert all(combo["skipped"] == 1 for result in results for combo in result)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_optimizer_offload_to_cpu(stage, precision):
-    combos = [(1, 0.0), (4, 0.5)]
-    check(
-        run_ranks(2, equality_case, stage=stage, precision=precision, combos=combos, steps=STEPS, changes=CPU_OFFLOAD)
-    )
+@pytest.mark.parametrize("stage, precision, combo", covering([1, 2, 3], ["fp32", "bf16"], [(1, 0.0), (4, 0.5)]))
+def test_optimizer_offload_to_cpu(stage, precision, combo):
+    arguments = {"stage": stage, "precision": precision, "combos": [combo], "steps": STEPS}
+    check(run_ranks(2, equality_case, changes=CPU_OFFLOAD, **arguments))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +182,7 @@ def test_both_doors_match_the_same_parameters(door, zero_init):
         assert set.union(*held) == expected and set.intersection(*held) >= alone
 
 
-@pytest.mark.parametrize("variant", ["stable", "paper"])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage, variant", covering([2, 3], ["stable", "paper"], strength=1))
 def test_options_reach_the_core(stage, variant):
     params = {"variant": variant, "residual": 0.2, "gammas": [0.1, 0.05], "damping": 1e-3, "scale": 0.1, "eps": 1e-6}
     params |= {"seed": 3, "init_std": 0.05, "rank_v": 3, "max_update": 1.5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorapre_dist.optimizers import OPTIMIZERS
+from tests.covering import covering
 from tests.distributed.harness import run_ranks
 
 from .non_finite_cases import refused_case, skip_case
@@ -21,15 +22,16 @@ def check(results, limit=1e-5):
         assert len(result["said"]) == (rank == 0)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage, precision, value", covering([0, 1, 2, 3], ["fp32", "bf16"], [float("nan"), float("-inf")])
+)
 def test_a_step_is_skipped(stage, precision, value):
     check(run_ranks(2, skip_case, stage=stage, precision=precision, value=value))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "LoRAPre"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    "name, stage", covering([name for name in OPTIMIZERS if name != "LoRAPre"], [0, 2, 3], strength=1)
+)
 def test_by_every_optimizer(stage, name):
     check(run_ranks(2, skip_case, stage=stage, precision="fp32", value=float("nan"), optimizer=name))
 

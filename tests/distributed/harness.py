@@ -1,4 +1,4 @@
-"""Pools of gloo ranks that run many cases: starting a rank imports PyTorch and DeepSpeed, which takes seconds.
+"""Pools of gloo ranks that run many cases, and stay for the whole session.
 
 A case is a module-level function ``case(rank, world_size, **arguments)``; what it returns or raises comes back from
 every rank. A pool whose case failed or hung is killed (its own processes only) and a fresh one is started.
@@ -11,13 +11,13 @@ import contextlib
 import multiprocessing
 import os
 import shutil
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-_context = multiprocessing.get_context("spawn")
+from tests import forks
+
 _pools: dict[int, Pool] = {}
 
 
@@ -31,12 +31,11 @@ class Pool:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self.folder = tempfile.mkdtemp(prefix="lorapre-ranks-")
-        self.port = port = _free_port()
+        self.port = port = forks.free_port()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, world_size, self.folder, port, theirs), daemon=True)
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            process = forks.process(_serve, rank, world_size, self.folder, port, theirs, daemon=True)
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -83,8 +82,12 @@ def run_ranks(world_size: int, case: Callable[..., Any], timeout: float = 180, *
 
 
 def close_pools() -> None:
-    """End every pool."""
+    """End every pool: its ranks end by themselves once nobody can send them a case, or soon after."""
     for pool in list(_pools.values()):
+        for pipe in pool.pipes:
+            pipe.close()
+        for process in pool.processes:
+            process.join(timeout=10)
         pool.kill()
 
 
@@ -99,8 +102,6 @@ def _serve(rank: int, world_size: int, folder: str, port: int, pipe: Any) -> Non
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
     )
     import torch
 
@@ -113,9 +114,3 @@ def _serve(rank: int, world_size: int, folder: str, port: int, pipe: Any) -> Non
                 pipe.send((True, case(rank, world_size, **arguments)))
             except BaseException:
                 pipe.send((False, traceback.format_exc()))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lorapre_dist import LoRAPre
-from lorapre_dist.bench.shapes import projections
 from lorapre_dist.config import ConfigError
 from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
+from tests.shapes import projections
 
 # Odd shapes; with three or four ranks some hold one row, or nothing, of the small ones.
 SHAPES = {"q_proj": (24, 12), "up_proj": (37, 12), "down_proj": (12, 37), "o_proj": (7, 13), "k_proj": (3, 40)}
@@ -78,8 +78,19 @@ def batch_of(step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: value.to(dtype) for name, value in batch.items()}
 
 
+_references: dict[str, dict[str, torch.Tensor]] = {}
+
+
 def dense_path(steps: int, optimizer: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Autograd in fp64 and the reference optimizer: parameters after ``steps``, by name."""
+    """The reference's parameters after ``steps``, by name; a rank that has computed them keeps them."""
+    key = repr((steps, optimizer, options))
+    if key not in _references:
+        _references[key] = _dense_path(steps, optimizer, options)
+    return _references[key]
+
+
+def _dense_path(steps: int, optimizer: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Autograd in fp64 and the reference optimizer."""
     config = OPTIMIZERS[optimizer].config_class(**options)
     model = Net(torch.float64)
     theta = {n: p.data for n, p in model.named_parameters()}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorapre_dist.bench.memory import closed_form
-from lorapre_dist.bench.shapes import projections
+from tests.shapes import state_bytes
 
 from .harness import run_ranks
 from .native_cases import OPTIONS, equality_case, habits_case, policy_case, refused_case, state_case
@@ -64,7 +63,7 @@ def test_compiled_models_gradient_scalers_schedules_and_hooks(layout):
 @pytest.mark.parametrize("world", [2, 4])
 def test_ddp_deals_out_the_state(world):
     """Llama-60M's matrices at rank 128: each rank holds a world'th within 10%; replicated, all of it."""
-    want = closed_form([shape for _, shape in projections("llama-60m")], 128, 16, 1)
+    want = state_bytes("llama-60m", 128, 16)
     for sharded, replicated in run_ranks(world, state_case, model="llama-60m", lora_rank=128):
         assert abs(sharded - want / world) <= 0.1 * want / world
         assert replicated == pytest.approx(want)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorapre_dist.optimizers import OPTIMIZERS
+from tests.covering import covering
 
 from .harness import run_ranks
 from .non_finite_cases import skip_case
@@ -28,8 +29,7 @@ def test_no_rank_steps(layout, world):
     check(run_ranks(world, skip_case, layout=layout, **arguments))
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "ddp", "tp"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name, layout", covering(OPTIMIZERS, ["fsdp2", "ddp", "tp"], strength=1))
 def test_the_device_decides_for_every_optimizer(name, layout):
     arguments = {"optimizer": name, "device_decides": True, "dtype": torch.float64}
     check(run_ranks(2, skip_case, layout=layout, **arguments))

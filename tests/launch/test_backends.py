@@ -11,6 +11,8 @@ import pytest
 from tests.launch import forked_ranks
 from tests.launch.conftest import ds_json, environment
 
+pytestmark = pytest.mark.slow
+
 # 12 sequences a step: three micro-batches on each of two ranks, two on each of three.
 BATCH = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2}
 STEPS = ["--max_steps", "6", "--warmup_steps", "2", "--eval_every", "3", "--save_every", "3", "--no_tensorboard"]

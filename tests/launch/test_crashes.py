@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from lorapre_dist.checkpoint import dcp
-from tests.launch.conftest import REPO, TINY_LLAMA, ds_json, environment, finish, launch
+from tests.forks import Ranks
+from tests.launch.conftest import TINY_LLAMA, ds_json
+from tests.launch.crashing import crash
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.timeout(2400)
@@ -25,24 +26,16 @@ def test_kills_change_nothing(base_options, tmp_path, exhaustive):
     steps = ["--max_steps", str(steps_of_run), "--warmup_steps", "5", "--save_every", "2", "--keep_last", "3"]
     options = [*base_options, *steps, "--model_config", str(tmp_path / "model.json"), "--deepspeed_config", config]
     options += ["--eval_every", "0", "--no_tensorboard", "--output_dir"]
-    code, _, err = finish(launch(2, *options, str(tmp_path / "whole"), "--save_every", "0"))
-    assert code == 0, err
+    codes, _, err = Ranks("pretrain.py", [*options, str(tmp_path / "whole"), "--save_every", "0"]).finish()
+    assert codes == [0, 0], err
 
-    job = {
-        "program": "lorapre_dist.training.run.app",
-        "world_size": 2,
-        "argv": [*options, str(tmp_path / "killed")],
-        "options": [[], ["--background_save"]],
-        "output_dir": str(tmp_path / "killed"),
-        "kills": {"killed in a save": kills // 2, "killed": kills // 2},
-        "seed": 1,
-    }
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    script, result = Path(__file__).with_name("crashing.py"), tmp_path / "result.json"
-    command = [sys.executable, str(script), str(tmp_path / "job.json"), str(result)]
-    subprocess.run(command, env=environment(), cwd=REPO, timeout=2000, check=True)
-    found, log = json.loads(result.read_text()), result.with_suffix(".log").read_text(errors="replace")
-    assert found["error"] is None, (found, log[-3000:])
+    found = crash(
+        "pretrain.py",
+        [*options, str(tmp_path / "killed")],
+        tmp_path / "killed",
+        {"killed in a save": kills // 2, "killed": kills // 2},
+        options=[[], ["--background_save"]],
+    )
     assert found["killed"] + found["killed in a save"] >= kills, found
     assert found["killed in a save"] >= kills // 2, found
 

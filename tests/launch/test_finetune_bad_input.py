@@ -16,6 +16,8 @@ from lorapre_dist.training.data.tokenizer import train_bpe
 from tests.launch.conftest import ds_json
 from tests.launch.test_bad_input import Case, file_option, run_forked
 
+pytestmark = pytest.mark.slow
+
 PAIR = {"query": "What is 1 plus 1?", "response": "The answer is: 2"}
 
 
@@ -117,8 +119,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         given = ["--model", str(folder / "model"), "--dataset", str(folder / "good.jsonl"), "--max_steps", "2"]
         given += ["--deepspeed_config", config, "--output_dir", str(own / "out"), "--data_cache", str(folder / "cache")]
         extra = case.prepare(own) if case.prepare else []
-        jobs.append({"argv": [*given, "--seq_len", "64", "--prompt_template", "{query}", *case.options, *extra]})
-    return dict(zip(CASES, run_forked(folder, jobs, "lorapre_dist.training.finetune.app"), strict=True))
+        jobs.append([*given, "--seq_len", "64", "--prompt_template", "{query}", *case.options, *extra])
+    return dict(zip(CASES, run_forked(jobs, "finetune.py"), strict=True))
 
 
 @pytest.mark.timeout(420)

@@ -15,6 +15,7 @@ import pytest
 from lorapre_dist.training.run import ranks
 from tests.launch import forked_ranks
 from tests.launch.conftest import REPO, environment, free_port
+from tests.launch.few_documents import few_documents
 
 TRAINER = ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--learning_rate", "0.01"]
 TRAINER += ["--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true"]
@@ -62,17 +63,18 @@ def peft_json(path: Path, stage: int) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs: one named as in OPTIONS, and one that resumed from its third step."""
     folder = tmp_path_factory.mktemp("hf")
-    jobs = []
+    jobs: list[dict[str, Any]] = []
+    few = {"before": (few_documents,)}
     for name, options in OPTIONS.items():
         library, layout = name.split()
         trainer = library == "trainer"
         env = {} if trainer or layout == "ddp" else plugin(layout)
         argv = [*(TRAINER if trainer else ACCELERATE), *options, "--output_dir"]
         script = "hf_trainer.py" if trainer else "accelerate_train.py"
-        jobs.append(forked_ranks.job(script, 2, [*argv, str(folder / name)], env=env))
+        jobs.append(forked_ranks.job(script, 2, [*argv, str(folder / name)], env=env, **few))
         saved = folder / name / ("checkpoint-3" if trainer else "step3")
         argv += [str(folder / f"{name} resumed"), "--resume_from_checkpoint", str(saved)]
-        jobs.append(forked_ranks.job(script, 2, argv, env=env))
+        jobs.append(forked_ranks.job(script, 2, argv, env=env, **few))
     for name, stage in PEFT.items():
         argv = [*TRAINER, "--learning_rate", "0.3", "--deepspeed", peft_json(folder / f"{name}.json", stage)]
         argv += ["--output_dir"]
@@ -91,6 +93,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for row in history if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_saves_and_resumes(name, folder):
@@ -102,6 +105,7 @@ def test_it_saves_and_resumes(name, folder):
     assert resumed[-3:] == whole[3:]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", PEFT)
 def test_adapters_save_and_resume(name, folder):
@@ -118,6 +122,7 @@ def test_adapters_save_and_resume(name, folder):
     assert {e["kind"] for n, e in content["parameters"].items() if "lora_" in n} == {"lorapre"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [name for name in OPTIONS if not name.endswith("ddp")])
 def test_the_layout_does_not_change_the_losses(name, folder):
@@ -126,11 +131,13 @@ def test_the_layout_does_not_change_the_losses(name, folder):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_accelerate_launch(folder, tmp_path):
-    """The command of the README, in the folder of a run that was killed after its fifth step."""
+    """The command of the README, on less text, in the folder of a run that was killed after its fifth step."""
     config = ["--config_file", "launch/accelerate_fsdp2.yaml", "--main_process_port", str(free_port())]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "launch/accelerate_train.py", *ACCELERATE]
+    program = ["tests/launch/few_documents.py", "accelerate_train.py"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, *program, *ACCELERATE]
     command += ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(folder / "accelerate fsdp2" / "step3")]
     whole = rows(folder / "accelerate fsdp2")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole[:5]))

@@ -18,6 +18,8 @@ from tests.launch import forked_ranks
 from tests.launch.conftest import TINY_LLAMA, ds_json, environment
 from tests.training.conftest import documents
 
+pytestmark = pytest.mark.slow
+
 RUNS = {"zero2": ("deepspeed", 2), "zero3": ("deepspeed", 3), "fsdp2": ("fsdp2", 2)}
 
 
@@ -45,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str], mode
         argv += ["--output_dir", str(folder / name)]
         jobs.append(forked_ranks.job("pretrain.py", 2, [*argv, "--max_steps", "1"]))
     jobs.append(forked_ranks.job("pretrain.py", 2, [*jobs[1]["argv"], "--max_steps", "2"]))
-    return folder, forked_ranks.run(folder, jobs, environment() | {"HF_HUB_OFFLINE": "1"})
+    return folder, forked_ranks.run(folder, jobs, environment())
 
 
 def losses(folder: Path) -> list[float]:

@@ -29,7 +29,7 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
-pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(900), needs("pdsh")]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(900), needs("pdsh")]
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ds_json, environment
+from tests.forks import Ranks
+from tests.launch.conftest import ds_json
 from tests.launch.test_resume import rows
+from tests.training import flaky
 from tests.training.conftest import documents
+
+pytestmark = pytest.mark.slow
 
 STEPS = 24
 
@@ -27,27 +28,27 @@ def test_storage_that_fails_for_good_leaves_a_run_that_goes_on(tmp_path, data_ca
     options = ["--dataset", f"flaky://{tmp_path}/part-*.jsonl", "--shuffle_buffer", "64", "--read_attempts", "2"]
     options += ["--data_cache", str(data_cache), "--vocab_size", "400", "--seq_len", "64", "--eval_batches", "1"]
     options += ["--deepspeed_config", config, "--max_steps", str(STEPS), "--warmup_steps", "3", "--eval_every", "0"]
-    job = {"argv": [*options, "--no_progress", "--no_tensorboard"]}
-    job |= {name: str(tmp_path / name) for name in ("whole", "run")}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "tests.launch.outage", str(tmp_path / "job.json"), str(tmp_path / "result.json")]
-    done = subprocess.run(
-        command,
-        env=environment() | {"FLAKY_OUTAGE": str(tmp_path / "outage")},
-        capture_output=True,
-        text=True,
-        timeout=450,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "result.json").read_text())
-    logs = {name: Path(tmp_path / f"{name}.log").read_text() for name in ("whole", "run", "again")}
-    assert result == {"whole": [0, 0], "run": [1, 1], "again": [0, 0]}, logs
+    options += ["--no_progress", "--no_tensorboard", "--output_dir"]
+    outage, metrics = tmp_path / "outage", tmp_path / "run" / "metrics.jsonl"
 
-    line = [text for text in logs["run"].splitlines() if text.startswith("error: ")]
+    def start(name: str) -> Ranks:
+        argv = [*options, str(tmp_path / name)]
+        return Ranks("pretrain.py", argv, env={"FLAKY_OUTAGE": str(outage)}, before=(flaky.register,))
+
+    whole = start("whole").finish()
+    run = start("run")
+    run.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
+    outage.touch()
+    failed = run.finish()
+    outage.unlink()
+    again = start("run").finish()
+    assert (whole.codes, failed.codes, again.codes) == ([0, 0], [1, 1], [0, 0]), (whole, failed, again)
+
+    line = [text for text in failed.err.splitlines() if text.startswith("error: ")]
     assert len(line) == 1
     assert "cannot be read, tried 2 times: " in line[0]  # and which file
     assert ".jsonl: ConnectionResetError: connection reset by the storage; saved step" in line[0]
     step = int(line[0].split("saved step ")[1].split(",")[0])
     assert 2 <= step < STEPS
-    assert f"resuming from step{step:07d} at step {step}" in logs["again"]
+    assert f"resuming from step{step:07d} at step {step}" in again.out + again.err
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorapre_dist.cli import main as lorapre
-from tests.launch.conftest import REPO, ds_json, environment
+from tests.forks import Ranks
+from tests.launch.conftest import ds_json
+from tests.launch.poison import poison
+
+pytestmark = pytest.mark.slow
 
 OPTIONS = ["--max_steps", "6", "--warmup_steps", "2", "--eval_every", "0", "--save_every", "1", "--keep_last", "2"]
 OPTIONS += ["--log_every", "10", "--no_tensorboard", "--no_progress"]
@@ -24,7 +26,7 @@ RUNS: dict[str, list[int]] = {"one": [3], "all": [3, -1], "again": []}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> tuple[Path, dict[str, list[int]]]:
     folder = tmp_path_factory.mktemp("poison")
-    jobs: list[dict[str, Any]] = []
+    codes: dict[str, Any] = {}
     for name, (backend, stage, optimizer) in BACKENDS.items():
         params: dict[str, Any] = {"lr": 0.01, "rank": 4, "max_skipped": 2}
         params = {"lr": 1e-3, "torch_adam": True} if optimizer == "AdamW" else params
@@ -42,14 +44,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> t
                 "--output_dir",
                 str(out),
             ]
-            jobs.append({"argv": argv, "steps": steps, "log": str(folder / f"{name}-{run}.log")})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "tests.launch.poison", str(folder / "jobs.json"), str(folder / "codes.json")]
-    done = subprocess.run(command, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=560)
-    assert done.returncode == 0, done.stderr[-3000:]
-    codes = json.loads((folder / "codes.json").read_text())
-    names = [f"{name}-{run}" for name in BACKENDS for run in RUNS]
-    return folder, dict(zip(names, codes, strict=True))
+            ended = Ranks("pretrain.py", argv, before=(poison, steps)).finish()
+            codes[f"{name}-{run}"] = ended.codes
+            (folder / f"{name}-{run}.log").write_text(ended.out + ended.err)
+    return folder, codes
 
 
 def said(folder: Path, name: str) -> str:

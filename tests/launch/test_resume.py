@@ -1,4 +1,4 @@
-"""Real two-rank runs: what is written, that a killed run continues as if nothing had happened, and clean ends."""
+"""Two-rank runs: what is written, that a killed one continues as if nothing had happened, and clean ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from lorapre_dist.checkpoint import dcp
-from tests.launch.conftest import ds_json, finish, group_members, kill, launch, wait_for
+from tests.forks import Ranks
+from tests.launch.conftest import ds_json, finish, group_members, launch
+
+pytestmark = pytest.mark.slow
 
 STEPS = ["--max_steps", "12", "--warmup_steps", "3", "--eval_every", "4", "--save_every", "4"]
 
@@ -46,19 +49,16 @@ def test_killed_and_resumed_is_bit_identical(whole, module_path, base_options):
     killed = module_path / "killed"
     options = [*base_options, *STEPS, "--deepspeed_config", str(module_path / "zero3.json"), "--output_dir"]
 
-    process = launch(2, *options, str(killed))
+    ranks = Ranks("pretrain.py", [*options, str(killed)])
     metrics = killed / "metrics.jsonl"
     # After the first checkpoint, so that the next row (step 6 of 0..12) is one that the resumed run writes again.
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 7, 120, process)
-    kill(process)
-    process.communicate()
+    ranks.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 7)
+    ranks.kill()
     assert (killed / "checkpoints" / "latest").read_text() == "step0000004"
 
-    process = launch(2, *options, str(killed))
-    code, out, err = finish(process)
-    assert code == 0, err
+    codes, out, err = Ranks("pretrain.py", [*options, str(killed)]).finish()
+    assert codes == [0, 0], err
     assert "resuming from step0000004 at step 4" in out
-    assert group_members(process.pid) == []
 
     assert rows(killed) == rows(whole)
     assert [row["step"] for row in rows(whole)] == list(range(13))
@@ -106,8 +106,9 @@ def test_one_rank_gives_the_same_losses_as_two(whole, module_path, base_options)
     """The global batches and the initial weights do not depend on the number of ranks."""
     config = ds_json(module_path / "one.json", zero_optimization={"stage": 0})
     folder = module_path / "one"
-    code, _, err = finish(launch(1, *base_options, *STEPS, "--deepspeed_config", config, "--output_dir", str(folder)))
-    assert code == 0, err
+    options = [*base_options, *STEPS, "--deepspeed_config", config, "--output_dir", str(folder)]
+    codes, _, err = Ranks("pretrain.py", options, 1).finish()
+    assert codes == [0], err
     assert_alike(whole, folder)
     assert rows(whole)[0]["eval_loss"] == pytest.approx(rows(folder)[0]["eval_loss"], rel=1e-6)
 
@@ -127,18 +128,22 @@ def test_a_damaged_checkpoint_is_passed_over_at_another_world_size_and_stage(who
     config = ds_json(tmp_path / "zero1.json", zero_optimization={"stage": 1})
     options = [*base_options, *STEPS, "--deepspeed_config", config, "--output_dir", str(folder)]
 
+    def run(*more: str) -> tuple[int | None, str, str]:
+        (code,), out, err = Ranks("pretrain.py", [*options, *more], 1).finish()
+        return code, out, err
+
     before = (folder / "metrics.jsonl").read_bytes()
-    code, _, err = finish(launch(1, *options, "--resume", "step0000012"))
+    code, _, err = run("--resume", "step0000012")
     ours = [line for line in err.splitlines() if line.startswith("error")]
     assert (code, len(ours)) == (2, 1), err
     assert "step0000012 is damaged: tensors/__1_0.distcp has a wrong checksum" in ours[0]
     assert (folder / "metrics.jsonl").read_bytes() == before
 
-    code, _, err = finish(launch(1, *options, "--seed", "5"))
+    code, _, err = run("--seed", "5")
     assert code == 2
     assert "cannot resume step0000008: its seed is 0, this run's is 5" in err
 
-    code, out, err = finish(launch(1, *options))
+    code, out, err = run()
     assert code == 0, err
     assert "resuming from step0000008 at step 8" in out
     warnings = [line for line in err.splitlines() if line.startswith("warning")]
@@ -147,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over_at_another_world_size_and_stage(who
     assert_alike(whole, folder)
     assert (folder / "checkpoints" / "latest").read_text() == "step0000012"
 
-    code, out, err = finish(launch(1, *options, "--resume", "none", "--save_every", "0", "--max_steps", "3"))
+    code, out, err = run("--resume", "none", "--save_every", "0", "--max_steps", "3")
     assert code == 0, err
     assert "starting afresh; earlier checkpoints are now in" in out
     assert (folder / "checkpoints.1" / "latest").read_text() == "step0000012"

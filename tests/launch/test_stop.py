@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import Ranks
 from tests.launch.conftest import ds_json, finish, group_members, launch, wait_for
 from tests.launch.test_resume import rows
+
+pytestmark = pytest.mark.slow
 
 STEPS = ["--max_steps", "60", "--warmup_steps", "3", "--eval_every", "10", "--save_every", "5", "--keep_last", "2"]
 
@@ -25,8 +28,8 @@ def options(tmp_path_factory, base_options) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, options) -> list[dict]:
     folder = tmp_path_factory.mktemp("whole")
-    code, _, err = finish(launch(2, *options, str(folder)))
-    assert code == 0, err
+    codes, _, err = Ranks("pretrain.py", [*options, str(folder)]).finish()
+    assert codes == [0, 0], err
     return rows(folder)
 
 
@@ -49,11 +52,11 @@ def test_sigterm_through_the_launcher_and_again_to_one_rank(options, whole, tmp_
     assert f"stopped by SIGTERM after step {step}: saved in {tmp_path}/checkpoints/step{step:07d}" in out, err
     assert group_members(process.pid) == []
 
-    process = launch(2, *options, str(tmp_path))
-    wait_for(lambda: metrics.read_text().count("\n") >= step + 5, 120, process)
-    os.kill(child(process, "--local_rank=1"), signal.SIGUSR1)
-    code, out, err = finish(process, timeout=60)
-    assert code == 75, err
+    ranks = Ranks("pretrain.py", [*options, str(tmp_path)])
+    ranks.wait_for(lambda: metrics.read_text().count("\n") >= step + 5)
+    ranks.signal(1, signal.SIGUSR1)
+    codes, out, err = ranks.finish(timeout=60)
+    assert codes == [75, 75], err
     assert f"resuming from step{step:07d}" in out and "stopped by" in out
     assert "Traceback" not in err
 
@@ -68,8 +71,8 @@ def test_one_run_in_a_folder_and_none_without_its_launcher(options, tmp_path):
     process = launch(2, *options, str(tmp_path), "--max_steps", "100000", "--eval_every", "0")
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 120, process)
     first = child(process, "--local_rank=0")
-    code, _, err = finish(launch(1, *options, str(tmp_path)))
-    assert code == 2, err
+    codes, _, err = Ranks("pretrain.py", [*options, str(tmp_path)], 1).finish()
+    assert codes == [2], err
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert "another run is in it (host " in line and f"process {first}, since " in line
     os.kill(process.pid, signal.SIGKILL)  # its helper, which started the ranks, lives on
@@ -96,25 +99,20 @@ def test_a_full_disk(options, whole, tmp_path):
     try:
         folder, filler = disk / "run", disk / "filler"
         metrics = folder / "metrics.jsonl"
-        process = launch(2, *options, str(folder))
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 8, 120, process)
+        ranks = Ranks("pretrain.py", [*options, str(folder)])
+        ranks.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 8)
         with filler.open("wb") as file:
             subprocess.run(["cat", "/dev/zero"], stdout=file, stderr=subprocess.DEVNULL)  # until no byte is left
         step = int((folder / "checkpoints" / "latest").read_text().removeprefix("step"))
-        lines = []
-        assert process.stderr is not None
-        while not lines or "training goes on" not in lines[-1]:
-            lines.append(process.stderr.readline())
-            assert lines[-1], "".join(lines)
-        os.kill(child(process, "--local_rank=1"), signal.SIGTERM)
-        code, _, err = finish(process, timeout=60)
-        said = "".join(lines) + err
-        assert code == 1, said
+        ranks.wait_for(lambda: "training goes on" in ranks.err())
+        ranks.signal(1, signal.SIGTERM)
+        codes, _, said = ranks.finish(timeout=60)
+        assert codes == [1, 1], said
         assert "error: saving checkpoint" in said and "failed" in said and "Traceback" not in said
         filler.unlink()
 
-        code, out, err = finish(launch(2, *options, str(folder)))
-        assert code == 0, err
+        codes, out, err = Ranks("pretrain.py", [*options, str(folder)]).finish()
+        assert codes == [0, 0], err
         assert f"resuming from step{step:07d}" in out
         assert rows(folder) == whole
     finally:

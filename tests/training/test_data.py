@@ -251,6 +251,7 @@ def _train(folder, path, barrier, results):
     results.put(Encoder(tokenizer).fingerprint)
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_train_one_tokenizer(tmp_path, jsonl):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()

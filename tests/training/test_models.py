@@ -8,13 +8,26 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from lorapre_dist.config import ConfigError
+from lorapre_dist.layouts.base import local
 from lorapre_dist.training.data.tokenizer import train_bpe
 from lorapre_dist.training.engines import models, pretrained
 from lorapre_dist.training.engines.presets import PRESETS
+from lorapre_dist.training.run.settings import Settings
 from tests.distributed.harness import run_ranks
 
 from .conftest import documents
-from .model_cases import born_in_shards
+
+
+def born_in_shards(
+    rank: int, world_size: int, *, settings: Settings
+) -> tuple[dict[str, torch.Tensor], dict[str, int], float]:
+    """Whole parameters by name, the number of elements held here, and the loss on one batch."""
+    model = models.build_model(models.model_config(settings), settings).eval()
+    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    sizes = {name: local(p).numel() for name, p in model.named_parameters()}
+    tokens = torch.arange(32).view(2, 16)
+    return whole, sizes, model(input_ids=tokens, labels=tokens).loss.item()
+
 
 # GaLore's shapes: (hidden, intermediate, heads, layers), and parameters without embeddings and lm_head:
 # layers * (4 h^2 + 3 h i + 2 h) + h.
@@ -138,6 +151,7 @@ def test_config_file_with_too_small_a_vocabulary(make_settings, tmp_path):
         models.fit_vocabulary(models.model_config(settings), settings, [""] * 300)
 
 
+@pytest.mark.slow
 def test_fsdp2_models_are_born_in_shards_with_the_same_weights(make_settings, tmp_path):
     """Shapes that three ranks cannot share evenly, tied embeddings, and a model with rules of its own."""
     tied = {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -168,6 +182,7 @@ def test_weights_accept_their_own_token_ids_and_new_ones(tmp_path):
         pretrained.check_token_ids(str(tmp_path), "--init_from", train_bpe(["another text, other words"] * 9, 300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_fsdp2_reads_the_saved_weights_rows_by_rows(kind, make_settings, tmp_path):
     """In several files, tied, named without a prefix, and experts that the files hold one by one; uneven shards."""

@@ -76,6 +76,7 @@ def three_shards(tmp_path_factory):
     return str(folder), numbered_shards(folder, "jsonl.gz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buffer", [0, 20])
 def test_every_token_once_an_epoch_at_any_world_size_and_across_a_resume(shards, buffer):
     """Over gloo. The epoch's last batch need not be full: what fills it belongs to the next epoch."""

@@ -84,6 +84,7 @@ def test_every_document_is_there_once_in_order(tokenised, corpus, tokenizer):
     assert not (tokenised / ".work").exists()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_and_writes_the_same_bytes(tokenised, corpus, tokenizer, tmp_path):
     """Two processes, of which the first is killed with SIGKILL after some parts; one process finishes them."""
     out = tmp_path / "tokens"
@@ -147,6 +148,7 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(tokenised, corpus, toke
     assert content(out) == content(tokenised)
 
 
+@pytest.mark.slow
 def test_a_limit_takes_the_first_tokens_also_with_several_processes(corpus, tokenizer, tmp_path):
     names = {}
     for workers in (1, 2):

@@ -33,6 +33,7 @@ def losses(figures):
     return [(run["row"], run["matrix_lr"], run["val_loss"], run["train_losses"]) for run in figures["runs"]]
 
 
+@pytest.mark.slow
 def test_every_row_runs_on_the_same_batches_and_repeats_exactly(options, tmp_path, capsys):
     pytest.importorskip("galore_torch")
     first = measure([*options, *LRS], tmp_path / "first.json")

@@ -31,6 +31,7 @@ def soaked(folder, *options):
     return json.loads(path.read_text()), code == 0
 
 
+@pytest.mark.slow
 def test_the_factors_of_every_optimizer_stay_where_they_are(tmp_path, capsys):
     """Without a gauge A grows by 1 + gamma a step under noise: beyond fp32 in 1,900 steps at the usual decay."""
     groups = ["signal", "late", "low-rank", "heavy"]  # of one shape, one stack: fast
@@ -49,6 +50,7 @@ def test_the_factors_of_every_optimizer_stay_where_they_are(tmp_path, capsys):
     assert capsys.readouterr().out.count("\n  one ") == len(groups) * len(OPTIMIZERS)
 
 
+@pytest.mark.slow
 def test_on_ranks(tmp_path, capsys):
     options = ["--steps", "40", "--every", "20", "--optimizers", "LoRAPre", "--layouts", "fsdp2"]
     figures, passed = soaked(tmp_path, *options, "--streams", "noise", "late", "constant")

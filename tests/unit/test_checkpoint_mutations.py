@@ -373,6 +373,7 @@ def check(run: Run, path: Path, want: dict[str, dict[str, Any]], number: int) ->
         assert codes[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_nothing_else_ever_comes_of_a_mutation(run, saved, tmp_path, exhaustive):
     origin, want = saved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def only_for_types(tree: ast.Module) -> set[ast.AST]:
     return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
 
 
+@functools.cache
 def imports(name: str) -> list[tuple[str, bool]]:
     """What a module imports, in full: our modules and others' (with dots), and whether inside a function."""
     tree = ast.parse(MODULES[name].read_text())
@@ -203,6 +205,18 @@ def test_collectives_of_a_step_are_issued_in_comm_alone(name):
         and ast.unparse(node.value).split(".")[-1] in ("dist", "distributed")
     ]
     assert not found
+
+
+def test_tests_do_not_import_the_benches():
+    """But those of the benches themselves, and what counts a step's operations with their instruments."""
+    allowed = {"test_step.py"}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.name.startswith("test_bench") or path.name in allowed:
+            continue
+        found = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        assert not [node for node in found if "lorapre_dist.bench" in ast.unparse(node)], path
 
 
 # size ---------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ def read_until(word: str, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_leaves_is_taken_away(folder, builds):
     process = start("hangs")
     assert lock(folder).exists()
@@ -91,6 +92,7 @@ def test_what_a_killed_process_leaves_is_taken_away(folder, builds):
     assert lock(folder).with_name("lorapre.lock").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_one_that_lives_is_waited_for(folder):
     first, second = start("hangs"), start("hangs", until="ready")
     assert second.stdout is not None
@@ -102,6 +104,7 @@ def test_one_that_lives_is_waited_for(folder):
     second.wait()
 
 
+@pytest.mark.slow
 def test_a_failed_build_leaves_nothing(folder, builds):
     assert start("fails").wait() != 0
     found, op = builds

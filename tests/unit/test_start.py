@@ -90,6 +90,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_deepspeed_finds_the_optimizers_whatever_is_imported_first(order):
     """As ``deepspeed.initialize`` does it: by name, and through the engine's methods."""

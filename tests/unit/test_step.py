@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lorapre_dist.bench import launches, scaling
-from lorapre_dist.bench.shapes import projections
 from lorapre_dist.core import batching, refresh
 from lorapre_dist.core.batching import Limits, Outline
 from lorapre_dist.optimizers import OPTIMIZERS
+from tests.shapes import projections
 
 MODEL = "llama-60m"
 MATRICES = len(projections(MODEL))
@@ -148,6 +148,7 @@ def test_a_wave_keeps_no_more_than_a_bucket_holds():
 # benches --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_neighbours_do_not_wait_in_a_chain():
     """Four ranks with eleven row blocks each: all of them work at once."""
     results = scaling.spawn(4, scaling.chained, delay=0.15)
@@ -157,6 +158,7 @@ def test_neighbours_do_not_wait_in_a_chain():
     assert min(result["wall"] for result in results) <= 1.6 * own
 
 
+@pytest.mark.slow
 def test_bench_scaling_and_launches_print_their_tables(capsys):
     few = ["--layers", "1", "--worlds", "1", "2", "--repeats", "1", "--rank", "8", "--parts", "simulate"]
     scaling.main(few)
