@@ -22,7 +22,8 @@ __all__ = ["CheckpointError", "load", "newest_whole", "save", "verify", "wait"]
 __getattr__, __dir__ = lazily.attributes(
     __name__,
     {
-        **{"wait": "engine", "load": "native", "save": "native", "newest_whole": "run", "verify": "run"},
-        **{name: name for name in ("consolidate", "engine", "inspect", "native", "run", "stored")},
+        **{"load": "native", "save": "native", "newest_whole": "run", "verify": "run"},
+        **{name: name for name in ("consolidate", "inspect", "native", "run", "stored")},
+        "wait": ".integrations.deepspeed.checkpoint",
     },
 )
