@@ -54,6 +54,7 @@ setup(
         # Rank discovery under a plain mpirun and deepspeed --launcher openmpi
         "mpi": ["mpi4py>=3.1"],
         "bench": ["galore-torch>=1.0"],
+        "docs": ["sphinx>=9", "myst-parser>=5", "furo>=2025.12"],
         "wandb": ["wandb>=0.17"],
     },
     classifiers=[

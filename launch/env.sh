@@ -33,7 +33,7 @@ install_project() {
     "${pip[@]}" setuptools wheel ninja
     "${pip[@]}" torch
     "${pip[@]}" --no-build-isolation deepspeed
-    "${pip[@]}" --no-build-isolation -e "$REPO[test]"
+    "${pip[@]}" --no-build-isolation -e "$REPO[test,docs]"
     printf '%s' "$wanted" >"$stamp"
 }
 

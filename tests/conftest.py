@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def exhaustive(request: pytest.FixtureRequest) -> bool:
-    """Whether tests that repeat something do so as often as the README says."""
+    """Whether tests that repeat something do so as often as docs/results says."""
     return bool(request.config.getoption("--exhaustive"))
 
 
