@@ -1,16 +1,18 @@
 """Sphinx configuration; ``python -m sphinx -W --keep-going docs docs/_build`` builds the site.
 
-What pages include beside their own text (option lists, tables of results, figures) is made in ``docs/_generated`` when
-a build begins, from the parsers and from recorded data, so none of it is stored and none of it can be out of date.
+What pages include beside their own text (option lists, tables of results, figures, a page for each public symbol) is
+made anew when a build begins, from the parsers, the docstrings and recorded data: nothing of it is stored.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+MADE, SYMBOLS = HERE / "_generated", HERE / "api" / "symbols"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from generate import make_all  # noqa: E402
@@ -51,4 +53,5 @@ autodoc_preserve_defaults = True
 
 def setup(app: Any) -> None:
     """Make what pages include before they are read."""
-    app.connect("builder-inited", lambda app: make_all(HERE / "_generated"))
+    shutil.rmtree(SYMBOLS, ignore_errors=True)  # of a symbol that is gone
+    app.connect("builder-inited", lambda app: make_all(MADE))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -71,6 +72,14 @@ def _on_a_free_port(command: str) -> str:
 def _run(page: Path, folder: Path, command: list[str], timeout: float) -> str:
     kept = environment()
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
-    done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{page}: {command[-1]}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    # Of a session of its own, so that a launcher that hangs is ended with its ranks.
+    to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=kept, start_new_session=True, **to)
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        said += f"\n[ended after {timeout:.0f} s]"
+    assert process.returncode == 0, f"{page}: {command[-1]}\n{said}"
+    return said
