@@ -34,6 +34,7 @@ extensions = [
 templates_path = ["_templates"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["_build", "_generated"]
+smartquotes = False  # options begin with two hyphens
 html_theme = "furo"
 html_title = f"lorapre_dist {release}"
 
