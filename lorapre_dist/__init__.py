@@ -1,4 +1,4 @@
-"""LoRA-Pre as a ZeRO-aware optimizer for DeepSpeed and torch.optim users. See README.md."""
+"""LoRA-Pre as a ZeRO-aware optimizer for DeepSpeed and torch.optim users. See README.md and docs/."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def on_ranks(item: pytest.Item) -> bool:
 
 @pytest.fixture(scope="session")
 def exhaustive(request: pytest.FixtureRequest) -> bool:
-    """Whether tests that repeat something do so as often as the README says."""
+    """Whether tests that repeat something do so as often as docs/results says."""
     return bool(request.config.getoption("--exhaustive"))
 
 

@@ -1,4 +1,4 @@
-"""Print the README's table of distances to the dense reference, measured on real gloo ranks.
+"""Print the table of distances (docs/results/accuracy.md) to the dense reference, measured on real gloo ranks.
 
 python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...]
 

@@ -1,6 +1,6 @@
 """Resume from every (ZeRO stage, world size) to every other, once each, in one run of 257 steps.
 
-    python -m tests.resume            # prints the README's table
+    python -m tests.resume            # prints the table of docs/results/checkpoints.md
 
 The layouts are visited along a cycle that takes each ordered pair once (a de Bruijn sequence). At every visit a fresh
 engine loads the checkpoint of the one before, takes a step and saves; its weights are compared with the dense

@@ -46,7 +46,7 @@ class LowRankConfig:
         lr: learning rate; schedulers change it per group.
         weight_decay: decoupled, applied as ``theta -= lr * weight_decay * theta``.
         rank: rank ``r`` of the first moment's factors; 0 (in a parameter group) means plain AdamW.
-        variant: ``"stable"`` (relative damping, alternating refresh, see README.md) or ``"paper"`` (literal).
+        variant: ``"stable"`` (six changes: docs/guide/stable_and_paper.md) or ``"paper"`` (literal).
         residual: weight of the fresh gradient's part outside the tracked subspace.
         damping: of the r x r Gram solves; default 1e-4 times the mean eigenvalue, in ``paper`` 1e-6 absolute.
         init_std: standard deviation of the initial ``A`` factors; ``stable`` makes their rows orthonormal.

@@ -1,4 +1,4 @@
-"""The benches of the README run, on small cases, and their figures are of what they say."""
+"""The benches of docs/results run, on small cases, and their figures are of what they say."""
 
 from __future__ import annotations
 

@@ -1,0 +1,122 @@
+"""Tables of results, from what was measured (``docs/results/data``): one row a measurement, figures as printed."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parents[1] / "results" / "data"
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """The measurements in ``data/NAME.csv``."""
+    with (DATA / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plain(name: str) -> str:
+    """A file as it is."""
+    rows = read(name)
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def pivot(rows: list[Row], index: Sequence[str], column: str, value: str, label: str = "{}") -> str:
+    """A line for each combination of ``index``, a column for each value of ``column``; "-" where there is nothing."""
+    columns = list(dict.fromkeys(row[column] for row in rows))
+    if all(name.isdigit() for name in columns):
+        columns.sort(key=int)
+    lines: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        lines.setdefault(tuple(row[key] for key in index), {})[row[column]] = row[value]
+    body = [[*key, *(cells.get(c, "-") for c in columns)] for key, cells in lines.items()]
+    return table([*index, *map(label.format, columns)], body)
+
+
+def equality(layouts: Callable[[str], bool], index: Sequence[str]) -> str:
+    """Distance of LoRAPre to the dense reference by number of ranks."""
+    rows = [row for row in read("equality") if row["optimizer"] == "LoRAPre" and layouts(row["layout"])]
+    return pivot(rows, index, "ranks", "error", "N = {}")
+
+
+def equality_of_others() -> str:
+    """The largest distance of each other optimizer over all numbers of ranks."""
+    rows = [row for row in read("equality") if row["optimizer"] != "LoRAPre"]
+    return pivot(rows, ["layout", "precision"], "optimizer", "error")
+
+
+def quality(compared_with: str) -> str:
+    """Validation loss by learning rate, the best of each row, and its distance to that of the first row."""
+    rows = [row for row in read("quality") if row["compared_with"] == compared_with]
+    body: list[list[str]] = []
+    baseline = None
+    for name, rank in dict.fromkeys((row["optimizer"], row["rank"]) for row in rows):
+        own = [row for row in rows if (row["optimizer"], row["rank"]) == (name, rank)]
+        best = min(own, key=lambda row: float(row["loss"]))
+        baseline = baseline or best
+        losses = ", ".join(f"{'**' * (row is best)}{row['loss']}{'**' * (row is best)} ({row['lr']})" for row in own)
+        apart = "-" if best is baseline else f"{float(best['loss']) - float(baseline['loss']):+.3f}"
+        body.append([name, rank or "-", losses, best["loss"], apart])
+    return table(
+        ["optimizer of the matrices", "rank", "loss (learning rate)", "best", f"minus {compared_with}'s best"], body
+    )
+
+
+def best_losses() -> str:
+    """The README's table: the best validation loss of each optimizer."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in read("quality"):
+        key = row["optimizer"], row["rank"]
+        if row["compared_with"] == "AdamW" and float(row["loss"]) < float(best.get(key, {"loss": "inf"})["loss"]):
+            best[key] = row
+    return table(
+        ["optimizer of the matrices", "rank", "validation loss"],
+        [[n, r or "-", b["loss"]] for (n, r), b in best.items()],
+    )
+
+
+def worst_distance(layouts: Callable[[str], bool]) -> str:
+    """The largest distance of LoRAPre to the dense reference over such layouts, ranks and precisions."""
+    errors = [row["error"] for row in read("equality") if row["optimizer"] == "LoRAPre" and layouts(row["layout"])]
+    return max(errors, key=float)
+
+
+def is_zero(layout: str) -> bool:
+    """Whether a layout is one of DeepSpeed's."""
+    return layout.startswith("ZeRO")
+
+
+def is_native(layout: str) -> bool:
+    """Whether a layout is one of PyTorch's."""
+    return not is_zero(layout) and layout != "core alone"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "equality_deepspeed": lambda: equality(is_zero, ["layout", "precision"]),
+    "equality_native": lambda: equality(is_native, ["layout"]),
+    "equality_core": lambda: equality(lambda layout: layout == "core alone", ["layout", "precision"]),
+    "equality_others": equality_of_others,
+    "resume": lambda: pivot(read("resume"), ["layout"], "ranks", "error", "N = {}"),
+    "quality_adamw": lambda: quality("AdamW"),
+    "quality_muon": lambda: quality("Muon"),
+    "gauges": lambda: plain("gauges"),
+    "five_thousand_steps": lambda: pivot(read("five_thousand_steps"), ["run"], "step", "loss"),
+    "conditions": lambda: pivot(read("conditions"), ["quantity"], "step", "largest"),
+    "soak": lambda: pivot(read("soak"), ["gradients"], "optimizer", "error"),
+    "finetune": lambda: plain("finetune"),
+    "scaling": lambda: plain("scaling"),
+}
+
+
+def write(out: Path) -> None:
+    """One Markdown file for every table."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, made in TABLES.items():
+        (out / f"{name}.md").write_text(made() + "\n", encoding="utf-8")
