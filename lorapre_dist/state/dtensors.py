@@ -25,7 +25,7 @@ from ..config import ConfigError
 from ..core.factors import Matrix, state_shapes
 from ..core.interval import column_block
 from ..layouts.base import Layout, Piece, Unit, local
-from ..layouts.ranges import equal_ranges
+from ..layouts.geometry.ranges import equal_ranges
 from .shards import Shard, like, matrix_shards
 
 _aten = torch.ops.aten
