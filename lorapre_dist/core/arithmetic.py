@@ -47,6 +47,11 @@ def symmetric(n: int, inner: int, kind: str, stack: int = 1) -> int:
     return 2 * inner * sum((high - low) * (n - low) for low, high in stripes(n, ROWS))
 
 
+def symmetric_calls(n: int, kind: str, stack: int = 1) -> int:
+    """Operations of such a product: in stripes, one of each, and one to mirror it."""
+    return 2 * len(stripes(n, ROWS)) if stack == 1 and is_striped(n, kind) else 1
+
+
 def triangular(r: int, other: int, lower: bool, stack: int = 1) -> int:
     """Flops of a triangular r x r matrix times r x other (``lower``), or of other x r times it, in stripes."""
     if stack > 1:
@@ -97,7 +102,7 @@ def _of_stack(one: Held, k: int, needs: Needs, limits: Limits, stable: bool, kin
     return Work(
         products=k * flops,
         moved=k * outline.itemsize * (needs.passes * elements + FACTOR_PASSES * factors),
-        calls=needs.stack_calls + needs.block_calls * blocks,
+        calls=needs.stack_calls + needs.block_calls * blocks + sum(2 * symmetric_calls(r, kind, k) - 2 for r in ranks),
     )
 
 
@@ -171,18 +176,20 @@ def _iterated(
     """Grams of this rank's X, the iterations if it ``owns`` them, and products with X."""
     n, (rows, columns) = forms.side(form, shape), X
     inner = rows * columns // n
-    flops = 0
+    flops = number = 0
     for steps in iterations:
         flops += symmetric(n, inner, kind, k) + 2 * n * rows * columns
+        number += 1
         if owns:
             square = symmetric(n, n, kind, k)
             flops += steps * square + (steps - 1) * (square + 2 * n**3 + square)
+            number += 3 * steps - 2
     return Work(
         products=k * flops,
         moved=k * itemsize * (ORTHOGONAL_PASSES * rows * columns + 10 * len(iterations) * n * n),
-        calls=ORTHOGONAL_CALLS + SEGMENT_CALLS * len(iterations) + ITERATION_CALLS * sum(iterations) * owns,
+        calls=ORTHOGONAL_CALLS + ITERATION_CALLS * sum(iterations) * owns + number * symmetric_calls(n, kind, k),
     )
 
 
-#: Numbers of X read or written, and operations, to normalise it and bring it back; for each Gram; for each iteration.
-ORTHOGONAL_PASSES, ORTHOGONAL_CALLS, SEGMENT_CALLS, ITERATION_CALLS = 20, 16, 6, 12
+#: Numbers of X read or written to normalise it and bring it back, and operations for it; those of an iteration.
+ORTHOGONAL_PASSES, ORTHOGONAL_CALLS, ITERATION_CALLS = 20, 19, 4

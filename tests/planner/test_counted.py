@@ -1,7 +1,7 @@
 """Geometry and plan of all five optimizers against real engines and meshes, on 1 to 4 ranks.
 
-What the layouts read of DeepSpeed's and PyTorch's objects is what the geometry says; state, bytes sent and flops are the
-plan's to the byte, on every rank.
+What the layouts read of DeepSpeed's and PyTorch's objects is what the geometry says; state, bytes sent and flops are
+the plan's, to the byte, on every rank.
 """
 
 from __future__ import annotations

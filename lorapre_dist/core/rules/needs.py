@@ -27,10 +27,10 @@ class Needs:
     column_sums: bool = False
     iterations: tuple[int, ...] = ()
     sizes: Sizes = field(default_factory=Sizes)
-    passes: int = 20
-    block_calls: int = 20
-    stack_calls: int = 20
-    wave_calls: int = 20
+    passes: int = 14
+    block_calls: int = 14
+    stack_calls: int = 22
+    wave_calls: int = 92
 
     @property
     def per_element(self) -> int:
@@ -38,8 +38,8 @@ class Needs:
         return forms.PER_ELEMENT if self.iterations else 0
 
 
-ADAM = Needs(boundary_sums=2)
-ADAFACTOR = Needs(boundary_sums=1, column_sums=True)
+ADAM = Needs(2, passes=40, block_calls=48, stack_calls=43, wave_calls=142)
+ADAFACTOR = Needs(1, column_sums=True, passes=40, block_calls=47, stack_calls=39, wave_calls=95)
 MOMENTUM = Needs()
 #: Buckets of Muon are so large that all ranks have matrices to iterate on.
 MUON_SIZES = Sizes(bucket=256 << 20, accelerator_bucket=256 << 20)
