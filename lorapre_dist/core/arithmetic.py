@@ -107,7 +107,7 @@ def _of_stack(one: Held, k: int, needs: Needs, limits: Limits, stable: bool, kin
 
 
 #: How often a number of the factors is read or written in a step, beside a block's own.
-FACTOR_PASSES = 20
+FACTOR_PASSES = 27
 
 
 def _cut(one: Held) -> list[Segment]:
@@ -192,4 +192,4 @@ def _iterated(
 
 
 #: Numbers of X read or written to normalise it and bring it back, and operations for it; those of an iteration.
-ORTHOGONAL_PASSES, ORTHOGONAL_CALLS, ITERATION_CALLS = 20, 19, 4
+ORTHOGONAL_PASSES, ORTHOGONAL_CALLS, ITERATION_CALLS = 23, 19, 4

@@ -27,7 +27,7 @@ class Needs:
     column_sums: bool = False
     iterations: tuple[int, ...] = ()
     sizes: Sizes = field(default_factory=Sizes)
-    passes: int = 14
+    passes: int = 17
     block_calls: int = 14
     stack_calls: int = 22
     wave_calls: int = 92
@@ -38,9 +38,10 @@ class Needs:
         return forms.PER_ELEMENT if self.iterations else 0
 
 
-ADAM = Needs(2, passes=40, block_calls=48, stack_calls=43, wave_calls=142)
-ADAFACTOR = Needs(1, column_sums=True, passes=40, block_calls=47, stack_calls=39, wave_calls=95)
+ADAM = Needs(2, passes=43, block_calls=48, stack_calls=43, wave_calls=142)
+ADAFACTOR = Needs(1, column_sums=True, passes=39, block_calls=47, stack_calls=39, wave_calls=95)
 MOMENTUM = Needs()
+LION = Needs(passes=19)
 #: Buckets of Muon are so large that all ranks have matrices to iterate on.
 MUON_SIZES = Sizes(bucket=256 << 20, accelerator_bucket=256 << 20)
 
@@ -55,7 +56,7 @@ _OF: dict[str, Callable[[Any], Needs]] = {
     "LoRAPreAdafactor": lambda config: ADAFACTOR,
     "LoRAPreMuon": lambda config: of_muon(config.ns_steps),
     "LoRAPreSGD": lambda config: MOMENTUM,
-    "LoRAPreLion": lambda config: MOMENTUM,
+    "LoRAPreLion": lambda config: LION,
 }
 
 
