@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from ..config import ConfigError
 from ..core.factors import Matrix, state_shapes
 from ..core.interval import column_block
+from ..core.spec import Axis, axis_of
 from ..layouts.base import Layout, Piece, Unit, local
 from ..layouts.geometry.ranges import equal_ranges
 from .shards import Shard, like, matrix_shards
@@ -191,11 +192,11 @@ def expose(unit: Unit, piece: Piece, state: Any, layout: Layout, group: Any) -> 
         if alone:
             found[key] = Exposed(shard.local, shard.local)
         elif group is not None or flattened or state.peers is None:
-            if key.endswith("_col") and state.peers is not None and state.peers.index:
+            if axis_of(key) is Axis.ALL_COLUMNS and state.peers is not None and state.peers.index:
                 shard.skip = len(shard.local)  # all of its holders have it, the first one writes it
             found[key] = Exposed(spread(shard, group), shard.local)
         else:
-            split = {"A": Split(1), "col": Replicate()}.get(key.rpartition("_")[2]) or _rows(state)
+            split = {Axis.COLUMNS: Split(1), Axis.ALL_COLUMNS: Replicate()}.get(axis_of(key)) or _rows(state)
             found[key] = Exposed(spread(shard, state.peers.group, split), shard.local)
     for key, tensor in ({} if isinstance(state, Matrix) else state.tensors()).items():
         if isinstance(p, DTensor) and piece.numel == local(p).numel():
@@ -231,7 +232,7 @@ def elsewhere(
         shapes = state_shapes((shape[0], shape[1]), *low_rank)
     found = {}
     for key, size in shapes.items():
-        dim = 1 if key.endswith("_A") else 0
+        dim = 1 if axis_of(key) is Axis.COLUMNS else 0
         nothing = torch.empty([0 if d == dim else n for d, n in enumerate(size)], **kind)
         found[key] = Exposed(spread(Shard(size, 0, nothing, dim), group, Split(0) if low_rank is None else None), None)
     none = torch.empty(0, dtype=torch.int64, device=kind["device"])

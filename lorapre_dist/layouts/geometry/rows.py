@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from ...config.param_groups import projects
 from ...core.interval import Range
 from .ranges import equal_ranges
 from .shares import Arrangement, Named, Share
@@ -32,15 +33,17 @@ def fsdp2(named: Named, ranks: int) -> Arrangement:
 
 
 def tensor_parallel(named: Named, ranks: int) -> Arrangement:
-    """Projections of numbered blocks: ``Shard(1)`` where they take what is split (:data:`_TAKES_COLUMNS`), else
-    ``Shard(0)``, with their biases. All else lies whole on every rank.
+    """Layers that project are split, with their biases: as :data:`_TAKES_COLUMNS` says by columns, else by rows.
+
+    All else lies whole on every rank.
     """
     shares = []
     for name, shape in named:
-        numel, split = math.prod(shape), ranks > 1 and re.search(r"\.\d+\..*proj|\.\d+\..*\.(w[123]|fc[12])", name)
-        if split and _TAKES_COLUMNS.search(name) and len(shape) == 2:
+        numel, takes = math.prod(shape), _TAKES_COLUMNS.search(name)
+        split = ranks > 1 and projects(re.sub("bias$", "weight", name))
+        if split and takes and len(shape) == 2:
             shares.append(Share(name, shape, range(ranks), ((0, numel),) * ranks, equal_ranges(shape[1], ranks)))
-        elif split and not _TAKES_COLUMNS.search(name):
+        elif split and not takes:
             shares.append(Share(name, shape, range(ranks), slices(shape, ranks)))
         else:
             shares.append(Share(name, shape, range(ranks), ((0, numel),)))
