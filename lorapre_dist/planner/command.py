@@ -113,10 +113,10 @@ def requests_of(given: argparse.Namespace) -> list[Request]:
     requests = []
     for one in CONFIGS if chosen == "all" else (chosen,):
         known = {f.name for f in fields(CONFIGS[one])}
-        own = (ours if one == kind else {k: v for k, v in ours.items() if k in SETTINGS}) | options
-        if chosen != "all" and own.keys() - known:
-            raise ConfigError(f"--{min(own.keys() - known)}: {one} has none")
-        config = CONFIGS[one].from_params({k: v for k, v in own.items() if k in known})
+        own = ours if one == kind else {k: v for k, v in ours.items() if k in SETTINGS and k in known}
+        if chosen != "all" and options.keys() - known:
+            raise ConfigError(f"--{min(options.keys() - known)}: {one} has none")
+        config = CONFIGS[one].from_params(own | {k: v for k, v in options.items() if k in known})
         requests.append(Request(name, parameters, optimizer=config, **values))
     return requests
 
