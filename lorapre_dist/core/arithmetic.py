@@ -177,6 +177,7 @@ def _iterated(
     n, (rows, columns) = forms.side(form, shape), X
     inner = rows * columns // n
     flops = number = 0
+    squares = ITERATION_PASSES * sum(iterations) * owns
     for steps in iterations:
         flops += symmetric(n, inner, kind, k) + 2 * n * rows * columns
         number += 1
@@ -186,10 +187,12 @@ def _iterated(
             number += 3 * steps - 2
     return Work(
         products=k * flops,
-        moved=k * itemsize * (ORTHOGONAL_PASSES * rows * columns + 10 * len(iterations) * n * n),
+        moved=k * itemsize * (ORTHOGONAL_PASSES * rows * columns + n * n * (GRAM_PASSES * len(iterations) + squares)),
         calls=ORTHOGONAL_CALLS + ITERATION_CALLS * sum(iterations) * owns + number * symmetric_calls(n, kind, k),
     )
 
 
 #: Numbers of X read or written to normalise it and bring it back, and operations for it; those of an iteration.
 ORTHOGONAL_PASSES, ORTHOGONAL_CALLS, ITERATION_CALLS = 23, 19, 4
+#: Numbers read or written for each one of a Gram: to sum it up and use it, and in an iteration.
+GRAM_PASSES, ITERATION_PASSES = 5, 22
