@@ -295,10 +295,9 @@ NAMES = (*PROGRAMS, *COMMANDS)
 
 
 def _top_parser() -> Parser:
-    width = max(map(len, NAMES))
+    width, commands = max(map(len, NAMES)), dict[str, Any]({**PROGRAMS, **COMMANDS})
     shown = [
-        f"  {name:<{width}}  {c.what}\n{'':<{width + 4}}lorapre {name} {c.example}"
-        for name, c in {**PROGRAMS, **COMMANDS}.items()
+        f"  {name:<{width}}  {c.what}\n{'':<{width + 4}}lorapre {name} {c.example}" for name, c in commands.items()
     ]
     parser = Parser(
         prog="lorapre",

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from lorapre_dist.core.factors import Peers
+from lorapre_dist.core.interval import Peers
 from lorapre_dist.layouts.base import Layout, Piece, Unit
-from lorapre_dist.layouts.ranges import equal_ranges
+from lorapre_dist.layouts.geometry.ranges import equal_ranges
 from lorapre_dist.optimizers import LoRAPre
 
 from .options import bench_parser

@@ -24,12 +24,11 @@ import torch.distributed as dist
 
 from lorapre_dist import reference
 from lorapre_dist.config import ConfigError, LoRAPreMuonConfig
-from lorapre_dist.core.factors import Peers
-from lorapre_dist.core.interval import column_block
-from lorapre_dist.core.linalg import gram, packed_numel
+from lorapre_dist.core.interval import Peers, column_block
+from lorapre_dist.core.linalg import gram
+from lorapre_dist.core.rules.muon.forms import cost
 from lorapre_dist.core.rules.muon.newton_schulz import NewtonSchulz, polynomial
-from lorapre_dist.core.rules.muon.orthogonal import cost
-from lorapre_dist.core.sizes import SAMPLES
+from lorapre_dist.core.sizes import SAMPLES, packed_numel
 from lorapre_dist.core.workspace import Workspace
 from lorapre_dist.layouts import ddp, whole
 from lorapre_dist.layouts.base import Layout, Piece, Unit

@@ -28,7 +28,7 @@ from torch import Tensor
 from lorapre_dist.config import ConfigError
 from lorapre_dist.core import regression
 from lorapre_dist.core.comm import Comm
-from lorapre_dist.core.factors import Peers
+from lorapre_dist.core.interval import Peers
 from lorapre_dist.layouts.base import Layout, Piece, SubGroups, Unit
 from lorapre_dist.layouts.zero12 import flat_group
 from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer

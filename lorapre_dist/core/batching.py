@@ -21,7 +21,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .interval import column_block
+from .interval import Peers, RowInterval, column_block
 from .sizes import CHUNK, Sizes
 
 Run = list[int]
@@ -42,7 +42,7 @@ class Outline:
         lends: see :attr:`lorapre_dist.core.factors.Matrix.lends`.
         largest: bytes of the largest piece that any rank holds.
         alike: the same for matrices that can be one stack: of one shape, that lie alike on the same ranks.
-        turn: see :class:`lorapre_dist.core.factors.Peers`.
+        turn: see :class:`lorapre_dist.core.interval.Peers`.
         before: see :class:`lorapre_dist.layouts.base.Piece`.
         widened: sum of the ranks of the factors that are kept in fewer bits, and widened for a step.
     """
@@ -68,6 +68,41 @@ class Outline:
     def bytes(self, columns: int, squares: int) -> int:
         """Bytes of so many columns of ``A``, or rows of ``B``, and so many r x r matrices, of all moments."""
         return (columns * sum(self.ranks) + squares * sum(r * r for r in self.ranks)) * self.itemsize
+
+
+def outline(
+    interval: RowInterval,
+    peers: Peers | None,
+    ranks: Sequence[int],
+    statistics: int,
+    itemsize: int,
+    before: tuple[int, int, int],
+    *kind: Hashable,
+    widened: int = 0,
+) -> Outline:
+    """That of a matrix of which this rank holds ``interval``, shared with ``peers``.
+
+    Args:
+        kind: what else has to be the same of matrices in a stack, beside shape, ranks and how they lie.
+        widened: see :class:`Outline`.
+    """
+    shape = interval.shape
+    largest = interval.numel if peers is None else peers.largest(shape)
+    lying = peers and (id(peers.group), peers.ranges, peers.columns)
+    return Outline(
+        shape=shape,
+        rows=interval.rows,
+        ranks=tuple(ranks),
+        statistics=statistics,
+        itemsize=itemsize,
+        parts=len(peers.ranges) if peers else 1,
+        lends=peers is None or peers.own_columns(shape),
+        largest=largest * itemsize,
+        alike=(shape, lying, *ranks, *kind),
+        turn=peers.turn if peers else 0,
+        before=before,
+        widened=widened,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .batching import evenly_dealt, owned
 from .comm import Comm
-from .factors import Factors, Matrix, Peers
+from .factors import Factors, Matrix
 from .guard import Go, Size, bounds, sizes
+from .interval import Peers
 from .sizes import SAMPLES
 
 

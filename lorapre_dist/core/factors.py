@@ -4,68 +4,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import forms, rounding
-from .batching import Outline
+from . import forms, rounding, spec
+from .batching import Outline, outline
 from .guard import Counted, sample
-from .interval import Range, RowInterval, column_block, cut_rows
+from .interval import Peers, RowInterval, column_block
 from .sizes import SAMPLES
+from .spec import Axis
 
 #: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
 SQUARES = {"rms_row": "v_row", "rms_col": "v_col"}
-
-
-@dataclass(frozen=True)
-class Peers:
-    """The ranks that share one matrix.
-
-    Attributes:
-        group: their process group.
-        ranges: the row-major interval of each, in order of group rank; they tile the matrix, some may be empty.
-        index: this rank's place among them.
-        columns: of whole rows (``ranges``), the columns that each of them holds; None where rows are not split so.
-        turn: matrices of few ranks are stepped in two turns. Where each rank shares one with the rank before it and one
-            with the next, the pairs that begin with an even rank go first: in one order all would wait in a chain.
-    """
-
-    group: Any
-    ranges: tuple[Range, ...]
-    index: int
-    columns: tuple[Range, ...] | None = None
-    turn: int = 0
-
-    def own_columns(self, shape: tuple[int, int]) -> bool:
-        """Whether every rank has all rows of a p x q matrix and just the columns that are its block of ``A``."""
-        if self.columns is None:
-            return False
-        blocks = tuple(column_block(shape[1], len(self.ranges), k) for k in range(len(self.ranges)))
-        return self.columns == blocks and set(self.ranges) == {(0, shape[0] * shape[1])}
-
-    def largest(self, shape: tuple[int, int]) -> int:
-        """Elements of the largest piece of a p x q matrix that one of these ranks holds."""
-        if self.columns is None:
-            return max(stop - start for start, stop in self.ranges)
-        pairs = zip(self.ranges, self.columns, strict=True)
-        return max((stop - start) // shape[1] * (last - first) for (start, stop), (first, last) in pairs)
-
-    def cut_rows(self, shape: tuple[int, int]) -> Sequence[int]:
-        """Rows of a p x q matrix that more than one of these ranks holds a part of, in order."""
-        if self.columns is not None:
-            return range(shape[0])
-        if shape not in self._cut:
-            self._cut[shape] = cut_rows(self.ranges, shape[1])
-        return self._cut[shape]
-
-    @functools.cached_property
-    def _cut(self) -> dict[tuple[int, int], Sequence[int]]:
-        """Rows by shape: a step asks for them again and again."""
-        return {}
 
 
 @dataclass
@@ -176,23 +129,11 @@ class Matrix(Counted):
     @functools.cached_property
     def outline(self) -> Outline:
         """What decides how it goes through a step."""
-        peers, shape = self.peers, self.interval.shape
-        largest = self.interval.numel if peers is None else peers.largest(shape)
-        lying = peers and (id(peers.group), peers.ranges, peers.columns)
-        return Outline(
-            shape=shape,
-            rows=self.interval.rows,
-            ranks=tuple(self.ranks.values()),
-            statistics=sum(vector.numel() for vector in self.vectors.values()),
-            itemsize=self.dtype.itemsize,
-            parts=self.parts,
-            lends=self.lends,
-            largest=largest * self.dtype.itemsize,
-            alike=(shape, lying, *self.ranks.items(), *self.forms.items(), self.dtype, self.variant, *self.vectors),
-            turn=peers.turn if peers else 0,
-            before=self.before,
-            widened=forms.smaller(self.ranks, self.forms),
-        )
+        statistics = sum(vector.numel() for vector in self.vectors.values())
+        kind = (*self.factors, *self.forms.values(), self.dtype, self.variant, *self.vectors)
+        ranks, widened = tuple(self.ranks.values()), forms.smaller(self.ranks, self.forms)
+        of = self.interval, self.peers, ranks, statistics, self.dtype.itemsize, self.before
+        return outline(*of, *kind, widened=widened)
 
 
 def allocate(
@@ -217,23 +158,28 @@ def allocate(
         vectors: names of the statistics, see :class:`Matrix`.
         kept: form in which the factors are kept, by moment (``forms.py``); default: all of them in fp32.
     """
-    kept = kept or {}
-    p, q = interval.rows, interval.shape[1]
+    kept, q = kept or {}, interval.shape[1]
     columns = column_block(q, len(peers.ranges), peers.index) if peers else (0, q)
+    lengths = {Axis.ROWS: interval.rows, Axis.COLUMNS: columns[1] - columns[0], Axis.ALL_COLUMNS: q}
+
+    def zeros(key: str) -> Tensor:
+        one = specs[key]
+        return torch.zeros(one.shape(lengths[one.axis]), device=device, dtype=getattr(torch, one.dtype))
+
+    specs = spec.of_matrix(ranks, vectors, str(dtype).removeprefix("torch."), kept)
 
     def factors(moment: str, r: int) -> Factors:
         whole = initial_A(interval.name, moment, r, q, init_std, seed)
         block = whole[:, columns[0] : columns[1]].to(device, dtype).contiguous()
         form = kept.get(moment, "fp32")
-        zeros = torch.zeros(p, forms.length(r, form), device=device, dtype=rounding.DTYPES.get(form, dtype))
-        return Factors(zeros, rounding.rounded(block, form, -2))
+        B = zeros(f"{moment}_B") if r else torch.zeros(interval.rows, 0, device=device, dtype=dtype)
+        return Factors(B, rounding.rounded(block, form, -2))
 
     held = {moment: factors(moment, r) for moment, r in ranks.items()}
-    sizes = {name: p if name.endswith("_row") else q for name in vectors}
-    zeros = {name: torch.zeros(size, device=device, dtype=dtype) for name, size in sizes.items()}
+    statistics = {name: zeros(name) for name in vectors}
     taken = torch.zeros((), device=device, dtype=torch.float64)
-    made = Matrix(interval, peers, held, zeros, taken, optimizer, variant, before)
-    made.sampled = _sampled(replace(interval, name=""), device)
+    sampled = _sampled(replace(interval, name=""), device)
+    made = Matrix(interval, peers, held, statistics, taken, optimizer, variant, before, sampled)
     if forms.smaller(ranks, kept):
         made.wide, made.salt = dtype, torch.tensor(rounding.salt(seed, interval.name), device=device)
     return made
@@ -251,12 +197,8 @@ def state_shapes(
     shape: tuple[int, int], ranks: dict[str, int], vectors: Iterable[str], kept: Mapping[str, str] | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Whole shapes of what :meth:`Matrix.tensors` holds of a p x q matrix; ``kept`` as in :func:`allocate`."""
-    p, q = shape
-    found: dict[str, tuple[int, ...]] = {}
-    for moment, r in ranks.items():
-        length = forms.length(r, (kept or {}).get(moment, "fp32")) if r else 0
-        found |= {} if not r else {f"{moment}_B": (p, length), f"{moment}_A": (length, q)}
-    return found | {name: (p if name.endswith("_row") else q,) for name in vectors}
+    lengths = {Axis.ROWS: shape[0], Axis.COLUMNS: shape[1], Axis.ALL_COLUMNS: shape[1]}
+    return {key: one.shape(lengths[one.axis]) for key, one in spec.of_matrix(ranks, vectors, kept=kept).items()}
 
 
 def initial_A(name: str, moment: str, r: int, q: int, std: float, seed: int) -> Tensor:

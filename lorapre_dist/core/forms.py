@@ -14,24 +14,13 @@ from collections.abc import Mapping
 
 #: Bytes of a vector's scale.
 SCALE = 4
-_WIDTHS = {"bf16": 2, "8bit": 1}
+#: Their types by torch's names, where they have one of their own.
+DTYPES = {"bf16": "bfloat16", "8bit": "int8"}
 
 
 def length(r: int, form: str) -> int:
     """Numbers that a vector of r is kept as."""
     return r + SCALE if form == "8bit" else r
-
-
-def vector_bytes(ranks: Mapping[str, int], forms: Mapping[str, str], itemsize: int) -> int:
-    """Bytes of one vector of each moment.
-
-    Args:
-        ranks: of the factors by moment.
-        forms: of the factors by moment; fp32 where it is not said.
-        itemsize: bytes of a number that is reckoned with.
-    """
-    kept = [(r, forms.get(moment, "fp32")) for moment, r in ranks.items()]
-    return sum(length(r, form) * _WIDTHS.get(form, itemsize) for r, form in kept)
 
 
 def smaller(ranks: Mapping[str, int], forms: Mapping[str, str]) -> int:

@@ -17,8 +17,9 @@ from . import at_rest, exchange, rounding
 from .comm import Comm
 from .exchange import Work
 from .factors import Factors, Matrix
-from .linalg import ROWS, gram, mm, stripes
+from .linalg import gram, mm
 from .refresh import gauges, unpacked
+from .sizes import ROWS, stripes
 from .workspace import Workspace
 
 NAMES = "reduce Gram of A", "send gauge"

@@ -1,8 +1,11 @@
-"""Integer geometry: which rows and columns of a p x q matrix a row-major interval ``[start, stop)`` touches."""
+"""Integer geometry: which rows and columns of a p x q matrix a rank holds, and which ranks share it. Without torch."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Range = tuple[int, int]
 
@@ -114,3 +117,50 @@ def column_block(q: int, parts: int, index: int) -> Range:
     """Columns of block ``index`` when q columns are dealt out in ``parts`` blocks of ``ceil(q / parts)``."""
     size = -(-q // parts)
     return min(q, index * size), min(q, (index + 1) * size)
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks that share one matrix.
+
+    Attributes:
+        group: their process group.
+        ranges: the row-major interval of each, in order of group rank; they tile the matrix, some may be empty.
+        index: this rank's place among them.
+        columns: of whole rows (``ranges``), the columns that each of them holds; None where rows are not split so.
+        turn: matrices of few ranks are stepped in two turns. Where each rank shares one with the rank before it and one
+            with the next, the pairs that begin with an even rank go first: in one order all would wait in a chain.
+    """
+
+    group: Any
+    ranges: tuple[Range, ...]
+    index: int
+    columns: tuple[Range, ...] | None = None
+    turn: int = 0
+
+    def own_columns(self, shape: tuple[int, int]) -> bool:
+        """Whether every rank has all rows of a p x q matrix and just the columns that are its block of ``A``."""
+        if self.columns is None:
+            return False
+        blocks = tuple(column_block(shape[1], len(self.ranges), k) for k in range(len(self.ranges)))
+        return self.columns == blocks and set(self.ranges) == {(0, shape[0] * shape[1])}
+
+    def largest(self, shape: tuple[int, int]) -> int:
+        """Elements of the largest piece of a p x q matrix that one of these ranks holds."""
+        if self.columns is None:
+            return max(stop - start for start, stop in self.ranges)
+        pairs = zip(self.ranges, self.columns, strict=True)
+        return max((stop - start) // shape[1] * (last - first) for (start, stop), (first, last) in pairs)
+
+    def cut_rows(self, shape: tuple[int, int]) -> Sequence[int]:
+        """Rows of a p x q matrix that more than one of these ranks holds a part of, in order."""
+        if self.columns is not None:
+            return range(shape[0])
+        if shape not in self._cut:
+            self._cut[shape] = cut_rows(self.ranges, shape[1])
+        return self._cut[shape]
+
+    @functools.cached_property
+    def _cut(self) -> dict[tuple[int, int], Sequence[int]]:
+        """Rows by shape: a step asks for them again and again."""
+        return {}

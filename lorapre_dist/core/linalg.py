@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Symmetric products are taken in so many stripes, of so many rows at least.
-STRIPES, ROWS = 4, 64
+from .sizes import ROWS, is_striped, stripes
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -48,18 +47,12 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     if left.ndim == 3 and left.shape[0] == 1:
         return symmetric_product(left[0], right[0])[None]
     n = left.shape[0]
-    if left.ndim > 2 or n < ROWS * (2 if left.device.type == "cpu" else STRIPES):
+    if left.ndim > 2 or not is_striped(n, left.device.type):
         return left @ right
     out = left.new_empty(n, n)
     for low, high in stripes(n, ROWS):
         torch.mm(left[low:high], right[:, low:], out=out[low:high, low:])
     return mirror(out, ROWS)
-
-
-def stripes(n: int, rows: int = 1) -> list[tuple[int, int]]:
-    """Rows of each stripe of an n x n matrix, at least ``rows`` in all but the last."""
-    size = max(rows, -(-n // STRIPES))
-    return [(low, min(n, low + size)) for low in range(0, n, size)]
 
 
 def mirror(out: Tensor, rows: int = 1) -> Tensor:
@@ -73,11 +66,6 @@ def packed(symmetric: Tensor) -> Tensor:
     """What lies right of the diagonal's blocks (of k x n x n), 1-D: all that has to be sent of symmetric matrices."""
     n = symmetric.shape[-1]
     return torch.cat([symmetric[:, low:high, low:].reshape(-1) for low, high in stripes(n)])
-
-
-def packed_numel(n: int) -> int:
-    """Elements of :func:`packed` for an n x n matrix."""
-    return sum((high - low) * (n - low) for low, high in stripes(n))
 
 
 def unpacked(flat: Tensor, out: Tensor) -> Tensor:

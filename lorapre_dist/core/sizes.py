@@ -10,6 +10,8 @@ SAMPLES = 64
 CHUNK = 1 << 16
 #: An accelerator takes blocks so many times as large: there it is not a cache that counts but the number of launches.
 ACCELERATOR = 32
+#: Symmetric products are taken in so many stripes, of so many rows at least.
+STRIPES, ROWS = 4, 64
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,19 @@ class Sizes:
         On a CPU only small ones make up for that; on an accelerator launches count, and copies hardly.
         """
         return self.fewest or (8 if kind == "cpu" else 2)
+
+
+def is_striped(n: int, kind: str) -> bool:
+    """Whether a symmetric n x n product is taken in stripes, on this kind of device."""
+    return n >= ROWS * (2 if kind == "cpu" else STRIPES)
+
+
+def stripes(n: int, rows: int = 1) -> list[tuple[int, int]]:
+    """Rows of each stripe of an n x n matrix, at least ``rows`` in all but the last."""
+    size = max(rows, -(-n // STRIPES))
+    return [(low, min(n, low + size)) for low in range(0, n, size)]
+
+
+def packed_numel(n: int) -> int:
+    """Elements of :func:`packed` for an n x n matrix."""
+    return sum((high - low) * (n - low) for low, high in stripes(n))

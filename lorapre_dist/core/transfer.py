@@ -6,11 +6,14 @@ Plain geometry. Every rank works out by itself, from where everybody's piece lie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from .factors import Matrix
 from .interval import RowInterval, Segment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .factors import Matrix
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
-from ..core.factors import Peers
-from ..core.interval import Range
+from ..core.interval import Peers, Range
+from .geometry.shares import turn
 
 
 @dataclass(frozen=True)
@@ -190,4 +190,5 @@ class SubGroups:
         if self.rank not in holders:
             return None
         held = tuple(ranges[k] for k in holders)
-        return Peers(self._made[holders], held, holders.index(self.rank), turn=holders[0] % 2)
+        at = turn(holders[0], len(holders), self.size)
+        return Peers(self._made[holders], held, holders.index(self.rank), turn=at)

@@ -12,8 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config import ConfigError
-from ..core.factors import Peers
-from ..core.interval import Range
+from ..core.interval import Peers, Range
 from .base import Layout, Piece, Unit, local
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .base import Layout, Piece, SubGroups, Unit
-from .ranges import holders
+from .geometry.ranges import holders
 
 Placed = Iterable[tuple[str, tuple[int, ...], int]]  # name, shape, offset in the group's flat buffer
 

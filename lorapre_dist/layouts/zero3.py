@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core.factors import Peers
+from ..core.interval import Peers
 from .base import Layout, Piece, Unit
-from .ranges import equal_ranges
+from .geometry.ranges import equal_ranges
 
 
 def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:

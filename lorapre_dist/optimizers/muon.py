@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from ..config import LoRAPreMuonConfig
 from ..core import batching
 from ..core.factors import Matrix
 from ..core.rules.momentum import Momentum
-from ..core.rules.muon import orthogonal
+from ..core.rules.muon import forms
 from ..core.rules.muon.newton_schulz import NewtonSchulz
+from ..core.rules.needs import MUON_SIZES
 from ..core.step import Rule
 from ..core.workspace import Workspace
 from .momentum import MomentumOptimizer, regression
@@ -22,8 +25,7 @@ class LoRAPreMuon(MomentumOptimizer):
     """
 
     config_class = LoRAPreMuonConfig
-    #: Buckets large enough that all ranks have matrices to iterate on.
-    workspace_limits = Workspace(bucket=256 << 20, accelerator_bucket=256 << 20)
+    workspace_limits = Workspace(**asdict(MUON_SIZES))
 
     def workspace_bytes(self, matrices: list[Matrix]) -> int:
         """Bound on what a step allocates for itself."""
@@ -35,8 +37,8 @@ class LoRAPreMuon(MomentumOptimizer):
             [matrix.outline for matrix in matrices],
             self.workspace,
             kind,
-            orthogonal.PER_ELEMENT * matrices[0].dtype.itemsize,
-            [orthogonal.transient_bytes(matrix, segments, limit) for matrix in matrices],
+            forms.PER_ELEMENT * matrices[0].dtype.itemsize,
+            [forms.transient_bytes(m.interval.shape, m.peers, m.dtype.itemsize, segments, limit) for m in matrices],
         )
 
     @staticmethod

@@ -9,18 +9,26 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.config import VARIANTS, ConfigError, LoRAPreConfig
-from lorapre_dist.training.engines.presets import PRESETS
+from lorapre_dist.config import CONFIGS, VARIANTS, ConfigError
 
-from .models import find
+from .models import NAMES, find
 from .plan import plan, smallest_world
 from .render import as_json, chart, table
-from .request import BYTES, LAYOUTS, Request, Zero
+from .request import BYTES, LAYOUTS, OFFLOADING, Request, Zero
+from .seconds import DEVICES, rate, rates_of
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SMALLEST_MEMORY = 2**20
-# What of the JSON's optimizer.params memory depends on.
+# Settings of optimizers that have options of their own here.
 SETTINGS = ("rank", "rank_v", "variant", "target_modules")
+RATES = {
+    "flops": "flops of matrix products a second (300e12, 300T)",
+    "bandwidth": "bytes of device memory a second",
+    "network": "bytes that a rank sends a second",
+    "launch": "seconds that starting an operation takes",
+    "solve": "flops of r x r factorisations a second",
+    "latency": "seconds of a collective beside its bytes",
+}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -29,20 +37,28 @@ def options(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         required=True,
-        help="a preset (llama-60m ... llama-7b), or a model folder, config.json or hub name of HF's",
+        help="a preset (llama-60m ... llama-7b, llama-70b), or a model folder, config.json or hub name of HF's",
     )
     add("--layout", choices=LAYOUTS, help="where parameters lie (default: zero2)")
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage: another name of --layout zero0 to zero3")
-    add("--world_size", type=int, default=1, help="data-parallel ranks (default: 1)")
+    add("--world_size", type=int, default=1, help="ranks (default: 1)")
+    add("--shard_size", type=int, default=8, help="under hsdp, ranks that share the parameters (default: 8)")
+    add("--replicated_state", action="store_true", help="under ddp, keep all of the state on every rank")
+    add("--optimizer", choices=(*CONFIGS, "all"), help="one of ours, or all five of them (default: LoRAPre)")
     add("--rank", type=int, help="of the first moment's factors, also GaLore's (default: 128)")
-    add("--rank_v", type=int, help="of the second moment's factors (default: as in the optimizer)")
-    add("--variant", choices=VARIANTS, help="of LoRAPre (default: stable)")
+    add(
+        "--rank_v", type=int, help="of the second moment's factors, where there are some (default: as in the optimizer)"
+    )
+    add("--variant", choices=VARIANTS, help="of our optimizers (default: stable)")
     add("--target_modules", nargs="+", metavar="NAME", help="low-rank modules: names or regular expressions")
     add("--precision", choices=tuple(BYTES), help="of computation (default: bf16, with fp32 master weights)")
     add("--offload", action="store_true", help="optimizer state and master weights in host memory")
     add("--accumulation", type=int, help="micro-batches per step (default: 1)")
     add("--deepspeed_config", metavar="JSON", help="take all of that from this file; options given here come first")
     add("--max_memory", metavar="SIZE", help="also say from how many ranks each layout fits, e.g. 80GiB")
+    add("--device", choices=tuple(DEVICES), help="predict seconds of a step from rates assumed of this device")
+    for name, what in RATES.items():
+        add(f"--{name}", type=rate, metavar="RATE", help=f"{what}, instead of the device's")
     add("--json", action="store_true", help="print JSON, all sizes in bytes")
     add("--plot", type=Path, metavar="FILE", help="draw memory per rank against world size and against rank (.png)")
 
@@ -50,13 +66,18 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Print the plan."""
     limit = size_of(given.max_memory) if given.max_memory else None
-    request = request_of(given)
+    rates = rates_of(given.device, {k: v for k in RATES if (v := getattr(given, k)) is not None})
+    requests = requests_of(given)
+    request = requests[0]
     usages = plan(request)
+    ours = {r.optimizer.optimizer: plan(r, (r.optimizer.optimizer,)) for r in requests[1:]}
+    first = request.optimizer.optimizer
+    usages = {first: usages.pop(first)} | {name: found[name] for name, found in ours.items()} | usages
     fits = {} if limit is None else _fits(request, limit)
     if given.json:
-        print(json.dumps(as_json(request, usages, fits, limit), indent=1))
+        print(json.dumps(as_json(request, usages, fits, limit, rates), indent=1))
     else:
-        print(table(request, usages, fits, limit))
+        print(table(request, usages, fits, limit, rates))
     if given.plot:
         chart(request, given.plot)
         if not given.json:
@@ -64,8 +85,8 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def request_of(given: argparse.Namespace) -> Request:
-    """What the options and the JSON that they name ask for.
+def requests_of(given: argparse.Namespace) -> list[Request]:
+    """What the options and the JSON that they name ask for: of each optimizer that is planned for.
 
     Raises:
         ConfigError: a bad or contradictory option, an unreadable file.
@@ -76,28 +97,34 @@ def request_of(given: argparse.Namespace) -> Request:
             raise ConfigError(f"--stage {given.stage} and --layout {layout}: give one of them")
         layout = f"zero{given.stage}"
     values: dict[str, Any] = {"world_size": given.world_size, "offload": given.offload}
-    ours: dict[str, Any] = {}
+    kind, ours = "LoRAPre", dict[str, Any]()
     if given.deepspeed_config:
-        found, ours = _from_json(given.deepspeed_config, given.world_size, given.accumulation, layout)
+        found, kind, ours = _from_json(given.deepspeed_config, given.world_size, given.accumulation, layout)
         values |= found | {"offload": found["offload"] or given.offload}
     values |= {k: v for k in ("precision", "accumulation") if (v := getattr(given, k)) is not None}
     values |= {"layout": layout} if layout else {}
-    ours |= {k: v for k in SETTINGS if (v := getattr(given, k)) is not None}
+    values |= {"shard_size": given.shard_size, "shard_state": not given.replicated_state}
+    chosen = given.optimizer or kind
+    options = {k: v for k in SETTINGS if (v := getattr(given, k)) is not None}
     name = Path(given.model).name or given.model
     name = name if name != "config.json" else Path(given.model).resolve().parent.name
-    kind, parameters = find(given.model)
-    return Request(
-        name if given.model in PRESETS else f"{name} ({kind})",
-        parameters,
-        optimizer=LoRAPreConfig.from_params(ours),
-        **values,
-    )
+    what, parameters = find(given.model)
+    name = name if given.model in NAMES else f"{name} ({what})"
+    requests = []
+    for one in CONFIGS if chosen == "all" else (chosen,):
+        known = {f.name for f in fields(CONFIGS[one])}
+        own = ours if one == kind else {k: v for k, v in ours.items() if k in SETTINGS and k in known}
+        if chosen != "all" and options.keys() - known:
+            raise ConfigError(f"--{min(options.keys() - known)}: {one} has none")
+        config = CONFIGS[one].from_params(own | {k: v for k, v in options.items() if k in known})
+        requests.append(Request(name, parameters, optimizer=config, **values))
+    return requests
 
 
 def _from_json(
     path: str, world_size: int, accumulation: int | None, layout: str | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the request, and of the optimizer."""
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Settings of the request; the name of our optimizer (LoRAPre for another one), and its settings."""
     # It imports DeepSpeed.
     from lorapre_dist.config import ds_training
     from lorapre_dist.integrations.deepspeed.bind import check_config
@@ -106,8 +133,6 @@ def _from_json(
     check_config(config)
     kind, section = config["optimizer"]["type"], config.get("zero_optimization") or {}
     section = {} if section is True else section  # DeepSpeed's old switch
-    if kind.startswith("LoRAPre") and kind != "LoRAPre":
-        raise ConfigError(f"--deepspeed_config {path}: optimizer.type {kind!r} is not planned for, LoRAPre alone is")
     if (section.get("offload_param") or {}).get("device", "none") != "none":
         raise ConfigError(f"--deepspeed_config {path}: zero_optimization.offload_param is not planned for; remove it")
     if accumulation is None:
@@ -123,7 +148,7 @@ def _from_json(
         "zero": _zero(path, section),
     }
     params = config["optimizer"].get("params") or {}
-    return values, {k: params[k] for k in SETTINGS if kind == "LoRAPre" and k in params}
+    return (values, kind, dict(params)) if kind in CONFIGS else (values, "LoRAPre", {})
 
 
 def _zero(path: str, section: dict[str, Any]) -> Zero:
@@ -158,6 +183,6 @@ def size_of(text: str) -> int:
 
 
 def _fits(request: Request, limit: int) -> dict[str, int | None]:
-    """From how many ranks LoRAPre fits, by layout."""
-    layouts = [name for name in LAYOUTS if not (request.offload and name in ("zero0", "ddp"))]
+    """From how many ranks our optimizer fits, by layout."""
+    layouts = OFFLOADING if request.offload else LAYOUTS
     return {name: smallest_world(replace(request, layout=name), limit) for name in layouts}

@@ -1,4 +1,4 @@
-"""What DeepSpeed, FSDP2 or DDP itself holds and sends: weights, gradients, buffers, and the collectives of a step.
+"""What DeepSpeed, FSDP or DDP itself holds and sends: weights, gradients, buffers, and the collectives of a step.
 
 Written from the sources of DeepSpeed 0.19 and PyTorch 2.13. ``e`` is the bytes of an element in the precision of the
 model's computation, ``P`` the model's elements, ``N`` the ranks.
@@ -6,25 +6,25 @@ model's computation, ``P`` the model's elements, ``N`` the ranks.
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from .request import Request
-from .spread import Array, Spread
+from lorapre_dist.layouts.geometry.shares import Arrangement
 
-FP32 = 4
+from .request import Request
+from .rivals import FP32, Array, numel, over_ranks, zeros
+
 # DeepSpeed's ZeRO-0 all-reduces gradients by this many elements (runtime/engine.py, buffered_allreduce_fallback).
 ZERO0_BUCKET = 500_000_000
 
 
 @dataclass
 class Frame:
-    """Bytes on each rank (arrays over :attr:`Spread.ranks`, or numbers that are the same on all).
+    """Bytes on each rank (arrays over :attr:`Arrangement.size`, or numbers that are the same on all).
 
     Attributes:
         weights: and fp32 masters.
@@ -41,17 +41,20 @@ class Frame:
     sent: dict[str, int] = field(default_factory=dict)
 
 
-def frame(request: Request, spread: Spread) -> Frame:
+def frame(request: Request, arrangement: Arrangement) -> Frame:
     """The frame of the request's layout."""
-    make: dict[str, Callable[[Request, Spread], Frame]] = {
+    make: dict[str, Callable[[Request, Arrangement], Frame]] = {
         "zero0": _zero0,
         "zero1": _zero12,
         "zero2": _zero12,
         "zero3": _zero3,
+        "fsdp1": _fsdp1,
         "fsdp2": _fsdp2,
+        "hsdp": _fsdp2,
+        "tp": _tp,
         "ddp": _ddp,
     }
-    return make[request.layout](request, spread)
+    return make[request.layout](request, arrangement)
 
 
 def plain(request: Request) -> Frame:
@@ -60,7 +63,7 @@ def plain(request: Request) -> Frame:
     return Frame(size, size, size, sent=_all_reduce(request, size))
 
 
-def _zero0(request: Request, _: Spread) -> Frame:
+def _zero0(request: Request, _: Arrangement) -> Frame:
     """Whole weights, with fp32 masters below fp32; there the step makes fp32 copies of the gradients."""
     e, elements = request.width, request.elements
     masters = 0 if e == FP32 else FP32
@@ -68,14 +71,14 @@ def _zero0(request: Request, _: Spread) -> Frame:
     return Frame((e + masters) * elements, (e + masters) * elements, buffers, sent=_all_reduce(request, e * elements))
 
 
-def _zero12(request: Request, spread: Spread) -> Frame:
+def _zero12(request: Request, arrangement: Arrangement) -> Frame:
     """Whole weights in one flat buffer, masters and reduced gradients of one partition.
 
     At the step the reduced gradients, a flat copy of them and its fp32 form exist together: 8 bytes an element of the
     partition, whatever the precision. ZeRO-1 keeps the whole gradient from one micro-batch to the next, ZeRO-2 reduces
     it each time. The reduction is an all-reduce of each bucket unless ``use_multi_rank_bucket_allreduce`` is off.
     """
-    e, part, size, zero = request.width, spread.partition, request.world_size, request.zero
+    e, part, size, zero = request.width, _partition(arrangement), request.world_size, request.zero
     weights, gradients = e * part * size + FP32 * part, 8 * part
     buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
     buffers, host, kept = e * buckets * zero.reduce_bucket_size, 0 * part, request.layout == "zero1"
@@ -96,15 +99,15 @@ def _zero12(request: Request, spread: Spread) -> Frame:
     return Frame(weights, gradients, buffers, host, sent)
 
 
-def _zero3(request: Request, spread: Spread) -> Frame:
+def _zero3(request: Request, arrangement: Arrangement) -> Frame:
     """Weights, masters and gradients of one partition; at the step, fp32 gradients of one sub-group at a time.
 
     Weights gathered for computation are bounded by ``stage3_max_live_parameters``. They are counted as gathered forward
     and backward for each micro-batch; what DeepSpeed keeps in between (all of a model that fits in its prefetch bucket)
     goes once, and a tied parameter once more for each use.
     """
-    e, part, size, zero = request.width, spread.partition, request.world_size, request.zero
-    weights, step = (e + FP32) * part, (FP32 + (e if e < FP32 else 0)) * spread.call_elements
+    e, part, size, zero = request.width, _partition(arrangement), request.world_size, request.zero
+    weights, step = (e + FP32) * part, (FP32 + (e if e < FP32 else 0)) * arrangement.call_elements
     gradients, host = e * part + step, 0 * part
     gathered = min(request.elements, zero.max_live_parameters) if size > 1 else 0
     buffers = e * (gathered + (zero.reduce_bucket_size if zero.contiguous_gradients else 0))
@@ -114,31 +117,62 @@ def _zero3(request: Request, spread: Spread) -> Frame:
     return Frame(weights, gradients, buffers, host, _sharded(request, e * passes * padded, 2 * e * passes * padded))
 
 
-def _fsdp2(request: Request, spread: Spread) -> Frame:
+def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
     """fp32 shards of weights and gradients; computation gathers one layer while it prefetches the next.
 
     Assumes ``fully_shard`` on each layer and on the model and, below fp32, ``MixedPrecisionPolicy(param_dtype,
     reduce_dtype=torch.float32)``: whole weights and gradients of two layers and of the rest of the model in e bytes,
     and one unit's in fp32 on the way to the reduction. Layers are gathered forward and backward, the rest once.
     """
-    e, padded = request.width, np.full_like(spread.partition, spread.partition[0])
-    units: dict[str, int] = defaultdict(int)
-    for p in request.parameters:
-        layer, rows = re.match(r".*?\.\d+(?=\.)", p.name), max(1, p.shape[0] if p.shape else 1)
-        parts = -(-rows // request.world_size) * request.world_size  # all are padded to the largest
-        units[layer.group() if layer else ""] += parts * (p.numel // rows)
+    e, n = request.width, request.sharing
+    partition = _partition(arrangement)
+    padded = np.full_like(partition, partition[0])
+    units = {name: sum(_slices(p.shape, n) for p in some) for name, some in request.wrapped().items()}
     rest, layers, largest = units.pop("", 0), sum(units.values()), max(units.values(), default=0)
     live, passes = rest + min(layers, 2 * largest), request.accumulation
-    alone = request.world_size == 1 and e == FP32
+    alone = n == 1 and e == FP32
     buffers = 0 if alone else 2 * e * live + FP32 * max(rest, largest)
     sent = _sharded(request, FP32 * passes * (rest + layers), e * passes * (rest + 2 * layers))
+    copies = request.world_size // n
+    if copies > 1:  # hybrid: each shard of the gradients is summed over the groups
+        sent["all-reduce gradients"] = round(2 * (copies - 1) / copies * FP32 * passes * (rest + layers) / n)
     shards = FP32 * padded
     if request.offload:
         return Frame(0 * padded, 0 * padded, buffers, 2 * shards, sent)
     return Frame(shards, shards, buffers, 0, sent)
 
 
-def _ddp(request: Request, _: Spread) -> Frame:
+def _slices(shape: tuple[int, ...], ranks: int) -> int:
+    """Elements of a parameter whose slices of dim 0 are padded to equally many on each rank."""
+    rows = max(1, shape[0] if shape else 1)
+    return -(-rows // ranks) * ranks * (prod(shape) // rows)
+
+
+def _fsdp1(request: Request, arrangement: Arrangement) -> Frame:
+    """fp32 shards of flat parameters and of gradients; computation gathers one layer while it prefetches the next.
+
+    Assumes ``FullyShardedDataParallel(use_orig_params=True)``, full shards, of each layer and of the model, and below
+    fp32 ``MixedPrecision(param_dtype, reduce_dtype=torch.float32)``. On one rank nothing is sharded.
+    """
+    e, n = request.width, request.sharing
+    if n == 1:
+        return Frame(FP32 * request.elements, FP32 * request.elements, 0 if e == FP32 else e * request.elements)
+    units = {name: sum(p.numel for p in some) for name, some in request.wrapped().items()}
+    rest, layers, largest = units.pop("", 0), sum(units.values()), max(units.values(), default=0)
+    live, passes, whole = rest + min(layers, 2 * largest), request.accumulation, n * int(_partition(arrangement)[0])
+    sent = _sharded(request, FP32 * passes * whole, e * passes * (2 * whole - rest))
+    shards = FP32 * _partition(arrangement)
+    return Frame(shards, shards, 2 * e * live + FP32 * max(rest, largest), sent=sent)
+
+
+def _tp(request: Request, arrangement: Arrangement) -> Frame:
+    """fp32 parts of split weights and gradients, all of the others. Activations are what is sent: that is left out."""
+    held = sum((over_ranks(arrangement, s, numel(s)) for s in arrangement.shares), zeros(arrangement))
+    e = request.width
+    return Frame(FP32 * held, FP32 * held, 0 if e == FP32 else e * int(held.max()))
+
+
+def _ddp(request: Request, _: Arrangement) -> Frame:
     """fp32 weights (autocast below fp32) and gradients, and DDP's buckets, which are another copy of the gradients."""
     size = FP32 * request.elements
     return Frame(size, size, size if request.world_size > 1 else 0, sent=_all_reduce(request, size))
@@ -151,11 +185,15 @@ def _all_reduce(request: Request, size: int) -> dict[str, int]:
 
 def _sharded(request: Request, gradients: int, weights: int) -> dict[str, int]:
     """Bytes of whole gradients and weights, as a rank sends them."""
-    n = request.world_size
+    n = request.sharing
     ring = (n - 1) / n
     if n == 1:
         return {}
     return {"reduce-scatter gradients": round(ring * gradients), "all-gather weights": round(ring * weights)}
+
+
+def _partition(arrangement: Arrangement) -> Array:
+    return np.array(arrangement.partition, np.int64)
 
 
 def full(value: Any, ranks: int) -> Array:

@@ -15,6 +15,18 @@ from lorapre_dist.training.engines.presets import PRESETS
 from .request import Parameter
 
 LLAMA = "LlamaForCausalLM"
+#: Sizes to plan for that are no presets of the training program: Llama 2's largest.
+LARGE: dict[str, dict[str, Any]] = {
+    "llama-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+    }
+}
+NAMES = (*PRESETS, *LARGE)
 # What models are trained for, as transformers sorts them; the first that a model type has is taken.
 TASKS = (
     *("CAUSAL_LM", "PRETRAINING", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"),
@@ -34,8 +46,8 @@ def find(model: str) -> tuple[str, tuple[Parameter, ...]]:
     Raises:
         ConfigError: there is no such model, or transformers cannot build one from its config.
     """
-    if model in PRESETS:
-        return LLAMA, llama(asdict(PRESETS[model]))
+    if model in NAMES:
+        return LLAMA, llama(LARGE[model] if model in LARGE else asdict(PRESETS[model]))
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
@@ -59,12 +71,12 @@ def _check_hub_name(model: str, path: Path) -> None:
 
     if path.is_dir():
         raise ConfigError(f"--model {model}: the folder holds no config.json")
-    near = [] if "/" in model else difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.6)
+    near = [] if "/" in model else difflib.get_close_matches(model, NAMES, n=1, cutoff=0.6)
     if near or looks_like_path(model):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
             f"--model {model}: no such folder or file{hint}; give a folder with a Hugging Face config.json, a hub name "
-            f"or a preset: {', '.join(PRESETS)}"
+            f"or a preset: {', '.join(NAMES)}"
         )
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorapre_dist.config import ConfigError, extras
+from lorapre_dist.config import ConfigError, LowRankConfig, extras
 from lorapre_dist.config.arguments import readable
 
-from .optimizers import OPTIMIZERS
-from .plan import PARTS, Usage, plan
+from .plan import PARTS, Usage, names, plan
 from .request import Request
+from .seconds import Rates, seconds
 
 Usages = dict[str, Usage]
 Fits = dict[str, "int | None"]
@@ -22,7 +22,10 @@ TITLES = {
     "zero1": "ZeRO-1",
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
+    "fsdp1": "FSDP1",
     "fsdp2": "FSDP2",
+    "hsdp": "HSDP",
+    "tp": "tensor parallel",
     "ddp": "DDP",
 }
 # Seconds before a chart says how far it is: a plan of thousands of ranks and experts takes some.
@@ -34,14 +37,24 @@ BUFFERS = {
     "zero1": "DeepSpeed's reduce bucket (reduce_bucket_size)",
     "zero2": "DeepSpeed's reduce bucket (reduce_bucket_size)",
     "zero3": "DeepSpeed's reduce bucket, and weights gathered for computation (at most stage3_max_live_parameters)",
+    "fsdp1": "whole weights and gradients of two layers and of what is in no layer",
     "fsdp2": "whole weights and gradients of two layers and of what is in no layer",
+    "hsdp": "whole weights and gradients of two layers and of what is in no layer",
+    "tp": "weights in the precision of computation",
     "ddp": "DDP's buckets",
 }
 
 
-def notes(request: Request) -> list[str]:
+def notes(request: Request, rates: Rates | None = None) -> list[str]:
     """What the figures are and what they leave out."""
+    predicted = []
+    if rates is not None:
+        predicted = [
+            "seconds: predicted, not measured, of the optimizer's step alone, without any overlap, from these rates: "
+            + ", ".join(f"{name} {value:.3g}" for name, value in vars(rates).items())
+        ]
     return [
+        *predicted,
         "activations, the accelerator's context and fragmentation are not included",
         f"buffers: {BUFFERS[request.layout]}; not all columns are at their largest at the same time",
         "sent: by a rank in rings over n, (n-1)/n of what is gathered or reduce-scattered, twice that of an all-reduce",
@@ -51,9 +64,13 @@ def notes(request: Request) -> list[str]:
 
 
 def as_json(
-    request: Request, usages: dict[str, Usage], fits: dict[str, int | None], limit: int | None
+    request: Request,
+    usages: dict[str, Usage],
+    fits: dict[str, int | None],
+    limit: int | None,
+    rates: Rates | None = None,
 ) -> dict[str, Any]:
-    """The plan as plain values, all sizes in bytes."""
+    """The plan as plain values, all sizes in bytes and times in seconds."""
     ours = request.optimizer
     found: dict[str, Any] = {
         "model": request.model,
@@ -69,24 +86,45 @@ def as_json(
         "rank_v": ours.resolved_rank_v,
         "variant": ours.variant,
         "optimizers": {name: usage.summary() for name, usage in usages.items()},
-        "notes": notes(request),
+        "notes": notes(request, rates),
     }
+    if rates is not None:
+        found["rates"] = dict(vars(rates))
+        for name, usage in usages.items():
+            time = seconds(usage, rates)
+            found["optimizers"][name]["seconds_per_step"] = {**vars(time), "step": time.step}
     if limit is not None:
         found["max_memory"] = {"bytes": limit, "smallest_world_size": fits}
     return found
 
 
-def table(request: Request, usages: Usages, fits: Fits, limit: int | None) -> str:
+def table(request: Request, usages: Usages, fits: Fits, limit: int | None, rates: Rates | None = None) -> str:
     """The plan for people."""
     ours, share = request.optimizer, request.low_rank_elements / request.elements
     ranks = f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
     lines = [
         f"{request.model}: {request.elements:,} parameters, {share:.1%} of them in {request.matrices:,} matrices of "
-        f"rank {ours.rank}, rank_v {ours.resolved_rank_v}, {ours.variant}",
+        f"{_ranks_of(ours)}, {ours.variant}",
         f"{TITLES[request.layout]}{', offload' if request.offload else ''}, {ranks}, {request.precision}, "
         f"{request.accumulation} micro-batch{'es' if request.accumulation > 1 else ''} per step",
     ]
-    return "\n".join([*lines, "", *_memory(usages), "", *_sent(usages), *_fitting(fits, limit), "", *_noted(request)])
+    lines += ["", *_memory(usages), "", *_sent(usages), *([] if rates is None else _seconds(usages, rates))]
+    fitting = _fitting(request, fits, limit)
+    return "\n".join([*lines, *fitting, "", *(f"note: {line}" for line in notes(request, rates))])
+
+
+def _ranks_of(ours: LowRankConfig) -> str:
+    return f"rank {ours.rank}" + (f", rank_v {ours.resolved_rank_v}" if ours.resolved_rank_v else "")
+
+
+def _seconds(usages: Usages, rates: Rates) -> list[str]:
+    headings = ("compute", "solves", "collectives", "step", "framework's")
+    lines = ["", f"{'predicted ms of a step':<27}" + "".join(f"{heading:>12}" for heading in headings) + "  bound by"]
+    for label, usage in usages.items():
+        time = seconds(usage, rates)
+        cells = (time.compute, time.solves, time.network, time.step, time.framework)
+        lines.append(f"  {label:<25}" + "".join(f"{1e3 * cell:>12.2f}" for cell in cells) + f"  {time.bound}")
+    return lines
 
 
 def _memory(usages: Usages) -> list[str]:
@@ -104,7 +142,7 @@ def _memory(usages: Usages) -> list[str]:
 
 def _sent(usages: Usages) -> list[str]:
     """The framework's collectives once, and again for an optimizer under which they differ."""
-    common = usages["LoRAPre"].frame_sent
+    common = next(iter(usages.values())).frame_sent
     shown = [("framework", purpose, count, count) for purpose, count in common.items()]
     for label, usage in usages.items():
         if usage.frame_sent != common:
@@ -116,15 +154,12 @@ def _sent(usages: Usages) -> list[str]:
     return lines + [f"  {who:<25}{what:<24}{_size(most):>12}{_size(mean):>12}" for who, what, most, mean in shown]
 
 
-def _fitting(fits: Fits, limit: int | None) -> list[str]:
+def _fitting(request: Request, fits: Fits, limit: int | None) -> list[str]:
     if limit is None:
         return []
     found = [f"{TITLES[k]} from {n:,} rank{'s' if n > 1 else ''}" for k, n in fits.items() if n]
-    return ["", f"LoRAPre fits in {_size(limit)}: " + (", ".join(found) or "in no layout up to 4,096 ranks")]
-
-
-def _noted(request: Request) -> list[str]:
-    return [f"note: {line}" for line in notes(request)]
+    ours = request.optimizer.optimizer
+    return ["", f"{ours} fits in {_size(limit)}: " + (", ".join(found) or "in no layout up to 4,096 ranks")]
 
 
 def _size(count: float) -> str:
@@ -132,7 +167,7 @@ def _size(count: float) -> str:
 
 
 def chart(request: Request, path: Path) -> None:
-    """Draw memory per rank against world size, and against LoRAPre's rank, into ``path``.
+    """Draw memory per rank against world size, and against the optimizer's rank, into ``path``.
 
     Raises:
         ConfigError: the file cannot be written, or matplotlib knows no such format.
@@ -167,7 +202,7 @@ def _worlds(request: Request) -> list[int]:
 
 def _ranks(request: Request) -> list[int]:
     smallest = min(min(p.shape[-2:]) for p in request.parameters if request.is_low_rank(p))
-    floor = request.optimizer.rank_v or 1
+    floor = getattr(request.optimizer, "rank_v", None) or 1
     return sorted({1 << k for k in range(2, 20) if max(1 << k, floor - 1) < smallest} | {request.optimizer.rank})
 
 
@@ -179,7 +214,7 @@ def _planned(requests: Iterable[Request], bar: Any) -> Iterator[Usages]:
 
 def _against_world(request: Request, axes: Any, worlds: list[int], bar: Any) -> None:
     plans = list(_planned((replace(request, world_size=world) for world in worlds), bar))
-    for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
+    for name, colour in zip(names(request), COLOURS, strict=True):
         axes.plot(worlds, [p[name].total.max() / 2**30 for p in plans], "o-", color=colour, markersize=4, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -193,7 +228,7 @@ def _against_rank(request: Request, axes: Any, ranks: list[int], bar: Any) -> No
     """Total and state, on average; ``rank_v`` follows its default where it is not given."""
     settings = (replace(request.optimizer, rank=rank) for rank in ranks)
     plans = list(_planned((replace(request, optimizer=ours) for ours in settings), bar))
-    for name, colour in zip(OPTIMIZERS, COLOURS, strict=True):
+    for name, colour in zip(names(request), COLOURS, strict=True):
         axes.plot(ranks, [p[name].total.mean() / 2**30 for p in plans], "o-", color=colour, markersize=4, label=name)
         if not request.offload:
             states = [p[name].memory["state"].mean() / 2**30 for p in plans]

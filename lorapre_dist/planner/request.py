@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass, field
 from math import prod
 
 from lorapre_dist.config import ConfigError, LoRAPreConfig, LowRankConfig, others
 from lorapre_dist.config.param_groups import explain_no_match, is_low_rank
 
-LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "fsdp2", "ddp")
+LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "fsdp1", "fsdp2", "hsdp", "tp", "ddp")
+#: Those in which ranks hold no more than their part of the weights, or of masters, which can lie in host memory.
+OFFLOADING = ("zero1", "zero2", "zero3", "fsdp2", "hsdp")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MAX_WORLD_SIZE = 1 << 20
 
@@ -24,11 +28,6 @@ class Parameter:
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
-
-    @property
-    def columns(self) -> int:
-        """Columns of a matrix, 1 for any other shape."""
-        return self.shape[1] if len(self.shape) == 2 else 1
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,15 @@ class Request:
         model: its name, for the report.
         parameters: in the model's order, tied ones once.
         layout: one of :data:`LAYOUTS`.
-        world_size: data-parallel ranks.
+        world_size: ranks.
         precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` compute with fp32 master weights.
         offload: optimizer state and master weights lie in host memory.
-        optimizer: LoRAPre's settings; rank, rank_v, variant and target_modules count.
+        optimizer: settings of one of our optimizers.
         accumulation: micro-batches per optimizer step.
         zero: of DeepSpeed's own buffers.
         cpu: ranks have no accelerator; the r x r solves then go in smaller batches.
+        shard_size: ranks that share the parameters under hybrid sharding, which has several such groups.
+        shard_state: DDP deals the state out.
 
     Raises:
         ConfigError: a value that is not allowed, or no parameter would be low-rank.
@@ -71,10 +72,12 @@ class Request:
     world_size: int = 1
     precision: str = "bf16"
     offload: bool = False
-    optimizer: LoRAPreConfig = field(default_factory=LoRAPreConfig)
+    optimizer: LowRankConfig = field(default_factory=LoRAPreConfig)
     accumulation: int = 1
     zero: Zero = field(default_factory=Zero)
     cpu: bool = False
+    shard_size: int = 8
+    shard_state: bool = True
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -87,23 +90,52 @@ class Request:
             raise ConfigError(f"gradient accumulation {self.accumulation}: must be at least 1")
         if self.optimizer.rank < 1:
             raise ConfigError("rank=0: must be at least 1")
-        if self.offload and self.layout in ("zero0", "ddp"):
-            raise ConfigError(f"offload: needs zero1, zero2, zero3 or fsdp2, not {self.layout}")
+        if self.offload and self.layout not in OFFLOADING:
+            raise ConfigError(f"offload: needs {', '.join(OFFLOADING[:-1])} or {OFFLOADING[-1]}, not {self.layout}")
+        if self.shard_size < 1:
+            raise ConfigError(f"shard_size {self.shard_size}: must be at least 1")
+        if self.world_size % self.sharing:
+            raise ConfigError(f"shard_size {self.shard_size}: {self.world_size} ranks are no multiple of it")
         if not any(self.is_low_rank(p) for p in self.parameters):
             shapes = [(p.name, p.shape) for p in self.parameters]
             ours = self.optimizer
             raise ConfigError(explain_no_match(shapes, ours.rank, ours.target_modules, ours.resolved_rank_v))
 
     def is_low_rank(self, parameter: Parameter) -> bool:
-        """Whether LoRAPre keeps low-rank momenta for it."""
-        ours = self.optimizer
-        return is_low_rank(parameter.name, parameter.shape, ours.rank, ours.resolved_rank_v, ours.target_modules)
+        """Whether our optimizer keeps low-rank momenta for it."""
+        return self.takes(parameter.name, parameter.shape)
 
-    def kept_as(self, parameter: Parameter) -> LowRankConfig | None:
-        """By which settings LoRAPre's state of it is a matrix's; None where it has AdamW's."""
-        if self.is_low_rank(parameter):
+    def takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter of this name and shape, or a matrix of a stack, is low-rank."""
+        ours = self.optimizer
+        key = (name, shape)
+        if key not in self._taken:
+            found = is_low_rank(name, shape, ours.rank, ours.resolved_rank_v, ours.target_modules)
+            self._taken[key] = found
+        return self._taken[key]
+
+    @functools.cached_property
+    def _taken(self) -> dict[tuple[str, tuple[int, ...]], bool]:
+        return {}
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that share the parameters: all of them, or those of one group under hybrid sharding."""
+        return min(self.shard_size, self.world_size) if self.layout == "hsdp" else self.world_size
+
+    def wrapped(self) -> dict[str, list[Parameter]]:
+        """Parameters by the module that FSDP wraps: each layer, and under "" the rest of the model."""
+        found: dict[str, list[Parameter]] = {}
+        for p in self.parameters:
+            layer = re.match(r".*?\.\d+(?=\.)", p.name)
+            found.setdefault(layer.group() if layer else "", []).append(p)
+        return found
+
+    def kept_as(self, name: str, shape: tuple[int, ...]) -> LowRankConfig | None:
+        """By which settings the state of a parameter is a matrix's; None where it is AdamW's."""
+        if self.takes(name, shape):
             return self.optimizer
-        return others.settings(parameter.name, parameter.shape, self.optimizer, {})
+        return others.settings(name, shape, self.optimizer, {})
 
     @property
     def matrices(self) -> int:

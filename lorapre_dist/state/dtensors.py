@@ -26,8 +26,9 @@ from ..core.factors import Matrix, state_shapes
 from ..core.forms import length
 from ..core.interval import column_block
 from ..core.rounding import DTYPES, converted, form_of, rank_of
+from ..core.spec import Axis, axis_of
 from ..layouts.base import Layout, Piece, Unit, local
-from ..layouts.ranges import equal_ranges
+from ..layouts.geometry.ranges import equal_ranges
 from .shards import Shard, like, matrix_shards
 
 _aten = torch.ops.aten
@@ -210,11 +211,11 @@ def expose(unit: Unit, piece: Piece, state: Any, layout: Layout, group: Any) -> 
         if alone:
             found[key] = Exposed(shard.local, shard.local, vectors)
         elif group is not None or flattened or state.peers is None:
-            if key.endswith("_col") and state.peers is not None and state.peers.index:
+            if axis_of(key) is Axis.ALL_COLUMNS and state.peers is not None and state.peers.index:
                 shard.skip = len(shard.local)  # all of its holders have it, the first one writes it
             found[key] = Exposed(spread(shard, group), shard.local, vectors)
         else:
-            split = {"A": Split(1), "col": Replicate()}.get(key.rpartition("_")[2]) or _rows(state)
+            split = {Axis.COLUMNS: Split(1), Axis.ALL_COLUMNS: Replicate()}.get(axis_of(key)) or _rows(state)
             found[key] = Exposed(spread(shard, state.peers.group, split), shard.local, vectors)
     for key, tensor in ({} if isinstance(state, Matrix) else state.tensors()).items():
         if isinstance(p, DTensor) and piece.numel == local(p).numel():
@@ -253,7 +254,7 @@ def elsewhere(
         shapes = state_shapes((shape[0], shape[1]), *low_rank)
     found = {}
     for key, size in shapes.items():
-        dim, vectors = 1 if key.endswith("_A") else 0, None if low_rank is None else _vectors(key)
+        dim, vectors = 1 if axis_of(key) is Axis.COLUMNS else 0, None if low_rank is None else _vectors(key)
         form = low_rank[2].get(key[0], "") if low_rank is not None and vectors is not None else ""
         of = {**kind, "dtype": DTYPES.get(form, kind["dtype"])}
         nothing = torch.empty([0 if d == dim else n for d, n in enumerate(size)], **of)

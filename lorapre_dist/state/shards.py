@@ -26,6 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..core.factors import Matrix
 from ..core.rounding import converted, form_of
+from ..core.spec import Axis, axis_of
 from ..layouts.base import Unit, local
 
 MODEL, UNTRAINED, OPTIMIZER = "model.", "untrained.", "optimizer."
@@ -186,9 +187,10 @@ def matrix_shards(matrix: Matrix) -> dict[str, Shard]:
     first = 0 if matrix.peers is None else min(q, matrix.peers.index * matrix.block_size)
     found = {}
     for key, tensor in matrix.tensors().items():
-        if key.endswith("_A"):
+        axis = axis_of(key)
+        if axis is Axis.COLUMNS:
             found[key] = Shard((tensor.shape[0], q), first, tensor, dim=1)
-        elif key.endswith("_col"):
+        elif axis is Axis.ALL_COLUMNS:
             found[key] = Shard((q,), 0, tensor)
         else:
             found[key] = Shard((p, *tensor.shape[1:]), interval.first_row, tensor, skip=interval.first_owned)

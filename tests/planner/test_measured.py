@@ -1,4 +1,7 @@
-"""The plan against real engines: DeepSpeed ZeRO-0/1/2/3, FSDP2 and DDP on 1 to 4 ranks."""
+"""The plan against training under real engines: memory, and what the framework sends.
+
+What the optimizers keep, send and compute on every layout and number of ranks is in ``test_counted.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import pytest
 
 from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.planner import Request, Zero, plan
+from lorapre_dist.planner.arrange import arranged
 from lorapre_dist.planner.models import parameters
-from lorapre_dist.planner.spread import spread
 from tests.distributed.harness import run_ranks
 
 from .cases import BUCKET, PARAMS, config_of, measured_case
@@ -19,8 +22,8 @@ from .cases import BUCKET, PARAMS, config_of, measured_case
 ZERO3 = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
 Case = tuple[str, int, str, dict[str, Any], dict[str, Any]]
 CASES: list[Case] = [
-    *((layout, world, "fp32", {}, {}) for world in (1, 2, 3, 4) for layout in ("zero1", "zero2", "fsdp2")),
-    *(("zero3", world, "fp32", {"sub_group_size": 20_000, **ZERO3}, {}) for world in (1, 2, 3, 4)),
+    *((layout, world, "fp32", {}, {}) for world in (1, 3) for layout in ("zero1", "zero2", "fsdp2")),
+    *(("zero3", world, "fp32", {"sub_group_size": 20_000, **ZERO3}, {}) for world in (1, 3)),
     ("zero0", 2, "bf16", {}, {}),
     ("ddp", 3, "fp32", {}, {}),
     ("zero1", 3, "bf16", {"round_robin_gradients": True}, {"variant": "paper"}),
@@ -102,6 +105,6 @@ def freed(request: Request, memory: dict[str, int]) -> int:
     if request.layout in ("zero1", "zero2"):
         return memory["gradients"] // 2  # reduced gradients, or their flat copy; the fp32 form is left
     if request.layout == "zero3":
-        flat_copy = request.width * spread(request).call_elements if request.width < 4 else 0
+        flat_copy = request.width * arranged(request).call_elements if request.width < 4 else 0
         return flat_copy - request.width * BUCKET
     return 0

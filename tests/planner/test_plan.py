@@ -13,8 +13,8 @@ from galore_torch import GaLoreAdamW
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lorapre_dist.cli import main
-from lorapre_dist.config import ConfigError, LoRAPreConfig
-from lorapre_dist.planner import LAYOUTS, OPTIMIZERS, PARTS, Parameter, Request, Zero, plan, smallest_world
+from lorapre_dist.config import CONFIGS, ConfigError, LoRAPreConfig
+from lorapre_dist.planner import LAYOUTS, PARTS, Parameter, Request, Zero, names, plan, smallest_world
 from lorapre_dist.planner.command import size_of
 from lorapre_dist.planner.models import find, llama, load, parameters
 from lorapre_dist.planner.render import chart
@@ -51,20 +51,22 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_4096_ranks_and_70B_in_under_five_seconds(folder, layout):
-    """The best of two, on a machine that others use as well; importing libraries is not in it."""
+    """Of processor time, for each of our optimizers with what it is compared with; importing libraries is not in it."""
     load("llama-tiny")
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        request = Request("70B", load(str(folder)), layout, 4096, optimizer=LoRAPreConfig(rank=1024))
+    for config in CONFIGS.values() if layout == "zero2" else [LoRAPreConfig]:
+        start = time.process_time()
+        request = Request("70B", load(str(folder)), layout, 4096, optimizer=config(rank=1024))
         found = plan(request)
-        times.append(time.perf_counter() - start)
-    assert request.elements == 70_553_706_496
-    assert found.keys() == OPTIMIZERS.keys()
-    assert min(times) < 5
+        assert time.process_time() - start < 5
+        assert request.elements == 70_553_706_496
+        assert tuple(found) == names(request)
 
 
-@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero3", "fsdp2", "ddp"])
+def test_llama_70b_is_there_to_plan_for():
+    assert sum(p.numel for p in load("llama-70b")) == 68_976_648_192  # as Llama 2's
+
+
+@pytest.mark.parametrize("layout", ["zero1", "zero2", "zero3", "fsdp1", "fsdp2", "ddp"])
 @pytest.mark.parametrize("world", [1, 3, 64, 1000])
 def test_ranks_add_up(layout, world):
     """AdamW: that of one rank, or under DDP on each; LoRAPre: its closed form, and rows that are cut."""
@@ -87,6 +89,28 @@ def test_more_than_device_memory_is_found():
     needs = {n: plan(replace(request, world_size=n), ("LoRAPre",))["LoRAPre"].total.max() for n in (at, at // 2)}
     assert needs[at] <= 40 * 2**30 < needs[at // 2]
     assert smallest_world(request, 2**30) is None
+
+
+def test_hybrid_sharding_is_sharding_in_each_group():
+    model = load("llama-60m")
+    for kind, config in CONFIGS.items():
+        ours = config(rank=64)
+        one = plan(Request("60m", model, "fsdp2", 4, optimizer=ours))[kind]
+        many = plan(Request("60m", model, "hsdp", 12, optimizer=ours, shard_size=4))[kind]
+        assert many.summary()["largest_rank"] == one.summary()["largest_rank"]
+        assert {k: v.tolist() for k, v in many.sent.items()} == {k: v.tolist() for k, v in one.sent.items()}
+        assert many.frame_sent.keys() - one.frame_sent.keys() == {"all-reduce gradients"}
+    with pytest.raises(ConfigError, match="shard_size 5: 12 ranks are no multiple"):
+        Request("60m", model, "hsdp", 12, shard_size=5)
+
+
+def test_state_under_ddp_without_dealing_it_out_is_that_of_one_rank():
+    model = load("llama-60m")
+    alone = plan(Request("60m", model, "zero0", 1, "fp32"))["LoRAPre"]
+    kept = plan(Request("60m", model, "ddp", 8, "fp32", shard_state=False))["LoRAPre"]
+    dealt = plan(Request("60m", model, "ddp", 8, "fp32"))["LoRAPre"]
+    assert kept.memory["state"].tolist() == alone.memory["state"].tolist() and not kept.sent
+    assert dealt.memory["state"].sum() == alone.memory["state"].sum() and "broadcast parameters" in dealt.sent
 
 
 # formulas against real optimizers -----------------------------------------------------------------------------------
@@ -364,6 +388,21 @@ def test_the_chart_covers_no_curve_and_says_how_far_it_is(monkeypatch, tmp_path,
         (["--model", "llama-tiny", "--layout", "fsdp2", "--stage", "2"], "give one of them"),
         (["--model", "llama-tiny", "--rank", "8", "--layout", "ddp", "--offload"], "offload: needs"),
         (["--model", "llama-tiny", "--rank", "8", "--accumulation", "0"], "accumulation 0"),
+        (
+            ["--model", "llama-tiny", "--rank", "8", "--flops", "300T"],
+            "--bandwidth, --network: needed to predict seconds",
+        ),
+        (
+            ["--model", "llama-tiny", "--rank", "8", "--device", "a100", "--launch", "0"],
+            "--launch 0: must be a positive",
+        ),
+        (["--model", "llama-tiny", "--rank", "8", "--device", "a1"], "invalid choice: 'a1'"),
+        (["--model", "llama-tiny", "--rank", "8", "--flops", "fast"], "invalid rate value: 'fast'"),
+        (["--model", "llama-tiny", "--rank", "8", "--optimizer", "LoRAPreSGD", "--rank_v", "2"], "LoRAPreSGD has none"),
+        (
+            ["--model", "llama-tiny", "--rank", "8", "--layout", "hsdp", "--world_size", "12"],
+            "12 ranks are no multiple",
+        ),
         (["--model", "llama-tiny", "--max_memory", "big"], "must be a size such as 80GiB"),
         (["--model", "llama-tiny", "--max_memory", "80"], "is 80 bytes; give a unit, such as 80GiB"),
         (["--model", "llama-tiny", "--max_memory", "1023.5KiB"], "is 1,048,064 bytes; give a unit"),

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lorapre_dist.core.interval import RowInterval, column_block, cut_rows
-from lorapre_dist.layouts.ranges import equal_ranges, overlap
+from lorapre_dist.layouts.geometry.ranges import equal_ranges, overlap
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 12))
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from lorapre_dist import LoRAPreMuonConfig, reference
-from lorapre_dist.core import linalg
+from lorapre_dist.core import linalg, sizes
 from lorapre_dist.core.comm import Comm
-from lorapre_dist.core.factors import Peers, allocate
+from lorapre_dist.core.factors import allocate
 from lorapre_dist.core.guard import Size
-from lorapre_dist.core.interval import RowInterval
-from lorapre_dist.core.rules.muon import orthogonal
+from lorapre_dist.core.interval import Peers, RowInterval
+from lorapre_dist.core.rules.muon import forms, orthogonal
 from lorapre_dist.core.rules.muon.newton_schulz import NewtonSchulz
 from lorapre_dist.core.transfer import Rectangle, Transfer
-from lorapre_dist.layouts.ranges import equal_ranges
+from lorapre_dist.layouts.geometry.ranges import equal_ranges
 
 CONFIG = LoRAPreMuonConfig(rank=1)
 SETTINGS = NewtonSchulz(CONFIG.ns_coefficients, CONFIG.ns_steps, CONFIG.eps)
@@ -100,7 +100,7 @@ def test_packed_symmetric_matrices(n):
     x = torch.randn(2, n, n)
     x = x + x.mT
     assert torch.equal(linalg.unpacked(linalg.packed(x), torch.empty(2, n, n)), x)
-    assert linalg.packed(x[:1]).numel() == linalg.packed_numel(n) <= n * n * 5 / 8 + n
+    assert linalg.packed(x[:1]).numel() == sizes.packed_numel(n) <= n * n * 5 / 8 + n
     product = linalg.symmetric_product(x[0], x[0])
     assert torch.allclose(product, x[0] @ x[0], rtol=1e-4, atol=1e-5 * n)
     assert n < 256 or torch.equal(product, product.T)
@@ -108,10 +108,10 @@ def test_packed_symmetric_matrices(n):
 
 def test_the_cost_model_by_hand():
     """512 x 1376 on 4 ranks: elements sent per rank, and flops."""
-    packed = linalg.packed_numel
-    rows = orthogonal.cost("rows", (512, 1376), 4, [3, 2], moved=False)
-    columns = orthogonal.cost("columns", (512, 1376), 4, [3, 2], moved=True)
-    gather = orthogonal.cost("gather", (512, 1376), 4, [3, 2], moved=False)
+    packed = sizes.packed_numel
+    rows = forms.cost("rows", (512, 1376), 4, [3, 2], moved=False)
+    columns = forms.cost("columns", (512, 1376), 4, [3, 2], moved=True)
+    gather = forms.cost("gather", (512, 1376), 4, [3, 2], moved=False)
     assert rows.elements == 2 * 3 / 4 * packed(1376) * 2
     assert columns.elements == 2 * 3 / 4 * 512 * 1376 / 4 + 2 * 3 / 4 * packed(512) * 2
     assert gather.elements == 3 / 4 * 512 * 1376
@@ -120,7 +120,7 @@ def test_the_cost_model_by_hand():
 
 def test_the_form_follows_shape_and_layout():
     def choose(shape, ranks, split="rows", limit=0):
-        return orthogonal.choose(shape, ranks, [3, 2], split, 4, limit)
+        return forms.choose(shape, ranks, [3, 2], split, 4, limit)
 
     assert choose((1376, 512), 4) == choose((512, 512), 4) == "rows"
     assert choose((512, 1376), 4) == choose((2048, 5504), 4) == "columns"
@@ -150,7 +150,7 @@ def test_a_transfer_moves_every_element_once_and_back(form, ranges, columns):
     for k, (start, stop) in enumerate(ranges):
         peers = Peers(None, ranges, k, columns)
         held = matrix(shape, peers, start, stop, columns and columns[k])
-        routes.append(Transfer(held, orthogonal.targets(form, peers, shape, owner=1)))
+        routes.append(Transfer(held, forms.targets(form, peers, shape, owner=1)))
         parts = [x[s.row : s.row + s.rows, s.col : s.col_stop].reshape(-1) for s in held.interval.segments()]
         pieces.append(torch.cat(parts) if parts else x.new_empty(0))
     blocks = [torch.full(route.mine.shape, math.nan) for route in routes]

@@ -40,6 +40,9 @@ print(json.dumps(found))
 START = "import sys; from {module} import main; sys.exit(main())"
 
 
+ALL = ("plan", "--model", "llama-70b", "--layout", "fsdp1")
+
+
 def python(code: str, *argv: str) -> str:
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -62,6 +65,7 @@ def test_command_lines_are_answered_before_anything_heavy_is_imported(tmp_path):
         ("lorapre_dist", "configs"): (0, "llama_60m_zero2 "),
         ("lorapre_dist", "launch", "--lancher", "pdsh"): (2, "settings"),
         ("lorapre_dist", "plan", "--model", "llama-60m", "--world_size", "8"): (0, "ZeRO-2"),
+        ("lorapre_dist", *ALL, "--optimizer", "all", "--device", "h100"): (0, "predicted ms of a step"),
         (pretrain, "--help"): (0, "--deepspeed_config"),
         (pretrain, "--modle", "x"): (2, "unknown option --modle"),
         (pretrain, "--deepspeed_config", "nothing.json"): (2, "nothing.json: no such file"),

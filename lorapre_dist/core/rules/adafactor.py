@@ -19,13 +19,14 @@ from ..linalg import addmm
 from ..regression import Block
 from ..workspace import Workspace
 from .adam import Adam, apply, biases, decay_rms
+from .needs import ADAFACTOR
 
 
 @dataclass(frozen=True)
 class Adafactor(Adam):
     """Settings of one parameter group at one step, as Adam's; of its rates ``gammas`` there is one."""
 
-    boundary_sums = 1
+    boundary_sums = ADAFACTOR.boundary_sums
 
     def sum_boundary(self, work: Work, workspace: Workspace) -> None:
         """This rank's part of the columns' sums of ``g^2`` (scaled), and for cut rows of the row's."""

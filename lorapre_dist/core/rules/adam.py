@@ -17,6 +17,7 @@ from ..linalg import addmm, mm
 from ..regression import Block, Regression
 from ..workspace import Workspace
 from .adamw import bias
+from .needs import ADAM
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Adam:
     residual: float
     max_update: float
     regression: Regression
-    boundary_sums = 2
+    boundary_sums = ADAM.boundary_sums
     per_element = 0
 
     def sum_boundary(self, work: Work, workspace: Workspace) -> None:

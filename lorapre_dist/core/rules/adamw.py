@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import spec
 from ..guard import ADAMW_LARGEST, Counted, Go
 
 
@@ -42,8 +43,9 @@ class Vector(Counted):
 
 def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
     """State of a piece before its first step: zeros."""
-    zeros = torch.zeros(numel, device=device, dtype=dtype)
-    return Vector(zeros, zeros.clone(), torch.zeros((), device=device, dtype=torch.float64))
+    specs = spec.of_vector(str(dtype).removeprefix("torch."))
+    zeros = {key: torch.zeros(s.shape(numel), device=device, dtype=getattr(torch, s.dtype)) for key, s in specs.items()}
+    return Vector(**zeros, taken=torch.zeros((), device=device, dtype=torch.float64))
 
 
 def bias(decay: float, taken: Tensor, go: Go, dtype: torch.dtype) -> Any:

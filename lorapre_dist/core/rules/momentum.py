@@ -21,8 +21,9 @@ from ..guard import Go
 from ..linalg import addmm
 from ..regression import Block, Regression
 from ..workspace import Workspace
-from .muon import orthogonal
+from .muon import forms, orthogonal
 from .muon.newton_schulz import NewtonSchulz
+from .needs import MOMENTUM
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Momentum:
     regression: Regression
     sign: bool = False
     orthogonal: NewtonSchulz | None = None
-    boundary_sums = 0
+    boundary_sums = MOMENTUM.boundary_sums
 
     @property
     def per_element(self) -> int:
         """What making ``u`` orthogonal takes."""
-        return orthogonal.PER_ELEMENT if self.orthogonal else 0
+        return forms.PER_ELEMENT if self.orthogonal else 0
 
     def sum_boundary(self, work: Work, workspace: Workspace) -> None:
         """Nothing but ``Y`` is summed."""

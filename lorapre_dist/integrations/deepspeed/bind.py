@@ -91,8 +91,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         ConfigError: an unknown or bad key or option, an unsupported DeepSpeed feature, or nothing is low-rank.
     """
     call = inspect.signature(ds.initialize).bind_partial(*args, **kwargs)
-    given, options = call.arguments, copy.copy(call.arguments.get("args"))
-    config = given.get("config") or given.get("config_params") or getattr(options, "deepspeed_config", None)
+    given = call.arguments
+    options: Any = copy.copy(given.get("args"))
+    config: Any = given.get("config") or given.get("config_params") or getattr(options, "deepspeed_config", None)
     if config is not None:
         check_config(config)
     if isinstance(config, (str, Path)):

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from ...linalg import mm, symmetric_product
-
-#: Iterations on one Gram.
-SEGMENT = 3
+from .forms import segments
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class NewtonSchulz:
     eps: float
 
     def segments(self) -> list[int]:
-        """Iterations on each Gram: runs of ``SEGMENT``, the last one shorter."""
-        return [min(SEGMENT, self.steps - at) for at in range(0, self.steps, SEGMENT)]
+        """Iterations on each Gram, see ``forms.py``."""
+        return segments(self.steps)
 
 
 def iteration_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -1,10 +1,6 @@
 """Orthogonalise matrices that lie in pieces on several ranks, without assembling any.
 
-Each matrix is brought into one of three forms (:func:`choose`), for which only some of its elements have to move:
-
-    rows     whole rows on each rank, as nearly all layouts have them already; its Gram is q x q
-    columns  a block of columns on each rank; its Gram is p x p
-    whole    all of it on one rank, only where it is no larger than one row block of the workspace
+Each matrix is brought into one of three forms (``forms.py``), for which only some of its elements have to move.
 
 The ranks' Grams are summed on one rank, matrix by matrix another one, which iterates there (``newton_schulz.py``) and
 sends the polynomial to the others: as many bytes as an all-reduce of the Gram, and no iteration is done twice. A matrix
@@ -13,7 +9,6 @@ that this rank owns whole takes the same path without the collectives.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,98 +17,13 @@ from torch import Tensor
 
 from ...comm import Comm
 from ...exchange import by_group
-from ...factors import Matrix, Peers
+from ...factors import Matrix
 from ...guard import Size
-from ...interval import column_block
-from ...linalg import gram, mm, packed, packed_numel, unpacked
-from ...transfer import Rectangle, Transfer
+from ...linalg import gram, mm, packed, unpacked
+from ...sizes import packed_numel
+from ...transfer import Transfer
+from . import forms
 from .newton_schulz import NewtonSchulz, iteration_dtype, polynomial
-
-#: Flops that a rank does in the time of sending one byte: 5e12 a second beside 50 GB a second between GPUs (an H100 on
-#: its fp16 units has more of both), 5e10 beside 0.5 GB a second for a CPU core.
-FLOPS_PER_BYTE = 100
-#: Numbers that a step keeps per element of a matrix: about what :func:`transient_bytes` comes to for a square one.
-PER_ELEMENT = 12
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of orthogonalising one p x q matrix in one form, per rank on average: elements sent, and flops."""
-
-    elements: float
-    flops: float
-
-    def total(self, itemsize: int) -> float:
-        """In bytes: flops count as what could have been sent meanwhile."""
-        return self.elements * itemsize + self.flops / FLOPS_PER_BYTE
-
-
-def cost(form: str, shape: tuple[int, int], ranks: int, segments: list[int], moved: bool) -> Cost:
-    """The cost of a form (also of ``"gather"``: every rank gathers all of it and works for itself).
-
-    Args:
-        moved: whether the matrix has to be brought into the form (row shards into columns, or the reverse).
-
-    A Gram of side n takes ``n^2 l`` flops by its symmetry (l the other side), the polynomial of s iterations about
-    ``(4 s - 3) n^3``, its product with X ``2 n^2 l``.
-    """
-    p, q = shape
-    n, other = (q, p) if form == "rows" or (form != "columns" and q <= p) else (p, q)
-    flops = sum(3 * n * n * other + (4 * s - 3) * n**3 for s in segments)
-    away = (ranks - 1) / ranks
-    if form == "gather":
-        return Cost(away * p * q, flops)
-    there_and_back = 2 * away * p * q / ranks if moved else 0.0
-    grams = 0.0 if form == "whole" else 2 * away * packed_numel(n) * len(segments)
-    return Cost(there_and_back + grams, flops / ranks)
-
-
-def choose(shape: tuple[int, int], ranks: int, segments: list[int], split: str, itemsize: int, limit: int) -> str:
-    """The cheapest form of a p x q matrix that lies in ``split`` (``"rows"``, ``"columns"``, or ``"both"``).
-
-    Args:
-        limit: bytes up to which a matrix may be assembled on one rank.
-    """
-    forms = ["rows", "columns"] + (["whole"] if shape[0] * shape[1] * itemsize <= limit else [])
-    return min(forms, key=lambda form: cost(form, shape, ranks, segments, form != split).total(itemsize))
-
-
-def split_of(peers: Peers, shape: tuple[int, int]) -> str:
-    """How a matrix lies on its ranks: in ``"rows"`` (perhaps cut inside), in ``"columns"``, or in ``"both"``."""
-    if peers.columns is None:
-        return "rows"
-    return "columns" if all(r == (0, shape[0] * shape[1]) for r in peers.ranges) else "both"
-
-
-def targets(form: str, peers: Peers, shape: tuple[int, int], owner: int) -> list[Rectangle]:
-    """Each rank's rectangle of a form: what it holds already where possible, else equal blocks."""
-    (p, q), size = shape, len(peers.ranges)
-    split = split_of(peers, shape)
-    if form == "whole":
-        return [Rectangle(0, p if k == owner else 0, 0, q) for k in range(size)]
-    if form == "rows":
-        # A row that is cut between ranks goes to where its first element lies.
-        held = [(-(-start // q), -(-stop // q)) for start, stop in peers.ranges]
-        blocks = held if split == "rows" else [column_block(p, size, k) for k in range(size)]
-        return [Rectangle(*rows, 0, q) for rows in blocks]
-    columns = peers.columns if split == "columns" else None
-    return [Rectangle(0, p, *c) for c in columns or [column_block(q, size, k) for k in range(size)]]
-
-
-def transient_bytes(matrix: Matrix, segments: list[int], limit: int) -> int:
-    """Bytes of one matrix: the piece of m, what is sent and received, X twice, its Gram, packed, and four products.
-
-    The same on every rank that shares the matrix.
-    """
-    (p, q), peers, size = matrix.interval.shape, matrix.peers, matrix.dtype.itemsize
-    piece = X = p * q
-    side = min(p, q)
-    if peers is not None:
-        form = choose((p, q), matrix.parts, segments, split_of(peers, (p, q)), size, limit)
-        side = {"rows": q, "columns": p}.get(form, side)
-        piece = max(stop - start for start, stop in peers.ranges)
-        X = max(math.prod(target.shape) for target in targets(form, peers, (p, q), 0))
-    return (2 * piece + 3 * X + 6 * side * side) * size
 
 
 @dataclass
@@ -141,14 +51,12 @@ class Task:
     @property
     def wide(self) -> bool:
         """Whether the Gram is ``X X^T``."""
-        p, q = self.matrix.interval.shape
-        return self.form == "columns" or (self.form == "whole" and p < q)
+        return forms.is_wide(self.form, self.matrix.interval.shape)
 
     @property
     def side(self) -> int:
         """Rows of the Gram."""
-        p, q = self.matrix.interval.shape
-        return p if self.wide else q
+        return forms.side(self.form, self.matrix.interval.shape)
 
     @property
     def iterates(self) -> bool:
@@ -196,19 +104,14 @@ def _tasks(matrix: Matrix, piece: Tensor, size: Size) -> list[Task]:
 
 
 def _plan(tasks: list[Task], settings: NewtonSchulz, limit: int) -> None:
-    """Forms and owners, the same on every rank that shares a matrix: each takes the one with least to do so far."""
+    """Forms and owners, the same on every rank that shares a matrix."""
     for _, shared in by_group(tasks):
-        load = [0.0] * shared[0].matrix.parts
-        for task in shared:
-            matrix = task.matrix
-            peers, shape = matrix.peers, matrix.interval.shape
+        lying = [(t.matrix.interval.shape, t.matrix.peers, t.matrix.dtype.itemsize) for t in shared]
+        for task, plan in zip(shared, forms.plan(lying, settings.segments(), limit), strict=True):
+            task.form, task.owner, task.moved = plan.form, plan.owner, plan.moved
+            shape, peers = task.matrix.interval.shape, task.matrix.peers
             assert peers is not None
-            split = split_of(peers, shape)
-            task.form = choose(shape, matrix.parts, settings.segments(), split, matrix.dtype.itemsize, limit)
-            task.owner = load.index(min(load))
-            load[task.owner] += task.side**3
-            task.moved = task.form != split or (task.form == "rows" and bool(peers.cut_rows(shape)))
-            task.transfer = Transfer(matrix, targets(task.form, peers, shape, task.owner))
+            task.transfer = Transfer(task.matrix, forms.targets(plan.form, peers, shape, plan.owner))
 
 
 def _exchange(tasks: list[Task], comm: Comm, back: bool) -> None:
