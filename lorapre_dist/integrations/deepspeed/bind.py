@@ -97,11 +97,12 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     if config is not None:
         check_config(config)
     if isinstance(config, (str, Path)):
+        path = shipped.located(config)
         for name in ("config", "config_params"):
             if given.get(name) is config:
-                given[name] = shipped.located(config)
+                given[name] = path
         if getattr(options, "deepspeed_config", None) is config:
-            options.deepspeed_config, given["args"] = shipped.located(config), options
+            options.deepspeed_config, given["args"] = path, options
     return ds.initialize(*call.args, **call.kwargs)
 
 
