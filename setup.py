@@ -57,7 +57,7 @@ EXTRAS["test"] = [
     "packaging>=23",
     "setuptools>=77",
 ]
-EXTRAS["docs"] = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8", "sphinx-copybutton>=0.5"]
+EXTRAS["docs"] = ["sphinx>=9", "myst-parser>=5", "furo>=2025.12"]
 
 setup(
     name="lorapre-dist",
