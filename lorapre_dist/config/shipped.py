@@ -1,6 +1,7 @@
 """Files that come with the package: DeepSpeed configurations, and what a run on several hosts is started with.
 
-``lorapre_dist/shipped`` has links to ``ds_configs`` and ``launch`` of the repository; a wheel holds the files.
+``lorapre_dist/shipped`` has links to ``ds_configs`` and to files of ``launch`` in the repository; a wheel holds the
+files themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from .checks import ConfigError
 
-#: Beside the configurations: settings of the launchers, with what they need.
+#: Copied with the configurations: settings of the launchers, with what they need.
 LAUNCH_FILES = ("cluster.ini", "slurm.sbatch", "deepspeed_env.example")
 
 
@@ -23,7 +24,7 @@ def package() -> Path:
 
 
 def file(name: str) -> Path:
-    """One of :data:`LAUNCH_FILES`."""
+    """A shipped file: one of :data:`LAUNCH_FILES`, or the script ``pretrain.py`` that every rank runs."""
     return package() / "shipped" / name
 
 

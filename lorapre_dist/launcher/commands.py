@@ -15,9 +15,10 @@ from lorapre_dist.integrations.deepspeed import quiet
 from lorapre_dist.launcher.checks import SSH_OPTIONS, environment_of_ranks, where_modules_are
 from lorapre_dist.launcher.settings import ClusterSettings
 
-#: What every rank runs, on hosts that have the package and no clone: ``python -m`` and these.
-PRETRAIN = ("lorapre_dist", "pretrain")
-BATCH_SCRIPT = "slurm.sbatch"
+#: What every rank runs, from the package: hosts need no clone. By file: DeepSpeed's way to start a module under MPICH
+#: starts its own helper as one, too, which is none.
+PRETRAIN = str(shipped.file("pretrain.py"))
+BATCH_SCRIPT = str(shipped.file("slurm.sbatch"))
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,9 @@ def _deepspeed(launcher: str, settings: ClusterSettings, ranks: dict[str, str], 
         words += ["--launcher_args", shlex.join(["-bind-to", "none", *_flag("-iface", settings.interface)])]
         # Hydra knows no option for ssh's options.
         variables["HYDRA_LAUNCHER_EXTRA_ARGS"] = shlex.join([*_port(settings), *SSH_OPTIONS])
-    words += ["--no_local_rank", "--module", *PRETRAIN]  # the number would come before the name of the program
     # The rank itself, not the launcher before it, whose command line goes on in the same way.
-    pattern = rf"^[^ ]*python[^ ]* -u -m {' '.join(PRETRAIN)} .*{_output_of(settings)}"
-    return Launch([*words, *settings.pretrain], variables, ranks, ("USR1", pattern))
+    pattern = rf"^[^ ]*python[^ ]* -u {re.escape(PRETRAIN)} .*{_output_of(settings)}"
+    return Launch([*words, PRETRAIN, *settings.pretrain], variables, ranks, ("USR1", pattern))
 
 
 def _openmpi_options(settings: ClusterSettings) -> str:
@@ -125,7 +125,7 @@ def _torchrun(
         *("--nnodes", f"{least}:{len(hosts)}", "--nproc_per_node", str(hosts[first])),
         *("--rdzv_endpoint", f"{address or first}:{settings.master_port}", "--max_restarts", str(settings.restarts)),
         # Room for a step and a checkpoint between the agent's SIGTERM and SIGKILL.
-        *("--shutdown_timeout", "300", "-m", *PRETRAIN, *settings.pretrain),
+        *("--shutdown_timeout", "300", PRETRAIN, *settings.pretrain),
     ]
     exported = " ".join(f"{key}={shlex.quote(value)}" for key, value in (where_modules_are() | ranks).items())
     remote = f"cd {shlex.quote(os.getcwd())} && exec env {exported} {shlex.join(agent)}"
@@ -135,9 +135,8 @@ def _torchrun(
 
 
 def _slurm(settings: ClusterSettings, ranks: dict[str, str]) -> Launch:
-    words = ["sbatch", f"--chdir={os.getcwd()}", *settings.slurm, str(shipped.file(BATCH_SCRIPT))]
-    rank = [sys.executable, "-u", "-m", *PRETRAIN]
-    return Launch([*words, *rank, *settings.pretrain], where_modules_are() | ranks)
+    words = ["sbatch", f"--chdir={os.getcwd()}", *settings.slurm, BATCH_SCRIPT, sys.executable, "-u", PRETRAIN]
+    return Launch([*words, *settings.pretrain], where_modules_are() | ranks)
 
 
 def _output_of(settings: ClusterSettings) -> str:

@@ -48,7 +48,7 @@ no_tensorboard = true
 collective_timeout = {timeout}
 """
 # A rank, and not the launcher before it, whose command line goes on in the same way.
-RANK = r"^[^ ]*python[^ ]* -u -m lorapre_dist pretrain "
+RANK = r"^[^ ]*python[^ ]* -u [^ ]*/lorapre_dist/shipped/pretrain\.py "
 # Importing, on a machine with other things to do.
 STARTED = 240.0
 

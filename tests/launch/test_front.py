@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.launcher import app, checks, probe
+from lorapre_dist.launcher import app, checks, commands, probe
 from lorapre_dist.launcher.commands import build
 from lorapre_dist.launcher.settings import read_settings
 from lorapre_dist.training.run import discovery, interruption
@@ -59,9 +59,7 @@ def test_options_reach_pretrain_under_every_launcher(ini):
         words = words_of(ini, launcher, "--max_steps", "9")
         if launcher == "torchrun":
             words = shlex.split(words[-1])
-        program = words.index("pretrain")
-        assert words[program - 1] == "lorapre_dist" and words[program - 2] in ("-m", "--module")
-        options = words[program + 1 :]
+        options = words[words.index(commands.PRETRAIN) + 1 :]
         assert options[:4] == expected
         assert "--no_progress" in options and "--wandb" not in options
         assert options[-2:] == ["--max_steps", "9"]

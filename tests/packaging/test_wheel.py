@@ -18,9 +18,10 @@ from tests.launch.conftest import REPO, TINY_LLAMA, free_port
 from tests.packaging.conftest import run
 
 FSDP2 = Path(__file__).with_name("fsdp2.py")
+SCRIPTS = ("cluster.ini", "slurm.sbatch", "deepspeed_env.example", "pretrain.py")
 SHIPPED = {
     **{f"shipped/ds_configs/{path.name}": path for path in (REPO / "ds_configs").glob("*.json")},
-    **{f"shipped/{name}": REPO / "launch" / name for name in ("cluster.ini", "slurm.sbatch", "deepspeed_env.example")},
+    **{f"shipped/{name}": REPO / "launch" / name for name in SCRIPTS},
     **{str(path.relative_to(REPO / "lorapre_dist")): path for path in (REPO / "lorapre_dist").rglob("*.py")},
     "py.typed": REPO / "lorapre_dist" / "py.typed",
 }
@@ -165,9 +166,10 @@ def test_pretraining_outside_any_clone(everything, tmp_path):
 
 
 def test_the_front_starts_what_is_installed(everything, tmp_path):
-    """Every rank is started by module: a host needs the environment and no clone."""
+    """Every rank starts from the package: a host needs the environment and no clone."""
     run(everything / "lorapre", "configs", "--copy", ".", cwd=tmp_path)
     (tmp_path / "hosts").write_text("host-a slots=2\nhost-b slots=2\n")
     said = run(everything / "lorapre", "launch", "cluster.ini", "--dry_run", cwd=tmp_path).stdout
-    assert "--module lorapre_dist pretrain --model llama-1b --deepspeed_config llama_1b_zero2 " in said
-    assert str(REPO) not in said.replace(str(everything), "")
+    (script,) = re.findall(r" (\S+) --model llama-1b --deepspeed_config llama_1b_zero2 ", said)
+    assert Path(script).is_relative_to(everything.parent)
+    assert Path(script).read_bytes() == (REPO / "launch" / "pretrain.py").read_bytes()
