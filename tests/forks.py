@@ -131,14 +131,21 @@ class Ranks:
             time.sleep(0.01)
 
     def finish(self, timeout: float = 240.0) -> Ended:
-        """Wait for the end. Ranks that do not end, soon after one that failed or in ``timeout``, are killed."""
+        """Wait for the end.
+
+        Ranks that do not end soon after one that failed are killed. An AssertionError if none has ended badly and
+        some have not ended in ``timeout`` seconds.
+        """
         end, failed = time.monotonic() + timeout, False
         while None in self.codes and time.monotonic() < end:
             if not failed and any(self.codes):
                 end, failed = min(end, time.monotonic() + GRACE), True
             running = [process.sentinel for process in self.processes if process.exitcode is None]
             connection.wait(running, timeout=max(0.0, end - time.monotonic()))
-        return self.kill()
+        late = None in self.codes and not failed
+        ended = self.kill()
+        assert not late, f"no end after {timeout:.0f} s, {ended.codes}\n{ended.out[-3000:]}\n{ended.err[-3000:]}"
+        return ended
 
     def kill(self) -> Ended:
         """SIGKILL to every rank that runs."""
