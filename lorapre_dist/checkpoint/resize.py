@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.factors import initial_A
-from ..core.rounding import converted, widened
+from ..core.quantized import converted, widened
 from ..state.shards import OPTIMIZER, Shard, vector_dim
 from . import dcp
 from .content import RANKS

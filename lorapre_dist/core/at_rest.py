@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import rounding
+from . import quantized
 from .exchange import Item, Work
 from .factors import Factors, Matrix
 from .guard import Go
@@ -21,7 +21,7 @@ from .workspace import Workspace
 def factors(matrix: Matrix) -> dict[str, Factors]:
     """A matrix's factors as they are reckoned with, by moment: copies where they are kept in fewer bits."""
     return {
-        moment: Factors(rounding.widened(f.B, -1, matrix.dtype), rounding.widened(f.A, -2, matrix.dtype))
+        moment: Factors(quantized.widened(f.B, -1, matrix.dtype), quantized.widened(f.A, -2, matrix.dtype))
         for moment, f in matrix.factors.items()
     }
 
@@ -30,13 +30,13 @@ def keep(kept: Factors, wide: Factors) -> None:
     """Put factors where they are kept, each number as the nearest one; nothing where they lie there."""
     for to, tensor, dim in ((kept.B, wide.B, -1), (kept.A, wide.A, -2)):
         if to is not tensor:
-            to.copy_(rounding.rounded(tensor, rounding.form_of(to), dim))
+            to.copy_(quantized.rounded(tensor, quantized.form_of(to), dim))
 
 
 def widen(item: Item) -> Item:
     """A stack in a step, with factors as they are reckoned with."""
     matrix = item.matrix
-    if all(rounding.form_of(f.B) == "fp32" for f in matrix.factors.values()):
+    if all(quantized.form_of(f.B) == "fp32" for f in matrix.factors.values()):
         return item
     return replace(item, matrix=replace(matrix, factors=factors(matrix), kept=matrix.factors))
 
@@ -52,7 +52,7 @@ def round_back(works: list[Work], workspace: Workspace) -> None:
             wide = matrix.factors[moment]
             if kept.B is wide.B:
                 continue
-            begins = [rounding.stream(matrix.salt, matrix.taken, 2 * k + side) for side in range(2)]
+            begins = [quantized.stream(matrix.salt, matrix.taken, 2 * k + side) for side in range(2)]
             _round(kept.B, wide.B, -1, begins[0], matrix.interval.first_row, go, workspace)
             _round(kept.A, wide.A, -2, begins[1], matrix.own_column, go, workspace)
 
@@ -66,7 +66,7 @@ def _round(kept: Tensor, wide: Tensor, dim: int, begin: Tensor, first: int, go: 
     size = workspace.rows(count, r * len(wide), wide)
     for low in range(0, count, size):
         n = min(size, count - low)
-        bits = rounding.random_bits(begin, first + low, n, r, dim)
+        bits = quantized.random_bits(begin, first + low, n, r, dim)
         part = kept.narrow(across, low, n)
-        fresh = rounding.rounded(wide.narrow(across, low, n), rounding.form_of(kept), dim, bits)
+        fresh = quantized.rounded(wide.narrow(across, low, n), quantized.form_of(kept), dim, bits)
         part.copy_(fresh if go.sure else torch.where(go.value > 0, fresh, part))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import forms, rounding, spec
+from . import forms, quantized, spec
 from .batching import Outline, outline
 from .guard import Counted, sample
 from .interval import Peers, RowInterval, column_block
@@ -83,12 +83,12 @@ class Matrix(Counted):
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of the factors by moment."""
-        return {moment: rounding.rank_of(f.B, -1) for moment, f in self.factors.items()}
+        return {moment: quantized.rank_of(f.B, -1) for moment, f in self.factors.items()}
 
     @property
     def forms(self) -> dict[str, str]:
         """In which form the factors are kept, by moment, see ``forms.py``."""
-        return {moment: rounding.form_of(f.B) for moment, f in self.factors.items()}
+        return {moment: quantized.form_of(f.B) for moment, f in self.factors.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,7 +173,7 @@ def allocate(
         block = whole[:, columns[0] : columns[1]].to(device, dtype).contiguous()
         form = kept.get(moment, "fp32")
         B = zeros(f"{moment}_B") if r else torch.zeros(interval.rows, 0, device=device, dtype=dtype)
-        return Factors(B, rounding.rounded(block, form, -2))
+        return Factors(B, quantized.rounded(block, form, -2))
 
     held = {moment: factors(moment, r) for moment, r in ranks.items()}
     statistics = {name: zeros(name) for name in vectors}
@@ -181,7 +181,7 @@ def allocate(
     sampled = _sampled(replace(interval, name=""), device)
     made = Matrix(interval, peers, held, statistics, taken, optimizer, variant, before, sampled)
     if forms.smaller(ranks, kept):
-        made.wide, made.salt = dtype, torch.tensor(rounding.salt(seed, interval.name), device=device)
+        made.wide, made.salt = dtype, torch.tensor(quantized.salt(seed, interval.name), device=device)
     return made
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import at_rest, exchange, rounding
+from . import at_rest, exchange, quantized
 from .comm import Comm
 from .exchange import Work
 from .factors import Factors, Matrix
@@ -93,7 +93,7 @@ def settle(matrices: list[Matrix], damping: float, comm: Comm, fresh: bool) -> N
         wide = at_rest.factors(matrix)
         for (moment, kept), G in zip(matrix.factors.items(), of_matrix, strict=True):
             r, factors = G.shape[0], wide[moment]
-            most = 1.01 if rounding.form_of(kept.A) == "fp32" else 1.25  # rounding is no drift
+            most = 1.01 if quantized.form_of(kept.A) == "fp32" else 1.25  # rounding is no drift
             if fresh or float(G.square().sum()) > most * r or float(G.trace()) < r / 2:
                 lower, inverse = unpacked(gauges(G[None], damping if fresh else 0.0))[0]
                 factors.A.copy_(inverse @ factors.A.double())

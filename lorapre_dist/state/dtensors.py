@@ -25,7 +25,7 @@ from ..config import ConfigError
 from ..core.factors import Matrix, state_shapes
 from ..core.forms import length
 from ..core.interval import column_block
-from ..core.rounding import DTYPES, converted, form_of, rank_of
+from ..core.quantized import DTYPES, converted, form_of, rank_of
 from ..core.spec import Axis, axis_of
 from ..layouts.base import Layout, Piece, Unit, local
 from ..layouts.geometry.ranges import equal_ranges

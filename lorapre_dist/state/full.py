@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..core.comm import all_ranks
 from ..core.factors import SQUARES
-from ..core.rounding import converted
+from ..core.quantized import converted
 from .shards import OPTIMIZER, Shard, bring_home, in_other_form, state_shards, vector_dim
 
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..core.factors import Matrix
-from ..core.rounding import converted, form_of
+from ..core.quantized import converted, form_of
 from ..core.spec import Axis, axis_of
 from ..layouts.base import Unit, local
 

@@ -1,4 +1,4 @@
-"""Factors that are kept in bf16 or in 8 bits between steps: rounding, sizes, saving, and what a step holds."""
+"""Factors that are kept in bf16 or in 8 bits between steps: quantized, sizes, saving, and what a step holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
-from lorapre_dist.core import rounding
+from lorapre_dist.core import quantized
 from lorapre_dist.optimizers import OPTIMIZERS
 
 from .test_report import bound_and_peak
@@ -22,7 +22,7 @@ BITS = {"bf16": 2, "8bit": 1}
 
 
 def bits_of(begin, first, count, r, dim):
-    return rounding.random_bits(torch.tensor([begin], dtype=torch.int32), first, count, r, dim)
+    return quantized.random_bits(torch.tensor([begin], dtype=torch.int32), first, count, r, dim)
 
 
 # rounding -------------------------------------------------------------------------------------------------------------
@@ -34,8 +34,8 @@ def test_rounding_is_right_on_average(form, dim):
     """The mean of n roundings is within 5 standard errors of what was rounded, whose spread is at most its spacing."""
     x = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(1))
     count, n = x.shape[-3 - dim], 4000
-    kept = [rounding.rounded(x, form, dim, bits_of(k, 0, count, x.shape[dim], dim)) for k in range(n)]
-    wide = torch.stack([rounding.widened(one, dim, torch.float64) for one in kept])
+    kept = [quantized.rounded(x, form, dim, bits_of(k, 0, count, x.shape[dim], dim)) for k in range(n)]
+    wide = torch.stack([quantized.widened(one, dim, torch.float64) for one in kept])
     spacing = x.abs() * 2.0**-7 if form == "bf16" else x.abs().amax(dim, keepdim=True) / 127
     assert ((wide - x).abs() <= spacing * (1 + 1e-6)).all()
     assert ((wide.mean(0) - x).abs() <= 5 * spacing / 2 / n**0.5).all()
@@ -47,10 +47,10 @@ def test_rounding_is_right_on_average(form, dim):
 def test_any_part_of_the_vectors_is_rounded_as_in_the_whole(form, dim):
     x = torch.randn(1, 12, 10, generator=torch.Generator().manual_seed(2))
     across, r = -3 - dim, x.shape[dim]
-    whole = rounding.rounded(x, form, dim, bits_of(7, 0, x.shape[across], r, dim))
+    whole = quantized.rounded(x, form, dim, bits_of(7, 0, x.shape[across], r, dim))
     for low, high in ((0, 3), (3, 4), (4, x.shape[across])):
         part = x.narrow(across, low, high - low)
-        found = rounding.rounded(part, form, dim, bits_of(7, low, high - low, r, dim))
+        found = quantized.rounded(part, form, dim, bits_of(7, low, high - low, r, dim))
         assert torch.equal(found, whole.narrow(across, low, high - low))
 
 
@@ -58,15 +58,15 @@ def test_any_part_of_the_vectors_is_rounded_as_in_the_whole(form, dim):
 def test_what_can_be_kept_is_kept(form):
     x = torch.tensor([[[0.0, 0, 0], [127, -3, 5], [-1, 127, 0]]])
     for bits in (None, bits_of(3, 0, 3, 3, -1)):
-        assert torch.equal(rounding.widened(rounding.rounded(x, form, -1, bits), -1, torch.float32), x)
+        assert torch.equal(quantized.widened(quantized.rounded(x, form, -1, bits), -1, torch.float32), x)
 
 
 def test_random_bits_are_even_and_no_two_factors_share_them():
     bits = bits_of(12345, 0, 500, 64, -1).view(-1)
     ones = torch.stack([(bits >> k) & 1 for k in range(32)]).double().mean(1)
     assert ((ones - 0.5).abs() < 5 * 0.5 / bits.numel() ** 0.5).all()
-    salts = torch.tensor([rounding.salt(0, "a"), rounding.salt(0, "b"), rounding.salt(1, "a")])
-    begins = [rounding.stream(salts, torch.full((3,), float(t)), factor) for t in range(3) for factor in range(4)]
+    salts = torch.tensor([quantized.salt(0, "a"), quantized.salt(0, "b"), quantized.salt(1, "a")])
+    begins = [quantized.stream(salts, torch.full((3,), float(t)), factor) for t in range(3) for factor in range(4)]
     assert len({int(x) for some in begins for x in some}) == 36
 
 
@@ -192,7 +192,7 @@ def test_state_of_another_form_is_converted(tmp_path, way, was, now):
         for key, tensor in tensors.items():
             dim = -1 if key.endswith("_B") else -2
             if key.endswith(("_A", "_B")):
-                a, b = (rounding.widened(t, dim, torch.float32) for t in (tensor, after[name][key]))
+                a, b = (quantized.widened(t, dim, torch.float32) for t in (tensor, after[name][key]))
                 spacing = {"fp32": 0 * a, "bf16": a.abs() * 2.0**-7, "8bit": a.abs().amax(dim, keepdim=True) / 127}
                 assert ((a - b).abs() <= 0.5001 * spacing[now] + 1e-12).all(), (name, key)
             else:
