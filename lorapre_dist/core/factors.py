@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from .batching import Outline
 from .guard import Counted, sample
 from .interval import Range, RowInterval, column_block, cut_rows
+from .rounding import Rounding
 from .sizes import SAMPLES
 
 #: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
@@ -93,6 +94,7 @@ class Matrix(Counted):
         optimizer, variant: by which the state is stepped.
         before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
         sampled: places in this rank's piece of what :func:`lorapre_dist.core.guard.sample` names; -1: not here.
+        rounding: how the weights are kept.
     """
 
     interval: RowInterval
@@ -104,9 +106,14 @@ class Matrix(Counted):
     variant: str = "stable"
     before: tuple[int, int, int] = (0, 0, 0)
     sampled: Tensor | None = None
+    rounding: Rounding = field(default_factory=Rounding)
 
     def tensors(self) -> dict[str, Tensor]:
-        """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
+        """State by name: the low-rank state, and that of ``rounding``."""
+        return self.low_rank_tensors() | self.rounding.tensors()
+
+    def low_rank_tensors(self) -> dict[str, Tensor]:
+        """``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
         state: dict[str, Tensor] = {}
         for moment, factors in self.factors.items():
             state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.A}
@@ -182,6 +189,7 @@ def allocate(
     device: torch.device,
     dtype: torch.dtype,
     before: tuple[int, int, int] = (0, 0, 0),
+    rounding: Rounding | None = None,
 ) -> Matrix:
     """State of one matrix before its first step: ``B = vB = 0`` and ``A, vA ~ N(0, init_std^2)``; zero statistics.
 
@@ -201,9 +209,8 @@ def allocate(
     sizes = {name: p if name.endswith("_row") else q for name in vectors}
     zeros = {name: torch.zeros(size, device=device, dtype=dtype) for name, size in sizes.items()}
     taken = torch.zeros((), device=device, dtype=torch.float64)
-    return Matrix(
-        interval, peers, held, zeros, taken, optimizer, variant, before, _sampled(replace(interval, name=""), device)
-    )
+    sampled = _sampled(replace(interval, name=""), device)
+    return Matrix(interval, peers, held, zeros, taken, optimizer, variant, before, sampled, rounding or Rounding())
 
 
 @functools.lru_cache(maxsize=4096)

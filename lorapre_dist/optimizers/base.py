@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, LowRankConfig, param_groups
 from ..config.checks import boolean, shown
-from ..core import batching, gauge
+from ..core import batching, gauge, rounding
 from ..core.comm import Comm
 from ..core.exchange import Item
 from ..core.factors import Matrix, allocate
@@ -30,7 +30,7 @@ from ..layouts.matrices import arrange
 from ..state.full import all_ranks, full_state, load_full_state
 from ..state.report import MemoryReport
 from ..state.state_dict import StatefulOptimizer, state_dtype
-from . import advise, agreement, awaiting
+from . import advise, agreement, awaiting, weights
 from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
 
 # ``from . import`` would give the function that the package has by the same name.
@@ -162,6 +162,8 @@ class LowRankOptimizer(StatefulOptimizer):
                 raise ConfigError(f"unknown {name} option {key!r} in a parameter group; did you mean {meant[0]!r}?")
         check_tensors(group, name)
         if not self.awaiting_layout:
+            names = group.get("param_names") or [f"number {k}" for k in range(len(group["params"]))]
+            weights.check(config.weights, zip(names, group["params"], strict=True))
             if config.target_modules is not None and "param_names" not in group:
                 raise ConfigError(
                     f"target_modules={config.target_modules!r}: selects by name, but the parameters have no names; "
@@ -230,6 +232,7 @@ class LowRankOptimizer(StatefulOptimizer):
         config = self.group_config(self.param_groups[unit.group])
         device = local(unit.tensor).device
         dtype = state_dtype(unit.tensor)
+        weights.check(config.weights, [(piece.name, unit.tensor) for piece in unit.pieces], self.layout)
         bound = []
         for piece in [piece for piece in unit.pieces if piece.owned]:
             state: Matrix | adamw.Vector
@@ -250,9 +253,10 @@ class LowRankOptimizer(StatefulOptimizer):
                     device=device,
                     dtype=dtype,
                     before=piece.before,
+                    rounding=weights.rounding(config, piece, device),
                 )
             else:
-                state = adamw.allocate(piece.numel, device, dtype)
+                state = adamw.allocate(piece.numel, device, dtype, weights.rounding(config, piece, device))
             bound.append(Bound(piece, state))
         self._bound[id(unit.tensor)] = bound
 
@@ -408,6 +412,7 @@ class LowRankOptimizer(StatefulOptimizer):
 
     def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
         items = []
+        rounding.draw([piece.bound.state for piece in pieces])
         for piece in pieces:
             state, taken = piece.bound.state, go[piece.theta.device]
             if isinstance(state, Matrix):

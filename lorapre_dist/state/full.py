@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..core.factors import SQUARES
+from ..core.rounding import COMPENSATION
 from .shards import OPTIMIZER, Shard, bring_home, state_shards
+
+#: State with something for each element of the parameter: whole, it has the parameter's shape.
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", COMPENSATION)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Extent:
 def full_state(held: list[tuple[Any, Any]], group: Any = None) -> dict[str, dict[str, Any]]:
     """The state of all ranks' ``(piece, state)`` pairs in host memory of rank 0, ``{}`` elsewhere; a collective.
 
-    By parameter name: the tensors, ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``step``.
+    By parameter name: the tensors, ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, ``compensation`` in that
+    and two bytes, and ``step``.
     """
     mine = {piece.name: (piece.shape, state.step) for piece, state in held}
     known = {name: entry for part in all_ranks(mine, group) for name, entry in part.items()}
@@ -44,7 +50,7 @@ def full_state(held: list[tuple[Any, Any]], group: Any = None) -> dict[str, dict
         if tensor is not None:
             shape, step = known[name]
             entry = full.setdefault(name, {"step": step})
-            entry[part] = tensor.view(shape) if part.startswith("exp_avg") else tensor
+            entry[part] = tensor.view((*shape, *tensor.shape[1:])) if part in ELEMENTWISE else tensor
     return full
 
 
@@ -58,13 +64,43 @@ def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]]
     for name, entry in {name: rooted(entry) for name, entry in full.items()}.items():
         for part, tensor in entry.items():
             if part != "step":
-                tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape(-1) if part.startswith("exp_avg") else tensor
-    shards = state_shards(held)
+                each = tensor.shape[-1:] if part == COMPENSATION else ()
+                tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape((-1, *each)) if part in ELEMENTWISE else tensor
+    shards = _compensated_alike(state_shards(held), tensors, group)
     scatter(shards, tensors, group)
     bring_home(shards)
     steps = all_ranks(steps, group)[0]
     for piece, state in held:
         state.step = steps[piece.name]
+
+
+def _compensated_alike(shards: dict[str, Shard], tensors: dict[str, Tensor], group: Any) -> dict[str, Shard]:
+    """The shards to fill from rank 0's ``tensors``, where one side keeps what 16-bit weights lack and one does not.
+
+    What is kept there alone is dropped from ``tensors``; what is kept here alone is zero then.
+    """
+    here = {name for names in all_ranks([n for n in shards if n.endswith(COMPENSATION)], group) for name in names}
+    there = all_ranks([n for n in tensors if n.endswith(COMPENSATION)], group)[0]
+    if here == set(there):
+        return shards
+    if _rank(group) == 0:
+        said(len(here - set(there)), len(set(there) - here))
+    for name in set(there) - here:
+        tensors.pop(name, None)
+    for name in here - set(there):
+        if name in shards:
+            shards[name].local.zero_()
+            bring_home({name: shards.pop(name)})
+    return shards
+
+
+def said(fresh: int, dropped: int) -> None:
+    """Warn that ``compensation`` was not saved for so many parameters, or is not kept here for so many."""
+    if fresh:
+        warnings.warn(f"{fresh} parameters begin without compensation: it was not saved", stacklevel=3)
+    if dropped:
+        text = "is not kept here (weights='kahan' would): their weights are as rounded to 16 bits"
+        warnings.warn(f"the compensation of {dropped} parameters {text}", stacklevel=3)
 
 
 def rooted(entry: dict[str, Any]) -> dict[str, Any]:

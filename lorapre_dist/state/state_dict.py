@@ -24,16 +24,18 @@ from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
 from ..config.param_groups import clean_name, parameter_name
+from ..core.rounding import COMPENSATION
 from ..layouts.base import Layout, Unit, local
 from ..layouts.dtensor import shard_group
 from ..layouts.matrices import expert_name
 from .dtensors import Exposed, Part, elsewhere, expose
-from .full import all_ranks, rooted
+from .full import all_ranks, rooted, said
 
 _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
-# What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's.
-_PRESENT = ("target_modules",)
+# What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's. So is
+# how weights are kept, whose type a checkpoint does not change.
+_PRESENT = ("target_modules", "weights")
 _FLATTENED = "FSDP1"
 
 
@@ -96,10 +98,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
         def low_rank(name: str, shape: tuple[int, ...]) -> Any:
             return (config.ranks, config.vectors) if self._in_group(name, shape, unit.group) else None
 
+        compensated = config.weights == "kahan"
         return {
             name: expose(unit, held[name].piece, held[name].state, self.layout, group)
             if name in held
-            else elsewhere(shape, low_rank(name, shape), group, **kind)
+            else elsewhere(shape, low_rank(name, shape), group, compensated, **kind)
             for name, shape in shapes.items()  # in an order that is the same on every rank
         }
 
@@ -241,6 +244,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
         names = {name for theirs in all_ranks(names, group) for name in theirs}
     optimizer.bind_saved(names)
     untrained = {n for group in saved["param_groups"] for n in group.get("frozen", ())}
+    fresh_bits = dropped = 0
     loads, unknown = [], set(entries) - {piece.name for unit in optimizer.layout.units for piece in unit.pieces}
     for unit in optimizer.layout.units:
         states = {bound.piece.name: bound.state for bound in optimizer._bound[id(unit.tensor)]}
@@ -251,6 +255,10 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
                 fresh = parameter_name(name) in untrained  # it was frozen then, and begins now
                 found += [f"{name}: not in the saved state"] if name in states and not fresh else []
                 continue
+            if COMPENSATION in keys and COMPENSATION not in entry:
+                fresh_bits += 1
+                entry[COMPENSATION] = torch.zeros_like(keys[COMPENSATION].tensor)
+            dropped += COMPENSATION in entry and COMPENSATION not in keys
             for key, to in keys.items():
                 if (problem := to.check(entry.get(key))) is not None:
                     found.append(f"{name}: {key} {problem}")
@@ -262,6 +270,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise ConfigError("the optimizer state does not fit: " + "; ".join(found[:3]) + more)
+    said(fresh_bits, dropped)
     for state, keys, entry in loads:
         for key, to in keys.items():  # also what other ranks of DDP keep: it may be a collective
             to.load(entry[key])
