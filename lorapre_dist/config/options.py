@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 VARIANTS = ("stable", "paper")
-WEIGHTS = (None, "master", "stochastic", "kahan")
+#: The values of ``weights`` that are for bf16 weights without an fp32 copy.
+SIXTEEN = ("stochastic", "kahan")
+WEIGHTS = (None, "master", *SIXTEEN)
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
 # Options of torch's and DeepSpeed's optimizers that mean nothing here.
 ELSEWHERE = {

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, LowRankConfig
+from ..config.options import SIXTEEN
 from ..core import rounding as roundings
 from ..core.rounding import Rounding
 from ..layouts.base import Layout, Piece
 from .tensors import may_step
-
-SIXTEEN = ("stochastic", "kahan")
 
 
 def check(weights: str | None, named: Iterable[tuple[str, Tensor]], layout: Layout | None = None) -> None:
