@@ -1,4 +1,4 @@
-"""What runs on the ranks of the tests of 16-bit weights: the same training under DeepSpeed's stages and PyTorch's layouts.
+"""What runs on the ranks of the tests of 16-bit weights: one training under DeepSpeed's stages and PyTorch's layouts.
 
 One rank alone has the gradient, so many times as large as there are ranks: its mean is exact in bf16, whoever takes it.
 The steps of LoRAPreLion are exact, too: a matrix moves by plus or minus lr, whatever the order of sums is.
