@@ -2,8 +2,8 @@
 
     python -m lorapre_dist.bench weights --steps 1000 --seeds 0 1 2 --json weights.json
 
-As ``bench quality``, with LoRAPre at rank 16 and one lr. Every run starts from the same weights, which are bf16 numbers.
-In every row but ``fp32`` the model computes with bf16 values of the weights, and gradients are rounded to bf16 before
+As ``bench quality``, with LoRAPre at rank 16 and one lr. Every run starts from the same weights, bf16 numbers. In every
+row but ``fp32`` the model computes with bf16 values of the weights, and gradients are rounded to bf16 before
 they reach the optimizer; the arithmetic of forward and backward is fp32 in each, for which CPUs have fast products. So
 rows differ in what the optimizer keeps alone:
 

@@ -7,6 +7,7 @@ The steps of LoRAPreLion are exact, too: a matrix moves by plus or minus lr, wha
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import deepspeed
@@ -48,8 +49,9 @@ class Run:
         if layout in ENGINES:
             stage, changes = ENGINES[layout]
             config = merge(ds_config(stage, "bf16", 1, 0.0, options), changes)
-            config["bf16"]["bf16_master_weights_and_grads"] = True
-            config["bf16"]["bf16_optimizer_states"] = layout != "zero2"  # the same to ours
+            if weights != "master":
+                config["bf16"]["bf16_master_weights_and_grads"] = True
+                config["bf16"]["bf16_optimizer_states"] = layout != "zero2"  # the same to ours
             config["optimizer"]["type"] = optimizer
             self.engine = build(config)
             self.model, self.optimizer = self.engine.module, lorapre_dist.deepspeed.base_optimizer(self.engine)
@@ -111,3 +113,28 @@ def bits_case(
         finally:
             run.destroy()
     return found
+
+
+def visit_case(
+    rank: int, world_size: int, *, layout: str, weights: str, folder: str, leg: int
+) -> tuple[dict[str, str], list[str]]:
+    """Go on from where the leg before left off, take two steps, save: digests of the weights, and what was said.
+
+    ``weights`` of "master" is DeepSpeed's own: fp32 masters of a bf16 model.
+    """
+    run = Run(layout, world_size, "LoRAPreLion", weights)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if leg and run.engine is not None:
+                assert run.engine.load_checkpoint(folder)[0] is not None
+            elif leg:
+                assert lorapre_dist.checkpoint.load(run.model, run.optimizer, folder) is not None
+        run.train(range(2 * leg, 2 * leg + 2))
+        if run.engine is not None:
+            run.engine.save_checkpoint(folder, tag=f"leg{leg}")
+        else:
+            lorapre_dist.checkpoint.save(run.model, run.optimizer, folder, f"leg{leg}")
+        return digest(run.whole()), [str(w.message) for w in caught if "compensation" in str(w.message)]
+    finally:
+        run.destroy()

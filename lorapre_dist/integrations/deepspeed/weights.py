@@ -40,10 +40,10 @@ def check(config: Mapping[str, Any], wanted: Iterable[str | None]) -> None:
     named, stage = f"weights={sixteen[0]!r}", ds_json.zero_stage(config)
     if ds_json.precision(config) != "bf16":
         raise ConfigError(f"{named}: is for bf16 weights; set bf16.enabled, and bf16.{_SWITCH}, to true")
-    if not switched:
-        raise ConfigError(f"{named}: DeepSpeed would keep fp32 masters; set bf16.{_SWITCH} to true")
     if stage == 0:
         raise ConfigError(f"{named}: ZeRO stage 0 keeps fp32 masters; take stage 1, 2 or 3, or PyTorch's DDP")
+    if not switched:
+        raise ConfigError(f"{named}: DeepSpeed would keep fp32 masters; set bf16.{_SWITCH} to true")
     if (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32" and stage == 1:
         raise ConfigError(
             f"{named}: with data_types.grad_accum_dtype='fp32' ZeRO stage 1 keeps fp32 masters; leave it out, or take "
