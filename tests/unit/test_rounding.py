@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from lorapre_dist import ConfigError, LoRAPre
+from lorapre_dist import ConfigError, LoRAPre, checkpoint
+from lorapre_dist.checkpoint.consolidate import consolidate
 from lorapre_dist.core import rounding
 from lorapre_dist.core.interval import RowInterval
 from lorapre_dist.optimizers import OPTIMIZERS
@@ -329,3 +333,83 @@ def test_workspace_bounds_what_a_step_allocates(weights, optimizer, shapes):
         p.grad = torch.randn(p.shape).to(torch.bfloat16)
     bound, peak = bound_and_peak(lambda: OPTIMIZERS[optimizer](named, rank=16, weights=weights))
     assert peak <= bound, f"{peak / 2**20:.2f} MiB, bound {bound / 2**20:.2f} MiB"
+
+
+# checkpoints --------------------------------------------------------------------------------------------------------
+
+KINDS = {"master": torch.float32, "stochastic": torch.bfloat16, "kahan": torch.bfloat16}
+
+
+@pytest.mark.parametrize("after", KINDS)
+@pytest.mark.parametrize("before", KINDS)
+def test_a_checkpoint_is_loaded_however_weights_are_kept(before, after, tmp_path):
+    """Between fp32 weights and bf16 ones with compensation without a bit lost; what is not as it was is said."""
+    model, optimizer = alike(before, KINDS[before])
+    train(model, optimizer, range(4))
+    checkpoint.save(model, optimizer, tmp_path, "four")
+    other, resumed = alike(after, KINDS[after])
+    train(other, resumed, range(90, 92))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        checkpoint.load(other, resumed, tmp_path, "four")
+    assert resumed.param_groups[0]["weights"] == after
+    words = [str(w.message) for w in said]
+    assert len(words) == (("kahan" in (before, after)) and before != after)
+    lossless = after != "stochastic" or before == "stochastic"
+    want = values(model, optimizer)
+    if not lossless:  # to the nearest
+        want = {n: v.to(torch.bfloat16).float() for n, v in want.items()}
+    got = values(other, resumed)
+    assert all(torch.allclose(got[n], want[n], rtol=0 if lossless else 2.0**-8, atol=0) for n in want)
+    if lossless and {before, after} <= {"master", "kahan"}:
+        train(model, optimizer, range(4, 8))
+        train(other, resumed, range(4, 8))
+        assert_values(values(other, resumed), values(model, optimizer))
+
+
+def test_weights_alone_bring_what_they_lack(tmp_path):
+    """Without the state, too: the compensation is the weights'."""
+    model, optimizer = alike("kahan")
+    train(model, optimizer, range(4))
+    checkpoint.save(model, optimizer, tmp_path, "four")
+    for after in ("kahan", "master"):
+        other, resumed = alike(after, KINDS[after])
+        train(other, resumed, range(90, 92))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint.load(other, resumed, tmp_path, "four", states=False)
+        assert_values(values(other, resumed), values(model, optimizer))
+        assert {b.state.step for b in resumed.bound()} == {2}
+
+
+def test_state_dicts_without_compensation_are_loaded_with_a_word():
+    model, optimizer = alike("stochastic")
+    train(model, optimizer, range(2))
+    other, resumed = alike("kahan")
+    train(other, resumed, range(3))
+    with pytest.warns(UserWarning, match="13 parameters begin without compensation: it was not saved"):
+        resumed.load_state_dict(optimizer.state_dict())
+    with pytest.warns(UserWarning, match="the compensation of 13 parameters is not kept here"):
+        optimizer.load_state_dict(resumed.state_dict())
+    train(other, resumed, range(3, 4))
+    with pytest.warns(UserWarning, match="13 parameters begin without compensation"):
+        resumed.load_full_state_dict(optimizer.full_state_dict())
+    assert all(not b.state.rounding.low.any() for b in resumed.bound())
+    with pytest.warns(UserWarning, match="the compensation of 13 parameters is not kept here"):
+        optimizer.load_full_state_dict(resumed.full_state_dict())
+
+
+def test_consolidated_weights_are_the_bf16_ones(tmp_path):
+    model, optimizer = alike("kahan")
+    train(model, optimizer, range(2))
+    checkpoint.save(model, optimizer, tmp_path, "two")
+    consolidate(tmp_path / "two", tmp_path / "out")
+    weights, state = {}, {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        (state if file.name.startswith("optimizer") else weights).update(load_file(file))
+    for name, p in model.named_parameters():
+        assert torch.equal(weights[name], p) and weights[name].dtype == torch.bfloat16
+        low = state[f"{name}.compensation"].view(torch.int16).view(p.shape)
+        assert torch.equal(rounding.joined(weights[name], low), values(model, optimizer)[name])
+    described = json.loads((tmp_path / "out" / "optimizer.json").read_text())
+    assert {entry["weights"] for entry in described["parameters"].values()} == {"kahan"}
