@@ -66,36 +66,38 @@ def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]]
             if part != "step":
                 each = tensor.shape[-1:] if part == COMPENSATION else ()
                 tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape((-1, *each)) if part in ELEMENTWISE else tensor
-    shards = _compensated_alike(state_shards(held), tensors, group)
+    shards, fresh = _compensated_alike(state_shards(held), tensors, group)
     scatter(shards, tensors, group)
-    bring_home(shards)
+    for shard in fresh.values():
+        shard.local.zero_()
+    bring_home(shards | fresh)
     steps = all_ranks(steps, group)[0]
     for piece, state in held:
         state.step = steps[piece.name]
 
 
-def _compensated_alike(shards: dict[str, Shard], tensors: dict[str, Tensor], group: Any) -> dict[str, Shard]:
-    """The shards to fill from rank 0's ``tensors``, where one side keeps what 16-bit weights lack and one does not.
+def _compensated_alike(
+    shards: dict[str, Shard], tensors: dict[str, Tensor], group: Any
+) -> tuple[dict[str, Shard], dict[str, Shard]]:
+    """The shards to fill from rank 0's ``tensors``, and those to begin with zeros; a collective.
 
-    What is kept there alone is dropped from ``tensors``; what is kept here alone is zero then.
+    What 16-bit weights lack may be kept on one side alone: here it begins with zeros then, there it is dropped from
+    ``tensors``.
     """
     here = {name for names in all_ranks([n for n in shards if n.endswith(COMPENSATION)], group) for name in names}
     there = all_ranks([n for n in tensors if n.endswith(COMPENSATION)], group)[0]
-    if here == set(there):
-        return shards
-    if _rank(group) == 0:
-        said(len(here - set(there)), len(set(there) - here))
-    for name in set(there) - here:
+    begins, dropped = here - set(there), set(there) - here
+    said(len(begins), len(dropped))
+    for name in dropped:
         tensors.pop(name, None)
-    for name in here - set(there):
-        if name in shards:
-            shards[name].local.zero_()
-            bring_home({name: shards.pop(name)})
-    return shards
+    known = {name: shard for name, shard in shards.items() if name not in begins}
+    return known, {name: shard for name, shard in shards.items() if name in begins}
 
 
 def said(fresh: int, dropped: int) -> None:
-    """Warn that ``compensation`` was not saved for so many parameters, or is not kept here for so many."""
+    """Warn, on rank 0, that ``compensation`` was not saved for so many parameters, or is not kept here for so many."""
+    if _rank(None):
+        return
     if fresh:
         warnings.warn(f"{fresh} parameters begin without compensation: it was not saved", stacklevel=3)
     if dropped:

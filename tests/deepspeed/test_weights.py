@@ -20,7 +20,7 @@ def test_every_stage_and_layout_gives_the_same_bits(weights, exhaustive):
         worlds = {world: [*ENGINES, *NATIVE] for world in (1, 2, 3, 4)}
     for world, layouts in worlds.items():
         arguments = {"layouts": layouts, "optimizer": "LoRAPreLion", "weights": weights, "steps": 5}
-        for found in run_ranks(world, bits_case, **arguments):
+        for found in run_ranks(world, bits_case, timeout=400, **arguments):
             for digests in found.values():
                 for name, value in digests.items():
                     seen.setdefault(name, set()).add(value)
