@@ -63,35 +63,38 @@ def load(folder: Path, change: Change, weights: dict[str, Shard], lower: dict[st
         lower: those of the compensation.
     """
     for names in _batches(change.here):
-        mine = {MODEL + name: weights[MODEL + name] for name in names if MODEL + name in weights}
-        wide = {
-            key: Shard(s.shape, s.start, s.local.new_empty(s.local.shape, dtype=torch.float32))
-            for key, s in mine.items()
-        }
-        dcp.load(folder, wide, group)
-        for key, shard in mine.items():
-            low = torch.empty_like(shard.local, dtype=torch.int16)
-            split(wide[key].local, shard.local, low)
-            part = lower.get(_lower(key.removeprefix(MODEL)))
-            if part is not None:  # under DDP a part of the weights, which every rank has
-                begin = part.start - shard.start
-                part.local.copy_(low.view(torch.uint8).view(-1, 2)[begin : begin + len(part.local)])
-        bring_home(mine)
-        bring_home({key: lower[key] for key in map(_lower, names) if key in lower})
+        _take_apart(folder, {n: weights[MODEL + n] for n in names if MODEL + n in weights}, lower, group)
     for names in _batches(change.there):
-        mine = {name: weights[MODEL + name] for name in names if MODEL + name in weights}
-        mine = {name: shard for name, shard in mine.items() if shard.local.dtype.itemsize > 2}
-        bits = {
-            _lower(name): Shard(
-                (*s.shape, 2), s.start, torch.empty((*s.local.shape, 2), dtype=torch.uint8, device=s.local.device)
-            )
-            for name, s in mine.items()
-        }
-        dcp.load(folder, bits, group)
-        for name, shard in mine.items():
-            low = bits[_lower(name)].local.view(torch.int16).view(-1)
-            shard.local.copy_(joined(shard.local.to(torch.bfloat16), low))
-        bring_home({MODEL + name: shard for name, shard in mine.items()})
+        mine = {n: weights[MODEL + n] for n in names if MODEL + n in weights}
+        _put_together(folder, {n: shard for n, shard in mine.items() if shard.local.dtype.itemsize > 2}, group)
+
+
+def _take_apart(folder: Path, mine: dict[str, Shard], lower: dict[str, Shard], group: Any) -> None:
+    """Both halves of the weights that were saved, into those of ``mine`` (by name of the parameter) and ``lower``."""
+    wide = {MODEL + n: Shard(s.shape, s.start, torch.empty_like(s.local, dtype=torch.float32)) for n, s in mine.items()}
+    dcp.load(folder, wide, group)
+    for name, shard in mine.items():
+        low = torch.empty_like(shard.local, dtype=torch.int16)
+        split(wide[MODEL + name].local, shard.local, low)
+        part = lower.get(_lower(name))
+        if part is not None:  # under DDP a part of the weights, which every rank has
+            begin = part.start - shard.start
+            part.local.copy_(low.view(torch.uint8).view(-1, 2)[begin : begin + len(part.local)])
+    bring_home(mine)
+    bring_home({key: lower[key] for key in map(_lower, mine) if key in lower})
+
+
+def _put_together(folder: Path, mine: dict[str, Shard], group: Any) -> None:
+    """Add the lower halves that were saved to fp32 weights, of which the upper ones are there."""
+    bits = {}
+    for name, shard in mine.items():
+        pairs = torch.empty((*shard.local.shape, 2), dtype=torch.uint8, device=shard.local.device)
+        bits[_lower(name)] = Shard((*shard.shape, 2), shard.start, pairs)
+    dcp.load(folder, bits, group)
+    for name, shard in mine.items():
+        low = bits[_lower(name)].local.view(torch.int16).view(-1)
+        shard.local.copy_(joined(shard.local.to(torch.bfloat16), low))
+    bring_home(mine)
 
 
 def _lower(name: str) -> str:
