@@ -10,6 +10,7 @@ from lorapre_dist.config import ConfigError
 
 BENCHES = {
     "quality": "validation loss after equal training, against AdamW and GaLore",
+    "weights": "validation loss with bf16 weights kept in each way, against fp32 master weights",
     "gauges": "validation loss and condition of the factors under other gauges than the optimizer's",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
     "scaling": "time of one rank's step as ranks are added, and whether they wait in a chain",

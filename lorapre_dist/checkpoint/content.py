@@ -6,7 +6,8 @@
      "aliases": {NAME: NAME of the tensor it is tied to},
      "parameters": {NAME: {"kind": "lorapre", "optimizer": "LoRAPre", "variant": "stable", "rank": r, "rank_v": s,
                            "vectors": ["rms_row"], "forms": {"m": "8bit", "v": "8bit"}, "shape": [p, q], "step": n}
-                          | {"kind": "adamw", "shape": [...], "step": n}
+                          | {"kind": "adamw", "shape": [...], "step": n},
+                          and "weights": "kahan" where the bits are saved that its 16-bit weights lack,
                           | {"kind": "untrained", "shape": [...]}},
      "param_groups": [{"lr": ..., "rank": ..., ...}]}
 
@@ -28,6 +29,7 @@ from ..config import ConfigError
 from ..config.options import STATE_DTYPES
 from ..config.param_groups import in_block, is_low_rank, parameter_name
 from ..core.factors import SQUARES, Matrix
+from ..core.rounding import COMPENSATION
 from ..optimizers.base import LowRankOptimizer
 from ..state.state_dict import plain_groups, restore_groups
 from . import files, folder
@@ -53,6 +55,8 @@ def parameters(optimizer: LowRankOptimizer) -> dict[str, dict[str, Any]]:
             entry = {"kind": "lorapre", **identity, **ranks, **({"forms": forms} if forms else {}), **entry}
         else:
             entry = {"kind": "adamw", **entry}
+        if COMPENSATION in bound.state.rounding.tensors():
+            entry["weights"] = "kahan"
         found[bound.piece.name] = entry
     return found
 
@@ -125,6 +129,8 @@ def _wrong_entry(entry: Any) -> str | None:
         return f"a shape that is none: {shape!r:.80}"
     if entry["kind"] != "untrained" and not files.is_count(entry.get("step")):
         return f"a step that is no whole number: {entry.get('step')!r:.80}"
+    if entry.get("weights", "kahan") != "kahan":
+        return f"weights that are kept in no way that is known: {entry['weights']!r:.80}"
     if entry["kind"] != "lorapre":
         return None
     if len(shape) != 2:
@@ -197,7 +203,7 @@ def _difference(then: dict[str, Any], present: dict[str, Any], resize: bool) -> 
             was = was or "LoRAPre"  # the first versions had but one, and did not say so
         elif key == "vectors":
             was = [roots.get(square, square) for square in vectors(then)]
-        if key not in ("step", "forms") and was != now and not (resize and key in ("rank", "rank_v")):
+        if key not in ("step", "forms", "weights") and was != now and not (resize and key in ("rank", "rank_v")):
             hint = " (resize_rank=True, or a program's --resize_rank, adapts it)" if key in ("rank", "rank_v") else ""
             return f"{key} was {was}, is {now}{hint}"
     return None
@@ -258,6 +264,11 @@ def missing(saved: dict[str, Any], untrained: dict[str, Any]) -> list[str]:
         elif entry["shape"] != list(tensor.shape):
             found.append(f"{name}: shape was {entry['shape']}, is {list(tensor.shape)}")
     return found
+
+
+def compensated(entry: dict[str, Any]) -> bool:
+    """Whether the bits are there that a parameter's 16-bit weights lack."""
+    return entry.get("weights") == "kahan"
 
 
 def ranks(entry: dict[str, Any]) -> tuple[Any, Any]:

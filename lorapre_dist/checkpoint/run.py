@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ..config.param_groups import parameter_name
 from ..core.factors import SQUARES
+from ..core.rounding import COMPENSATION
 from ..optimizers.base import LowRankOptimizer
 from ..state.shards import (
     MODEL,
@@ -33,7 +34,7 @@ from ..state.shards import (
     weight_shards,
 )
 from ..state.state_dict import restore_groups, tell_converted
-from . import content, dcp, files, folder, stored
+from . import content, dcp, files, folder, halves, stored
 from .files import CheckpointError
 from .folder import Manifest
 from .resize import load_resized
@@ -349,9 +350,16 @@ def load(
         text = f"{len(left)} parameters were trained and are frozen now, and the optimizer does not have them: weights"
         warnings.warn(f"{text} are loaded, optimizer state is not ({', '.join(left[:3])}, ...)", stacklevel=2)
     changed: dict[str, dict[str, Any]] = {}
+    held = [(bound.piece, bound.state) for bound in optimizer.bound() if bound.piece.name not in fresh]
+    factors = state_shards(held)
+    # What bf16 weights lack belongs to them, and is loaded with them even where no state is.
+    change = halves.Change.between(was, present)
+    lower = {name: factors.pop(name) for name in list(factors) if name.endswith(f".{COMPENSATION}")}
+    lacking = {f"{OPTIMIZER}{name}.{COMPENSATION}" for name in change.here}
+    shards.update({name: shard for name, shard in lower.items() if name not in lacking})
+    if team.rank == 0:
+        change.say()
     if states:
-        held = [(bound.piece, bound.state) for bound in optimizer.bound() if bound.piece.name not in fresh]
-        factors = state_shards(held)
         known = {n: e for n, e in present.items() if n not in fresh}
         changed = {n: e for n, e in known.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
         resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"}
@@ -366,6 +374,7 @@ def load(
     for name in roots:
         shards[name].local.sqrt_()
     bring_home(shards)
+    halves.load(path / content.TENSORS, change, shards, lower, group)
     if states:
         tell_converted(optimizer, len(changed_forms(saved, known)))
         if changed:

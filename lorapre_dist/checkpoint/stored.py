@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..core.factors import state_shapes
+from ..core.rounding import COMPENSATION
 from ..state.shards import MODEL, OPTIMIZER, UNTRAINED
 from . import content, dcp, files, folder
 from .files import CheckpointError
@@ -105,6 +106,8 @@ def expected(parameters: dict[str, dict[str, Any]]) -> dict[str, tuple[int, ...]
             found.update({f"{OPTIMIZER}{name}.{key}": size for key, size in whole.items()})
         elif entry["kind"] == "adamw":
             found[f"{OPTIMIZER}{name}.exp_avg"] = found[f"{OPTIMIZER}{name}.exp_avg_sq"] = shape
+        if content.compensated(entry):
+            found[f"{OPTIMIZER}{name}.{COMPENSATION}"] = (*shape, 2)
     return found
 
 
@@ -137,7 +140,7 @@ def incomplete(stored: dict[str, StoredTensor], wanted: dict[str, tuple[int, ...
         if tensor is None:
             # A tensor without elements is written by no rank.
             found += [f"tensor {name} is missing"] if numel else []
-        elif tensor.shape not in (shape, (numel,)):  # weights and exp_avg are flat
+        elif tensor.shape not in (shape, (numel,), (numel // 2, 2)):  # weights and exp_avg are flat, pairs of bytes too
             found.append(f"tensor {name} is stored as {tensor.shape} instead of {shape}")
         elif (held := sum(math.prod(part.shape) for part in tensor.parts)) != numel:
             found.append(f"tensor {name} has {held} of its {numel} elements")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorapre_dist.config import CONFIGS, ConfigError, ds_json
 from lorapre_dist.config.ds_json import BATCH_SIZES, precision, zero_stage
-from lorapre_dist.config.options import RELEASE_UNDER_DEEPSPEED
+from lorapre_dist.config.options import RELEASE_UNDER_DEEPSPEED, SIXTEEN
 
 #: What the backends without DeepSpeed read, or can do without telling.
 NATIVE = {*BATCH_SIZES, *ds_json.PRECISIONS, "gradient_clipping", "optimizer", "steps_per_print"}
@@ -90,6 +90,11 @@ def clipping(config: dict[str, Any]) -> float:
     return float(config.get(GRADIENT_CLIPPING, GRADIENT_CLIPPING_DEFAULT))
 
 
+def sixteen_bit_weights(config: dict[str, Any]) -> bool:
+    """Whether the weights that are stepped are bf16 themselves, without an fp32 copy."""
+    return (config["optimizer"].get("params") or {}).get("weights") in SIXTEEN
+
+
 def check_native(backend: str, config: dict[str, Any]) -> None:
     """Raise a ConfigError if the JSON asks for what the backends without DeepSpeed cannot do."""
     if precision(config) == "fp16":
@@ -99,6 +104,11 @@ def check_native(backend: str, config: dict[str, Any]) -> None:
         raise ConfigError(
             f"--backend {backend}: optimizer.type {kind!r} is not supported; take one of {', '.join(CONFIGS)}, or "
             "--backend deepspeed"
+        )
+    if sixteen_bit_weights(config) and precision(config) != "bf16":
+        weights = config["optimizer"]["params"]["weights"]
+        raise ConfigError(
+            f"--backend {backend}: optimizer.params.weights={weights!r} is for bf16 weights; set bf16.enabled to true"
         )
 
 

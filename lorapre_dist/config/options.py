@@ -18,6 +18,9 @@ VARIANTS = ("stable", "paper")
 STATE_DTYPES = ("fp32", "bf16", "8bit")
 OTHER_STATES = ("adamw", "adafactor")
 EMBEDDINGS = ("full", "low_rank")
+#: The values of ``weights`` that are for bf16 weights without an fp32 copy.
+SIXTEEN = ("stochastic", "kahan")
+WEIGHTS = (None, "master", *SIXTEEN)
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
 #: Why gradients are not released there, and what is possible instead.
 RELEASE_UNDER_DEEPSPEED = (
@@ -63,6 +66,10 @@ class LowRankConfig:
             gradient; the same in all parameter groups, see :mod:`lorapre_dist.optimizers.release`.
         clip_each: norm to which each parameter's gradient is scaled down by itself, where gradients are released: their
             global norm is not known before all have been used.
+        weights: how bf16 weights that have no fp32 copy are stepped. ``"stochastic"``: rounded up or down at random, so
+            that on average nothing is lost. ``"kahan"``: rounded to the nearest, with the 16 bits that a bf16 weight
+            lacks of its fp32 value kept beside it, as state: the very steps of fp32 weights, at their memory.
+            ``"master"``, also None: rounded to the nearest, which is for weights that are fp32, or have an fp32 copy.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -83,6 +90,7 @@ class LowRankConfig:
     embeddings: str = "full"
     release_gradients: bool = False
     clip_each: float | None = None
+    weights: str | None = None
 
     # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
     # below which next to nothing is learned from scratch: a fiftieth of what is usual.
@@ -107,6 +115,7 @@ class LowRankConfig:
                     f"clip_each={self.clip_each}: is for gradients that are released (release_gradients=true); else "
                     "clip all of them by their global norm (gradient_clipping, or torch.nn.utils.clip_grad_norm_)"
                 )
+        choice("weights", self.weights, WEIGHTS)
         targets = self.target_modules
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from . import forms, quantized, spec
 from .batching import Outline, outline
 from .guard import Counted, sample
 from .interval import Peers, RowInterval, column_block
+from .rounding import Rounding
 from .sizes import SAMPLES
 from .spec import Axis
 
@@ -52,6 +53,7 @@ class Matrix(Counted):
         wide: the type that a step reckons in, where factors are kept in fewer bits; else None.
         salt: what the random bits begin with that round them (0-d, int64); None where nothing is rounded.
         kept: in a step, the factors as they are kept, where ``factors`` are wider copies.
+        rounding: how the weights are kept.
     """
 
     interval: RowInterval
@@ -66,9 +68,14 @@ class Matrix(Counted):
     wide: torch.dtype | None = None
     salt: Tensor | None = None
     kept: dict[str, Factors] | None = None
+    rounding: Rounding = field(default_factory=Rounding)
 
     def tensors(self) -> dict[str, Tensor]:
-        """State by name: ``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
+        """State by name: the low-rank state, and that of ``rounding``."""
+        return self.low_rank_tensors() | self.rounding.tensors()
+
+    def low_rank_tensors(self) -> dict[str, Tensor]:
+        """``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
         state: dict[str, Tensor] = {}
         for moment, factors in self.factors.items():
             if self.ranks[moment]:
@@ -150,6 +157,7 @@ def allocate(
     dtype: torch.dtype,
     before: tuple[int, int, int] = (0, 0, 0),
     kept: Mapping[str, str] | None = None,
+    rounding: Rounding | None = None,
 ) -> Matrix:
     """State of one matrix before its first step: ``B = vB = 0`` and ``A, vA ~ N(0, init_std^2)``; zero statistics.
 
@@ -180,6 +188,7 @@ def allocate(
     taken = torch.zeros((), device=device, dtype=torch.float64)
     sampled = _sampled(replace(interval, name=""), device)
     made = Matrix(interval, peers, held, statistics, taken, optimizer, variant, before, sampled)
+    made.rounding = rounding or made.rounding
     if forms.smaller(ranks, kept):
         made.wide, made.salt = dtype, torch.tensor(quantized.salt(seed, interval.name), device=device)
     return made

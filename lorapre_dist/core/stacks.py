@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import rounding
 from .exchange import Item
 from .factors import Factors
+from .rounding import Rounding
 
 
 def kind(item: Item) -> Hashable:
-    """What the matrices of a stack have in common in a step beside their outline: types of tensors."""
-    return tuple((t.dtype, t.device) for t in (item.theta, item.grad))
+    """What the matrices of a stack have in common in a step beside their outline: types of tensors, and rounding."""
+    return (type(item.matrix.rounding), *((t.dtype, t.device) for t in (item.theta, item.grad)))
 
 
 def stacked(run: list[Item]) -> Item:
@@ -33,9 +35,14 @@ def stacked(run: list[Item]) -> Item:
         for moment in matrices[0].factors
     }
     vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}
-    salt = None if matrices[0].salt is None else _lying_together(matrices, "salt")
-    taken = _lying_together(matrices, "taken")
-    matrix = replace(matrices[0], factors=factors, vectors=vectors, taken=taken, salt=salt)
+    matrix = replace(
+        matrices[0],
+        factors=factors,
+        vectors=vectors,
+        taken=_lying_together(matrices, "taken"),
+        salt=None if matrices[0].salt is None else _lying_together(matrices, "salt"),
+        rounding=_rounding([m.rounding for m in matrices]),
+    )
     theta, grad = (_joined([getattr(item, of) for item in run]) for of in ("theta", "grad"))
     return Item(matrix, theta, grad, _joined([item.largest for item in run]), run[0].go)
 
@@ -44,6 +51,14 @@ def unstack(stack: Item, run: list[Item]) -> None:
     """Copy the stack's weights to where they came from, unless they lie there."""
     if not _shares(stack.theta, run[0].theta):
         torch._foreach_copy_([item.theta for item in run], list(stack.theta.unbind()))
+
+
+def _rounding(each: list[Rounding]) -> Rounding:
+    """How the weights of a stack are kept, from how each matrix's are."""
+    first = each[0]
+    if isinstance(first, rounding.Stochastic):
+        return rounding.stacked(each)
+    return rounding.Kahan(_lying_together(each, "low")) if isinstance(first, rounding.Kahan) else first
 
 
 def _lying_together(owners: list[Any], name: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, LowRankConfig, others, param_groups
 from ..config.checks import boolean, shown
 from ..config.options import RELEASE_UNDER_DEEPSPEED
-from ..core import batching, gauge
+from ..core import batching, gauge, rounding
 from ..core.comm import Comm, all_ranks
 from ..core.exchange import Item
 from ..core.factors import Matrix, allocate
@@ -31,7 +31,7 @@ from ..layouts.matrices import arrange
 from ..state.full import full_state, load_full_state
 from ..state.report import MemoryReport
 from ..state.state_dict import StatefulOptimizer, state_dtype
-from . import advise, agreement, awaiting
+from . import advise, agreement, awaiting, weights
 from .other_rules import other_rule
 from .release import Release, check_release
 from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
@@ -175,6 +175,8 @@ class LowRankOptimizer(StatefulOptimizer):
         if config.release_gradients != self.config.release_gradients:
             raise ConfigError(f"release_gradients={config.release_gradients} in a parameter group: give it for all")
         if not self.awaiting_layout:
+            names = group.get("param_names") or [f"number {k}" for k in range(len(group["params"]))]
+            weights.check(config.weights, zip(names, group["params"], strict=True))
             if config.target_modules is not None and "param_names" not in group:
                 raise ConfigError(
                     f"target_modules={config.target_modules!r}: selects by name, but the parameters have no names; "
@@ -247,6 +249,7 @@ class LowRankOptimizer(StatefulOptimizer):
         config = self.group_config(self.param_groups[unit.group])
         device = local(unit.tensor).device
         dtype = state_dtype(unit.tensor)
+        weights.check(config.weights, [(piece.name, unit.tensor) for piece in unit.pieces], self.layout)
         bound = []
         for piece in [piece for piece in unit.pieces if piece.owned]:
             state: Matrix | adamw.Vector
@@ -269,9 +272,10 @@ class LowRankOptimizer(StatefulOptimizer):
                     dtype=dtype,
                     before=piece.before,
                     kept=kept.forms,
+                    rounding=weights.rounding(config, piece, device),
                 )
             else:
-                state = adamw.allocate(piece.numel, device, dtype)
+                state = adamw.allocate(piece.numel, device, dtype, weights.rounding(config, piece, device))
             bound.append(Bound(piece, state, other=kept is not None and kept is not config))
         self._bound[id(unit.tensor)] = bound
 
@@ -444,6 +448,7 @@ class LowRankOptimizer(StatefulOptimizer):
     def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
         items: list[Item] = []
         other: dict[others.Settings, list[Item]] = {}
+        rounding.draw([piece.bound.state for piece in pieces])
         for piece in pieces:
             state, taken = piece.bound.state, go[piece.theta.device]
             if isinstance(state, Matrix):

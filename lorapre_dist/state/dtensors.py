@@ -26,10 +26,11 @@ from ..core.factors import Matrix, state_shapes
 from ..core.forms import length
 from ..core.interval import column_block
 from ..core.quantized import DTYPES, converted, form_of, rank_of
+from ..core.rounding import COMPENSATION
 from ..core.spec import Axis, axis_of
 from ..layouts.base import Layout, Piece, Unit, local
 from ..layouts.geometry.ranges import equal_ranges
-from .shards import Shard, like, matrix_shards
+from .shards import Shard, elementwise, like, matrix_shards
 
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default}
@@ -87,7 +88,7 @@ class Part(Tensor):
         s, owned = self.shard, self.shard.owned
         whole = s.local.new_zeros(s.shape)
         whole.narrow(s.dim, s.start + s.skip, owned.shape[s.dim]).copy_(owned)
-        dist.all_reduce(whole, group=group)
+        dist.all_reduce(whole, group=group)  # sums with zeros: of bytes, too
         first, last = column_block(s.shape[s.dim], dist.get_world_size(group), dist.get_rank(group))
         return whole.narrow(s.dim, first, last - first)
 
@@ -217,16 +218,20 @@ def expose(unit: Unit, piece: Piece, state: Any, layout: Layout, group: Any) -> 
         else:
             split = {Axis.COLUMNS: Split(1), Axis.ALL_COLUMNS: Replicate()}.get(axis_of(key)) or _rows(state)
             found[key] = Exposed(spread(shard, state.peers.group, split), shard.local, vectors)
-    for key, tensor in ({} if isinstance(state, Matrix) else state.tensors()).items():
-        if isinstance(p, DTensor) and piece.numel == local(p).numel():
-            found[key] = Exposed(like(p, tensor), tensor.view(local(p).shape))
+    for key, tensor in elementwise(state).items():
+        inner = tensor.shape[1:]
+        if isinstance(p, DTensor) and len(piece.shape) == p.ndim and piece.numel == local(p).numel():
+            found[key] = Exposed(like(p, tensor), tensor.view((*local(p).shape, *inner)))
         elif alone:
-            found[key] = Exposed(tensor.view(p.shape), tensor.view(p.shape))
+            whole = tensor.view((*piece.shape, *inner))
+            found[key] = Exposed(whole, whole)
         elif group is not None:
             rows = _dim0(piece, tensor)
-            found[key] = Exposed(spread(rows, group, Split(0)), rows.local)
+            placed = None if isinstance(state, Matrix) else Split(0)  # a matrix is one rank's
+            found[key] = Exposed(spread(rows, group, placed), rows.local)
         else:
-            found[key] = Exposed(spread(Shard((torch.Size(piece.shape).numel(),), piece.start, tensor)), tensor)
+            flat = Shard((torch.Size(piece.shape).numel(), *inner), piece.start, tensor)
+            found[key] = Exposed(spread(flat), tensor)
     count = torch.tensor([state.step], device=local(p).device)
     if group is None:
         found["step"] = Exposed(count, count)
@@ -239,6 +244,7 @@ def elsewhere(
     shape: tuple[int, ...],
     low_rank: tuple[dict[str, int], tuple[str, ...], dict[str, str]] | None,
     group: Any,
+    compensated: bool = False,
     **kind: Any,
 ) -> dict[str, Exposed]:
     """As :func:`expose`, for what other ranks of ``group`` keep.
@@ -246,6 +252,7 @@ def elsewhere(
     Args:
         shape: of the parameter, or of a matrix of a stack.
         low_rank: ranks by moment, names of the statistics, and the factors' forms by moment, if it is low-rank.
+        compensated: whether bits that its weights lack are kept.
         kind: dtype and device of the state.
     """
     shape = shape or (1,)
@@ -260,6 +267,10 @@ def elsewhere(
         nothing = torch.empty([0 if d == dim else n for d, n in enumerate(size)], **of)
         placed = spread(Shard(size, 0, nothing, dim), group, Split(0) if low_rank is None else None)
         found[key] = Exposed(placed, None, vectors)
+    if compensated:
+        nothing = torch.empty((0, *shape[1:], 2), dtype=torch.uint8, device=kind["device"])
+        lies = Split(0) if low_rank is None else None
+        found[COMPENSATION] = Exposed(spread(Shard((*shape, 2), 0, nothing), group, lies), None)
     none = torch.empty(0, dtype=torch.int64, device=kind["device"])
     found["step"] = Exposed(spread(Shard((1,), 0, none), group), None)
     return found
@@ -304,5 +315,5 @@ def _rows(matrix: Matrix) -> Any:
 def _dim0(piece: Piece, elements: Tensor) -> Shard:
     """A piece of whole slices of dim 0, in the parameter's shape."""
     shape = piece.shape or (1,)
-    inner = torch.Size(shape[1:]).numel()
-    return Shard(shape, piece.start // inner, elements.view(-1, *shape[1:]))
+    inner, each = torch.Size(shape[1:]).numel(), elements.shape[1:]
+    return Shard((*shape, *each), piece.start // inner, elements.view(-1, *shape[1:], *each))

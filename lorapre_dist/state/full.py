@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,11 @@ from ..config import ConfigError
 from ..core.comm import all_ranks
 from ..core.factors import SQUARES
 from ..core.quantized import converted
+from ..core.rounding import COMPENSATION
 from .shards import OPTIMIZER, Shard, bring_home, in_other_form, state_shards, vector_dim
+
+#: State with something for each element of the parameter: whole, it has the parameter's shape.
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", COMPENSATION)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Extent:
 def full_state(held: list[tuple[Any, Any]], group: Any = None) -> dict[str, dict[str, Any]]:
     """The state of all ranks' ``(piece, state)`` pairs in host memory of rank 0, ``{}`` elsewhere; a collective.
 
-    By parameter name: the tensors, ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, and ``step``.
+    By parameter name: the tensors, ``exp_avg`` and ``exp_avg_sq`` in the parameter's shape, ``compensation`` in that
+    and two bytes, and ``step``.
     """
     mine = {piece.name: (piece.shape, state.step) for piece, state in held}
     known = {name: entry for part in all_ranks(mine, group) for name, entry in part.items()}
@@ -46,7 +52,7 @@ def full_state(held: list[tuple[Any, Any]], group: Any = None) -> dict[str, dict
         if tensor is not None:
             shape, step = known[name]
             entry = full.setdefault(name, {"step": step})
-            entry[part] = tensor.view(shape) if part.startswith("exp_avg") else tensor
+            entry[part] = tensor.view((*shape, *tensor.shape[1:])) if part in ELEMENTWISE else tensor
     return full
 
 
@@ -60,13 +66,45 @@ def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]]
     for name, entry in {name: rooted(entry) for name, entry in full.items()}.items():
         for part, tensor in entry.items():
             if part != "step":
-                tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape(-1) if part.startswith("exp_avg") else tensor
-    shards = state_shards(held)
+                each = tensor.shape[-1:] if part == COMPENSATION else ()
+                tensors[f"{OPTIMIZER}{name}.{part}"] = tensor.reshape((-1, *each)) if part in ELEMENTWISE else tensor
+    shards, fresh = _compensated_alike(state_shards(held), tensors, group)
     scatter(shards, tensors, group)
-    bring_home(shards)
+    for shard in fresh.values():
+        shard.local.zero_()
+    bring_home(shards | fresh)
     steps = all_ranks(steps, group)[0]
     for piece, state in held:
         state.step = steps[piece.name]
+
+
+def _compensated_alike(
+    shards: dict[str, Shard], tensors: dict[str, Tensor], group: Any
+) -> tuple[dict[str, Shard], dict[str, Shard]]:
+    """The shards to fill from rank 0's ``tensors``, and those to begin with zeros; a collective.
+
+    What 16-bit weights lack may be kept on one side alone: here it begins with zeros then, there it is dropped from
+    ``tensors``.
+    """
+    here = {name for names in all_ranks([n for n in shards if n.endswith(COMPENSATION)], group) for name in names}
+    there = all_ranks([n for n in tensors if n.endswith(COMPENSATION)], group)[0]
+    begins, dropped = here - set(there), set(there) - here
+    said(len(begins), len(dropped))
+    for name in dropped:
+        tensors.pop(name, None)
+    known = {name: shard for name, shard in shards.items() if name not in begins}
+    return known, {name: shard for name, shard in shards.items() if name in begins}
+
+
+def said(fresh: int, dropped: int) -> None:
+    """Warn, on rank 0, that ``compensation`` was not saved for so many parameters, or is not kept here for so many."""
+    if _rank(None):
+        return
+    if fresh:
+        warnings.warn(f"{fresh} parameters begin without compensation: it was not saved", stacklevel=3)
+    if dropped:
+        text = "is not kept here (weights='kahan' would): their weights are as rounded to 16 bits"
+        warnings.warn(f"the compensation of {dropped} parameters {text}", stacklevel=3)
 
 
 def rooted(entry: dict[str, Any]) -> dict[str, Any]:

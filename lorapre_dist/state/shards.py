@@ -2,10 +2,11 @@
 
 Names are ``model.NAME`` for the weights that are stepped (fp32 masters where there are some) and ``untrained.NAME`` for
 the model's other tensors, 1-D in row-major order; and ``optimizer.NAME.KEY`` for the state: ``m_B`` (p x r), ``m_A``
-(r x q), ``v_B``, ``v_A``, ``rms_row`` (p), ``rms_col`` (q), or ``exp_avg`` and ``exp_avg_sq`` (1-D). Every layout holds
-a run of each, so one form serves them all; a matrix that is split by columns is brought into rows, and back after
-loading. Factors are saved as they are kept: in bf16, or in 8 bits with the scales behind (``core/forms.py``); what was
-saved otherwise is converted when it is loaded.
+(r x q), ``v_B``, ``v_A``, ``rms_row`` (p), ``rms_col`` (q), or ``exp_avg`` and ``exp_avg_sq`` (1-D); and, where weights
+are kept so, ``compensation`` (two bytes an element: elements x 2). Every layout holds a run of each, so one form serves
+them all; a matrix that is split by columns is brought into rows, and back after loading. Factors are saved as they are
+kept: in bf16, or in 8 bits with the scales behind (``core/forms.py``); what was saved otherwise is converted when it is
+loaded.
 
 A :class:`Shard` has the three methods by which ``torch.distributed.checkpoint`` saves and reshards a DTensor.
 """
@@ -82,8 +83,8 @@ class Shard:
         """Copy what was loaded into ``local`` to where it belongs; a collective if that is split by columns."""
         if isinstance(self.home, DTensor):
             mesh, placements = self.home.device_mesh, _row_wise(self.home)
-            rows = self.local.view(-1, self.home.shape[1])
-            shape, stride = self.home.shape, (self.home.shape[1], 1)
+            rows = self.local.view(-1, *self.home.shape[1:])
+            shape, stride = self.home.shape, self.home.stride()
             loaded = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
             self.home.to_local().copy_(loaded.redistribute(placements=self.home.placements).to_local())
         elif self.home is not None and self.home.dtype != self.local.dtype:
@@ -121,22 +122,25 @@ def _row_wise(tensor: DTensor) -> list[Any]:
 
 def flat_shard(tensor: DTensor) -> Shard:
     """This rank's share, as one run, of a matrix that is split by columns; a collective, of as many bytes as it has."""
-    placements, (p, q) = _row_wise(tensor), tensor.shape
+    placements, (p, q, *inner) = _row_wise(tensor), tensor.shape
     moved: Any = tensor.detach().to(tensor.device_mesh.device_type)
     rows = moved.redistribute(placements=placements)
-    _, (first, _) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
-    return Shard((p * q,), min(first, p) * q, rows.to_local().contiguous().view(-1), home=tensor.detach())
+    _, (first, *_) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
+    local_rows = rows.to_local().contiguous().view(-1, *inner)
+    return Shard((p * q, *inner), min(first, p) * q, local_rows, home=tensor.detach())
 
 
 def like(parameter: DTensor, elements: Tensor) -> DTensor:
-    """A DTensor placed as ``parameter``, of this rank's ``elements`` of it."""
+    """A DTensor placed as ``parameter``, of this rank's ``elements`` of it (n, or n x numbers of each)."""
+    inner = elements.shape[1:]
+    shape = torch.Size((*parameter.shape, *inner))
     return DTensor.from_local(
-        elements.view(local(parameter).shape),
+        elements.view((*local(parameter).shape, *inner)),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
     )
 
 
@@ -176,7 +180,7 @@ def state_shards(held: Iterable[tuple[Any, Any]]) -> dict[str, Shard]:
     """The state of this rank's ``(piece, state)`` pairs."""
     found = {}
     for piece, state in held:
-        shards = matrix_shards(state) if isinstance(state, Matrix) else _vector_shards(piece, state)
+        shards = {**(matrix_shards(state) if isinstance(state, Matrix) else {}), **_element_shards(piece, state)}
         found.update({f"{OPTIMIZER}{piece.name}.{key}": shard for key, shard in shards.items()})
     return found
 
@@ -186,7 +190,7 @@ def matrix_shards(matrix: Matrix) -> dict[str, Shard]:
     (p, q), interval = matrix.interval.shape, matrix.interval
     first = 0 if matrix.peers is None else min(q, matrix.peers.index * matrix.block_size)
     found = {}
-    for key, tensor in matrix.tensors().items():
+    for key, tensor in matrix.low_rank_tensors().items():
         axis = axis_of(key)
         if axis is Axis.COLUMNS:
             found[key] = Shard((tensor.shape[0], q), first, tensor, dim=1)
@@ -197,8 +201,14 @@ def matrix_shards(matrix: Matrix) -> dict[str, Shard]:
     return found
 
 
-def _vector_shards(piece: Any, vector: Any) -> dict[str, Shard]:
+def elementwise(state: Any) -> dict[str, Tensor]:
+    """The tensors of a piece's state that have a number, or two bytes, for each of its elements: n, or n x 2."""
+    found: dict[str, Tensor] = state.rounding.tensors() if isinstance(state, Matrix) else state.tensors()
+    return found
+
+
+def _element_shards(piece: Any, state: Any) -> dict[str, Shard]:
     if piece.columns is not None:
-        return {key: flat_shard(like(piece.parameter, tensor)) for key, tensor in vector.tensors().items()}
+        return {key: flat_shard(like(piece.parameter, tensor)) for key, tensor in elementwise(state).items()}
     numel = torch.Size(piece.shape).numel()
-    return {key: Shard((numel,), piece.start, tensor) for key, tensor in vector.tensors().items()}
+    return {key: Shard((numel, *tensor.shape[1:]), piece.start, tensor) for key, tensor in elementwise(state).items()}

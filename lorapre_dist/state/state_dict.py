@@ -27,17 +27,19 @@ from torch.distributed.tensor import DTensor
 from ..config import ConfigError
 from ..config.param_groups import clean_name, parameter_name
 from ..core.comm import all_ranks
+from ..core.rounding import COMPENSATION
 from ..layouts.base import Layout, Unit, local
 from ..layouts.dtensor import shard_group
 from ..layouts.matrices import expert_name
 from .dtensors import Exposed, Part, elsewhere, expose
-from .full import rooted
+from .full import rooted, said
 
 _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
 # What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's, and so
-# are when gradients are used, and the form in which state is kept: what was saved in another one is converted.
-_PRESENT = ("target_modules", "state_dtype", "release_gradients", "clip_each")
+# are when gradients are used, how weights are kept (whose type a checkpoint does not change), and the form in which
+# state is kept: what was saved in another one is converted.
+_PRESENT = ("target_modules", "weights", "state_dtype", "release_gradients", "clip_each")
 _FLATTENED = "FSDP1"
 
 
@@ -95,6 +97,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if group is None:
             return {name: expose(unit, b.piece, b.state, self.layout, None) for name, b in held.items()}
         kind = {"dtype": state_dtype(p), "device": local(p).device}
+        compensated = self.group_config(self.param_groups[unit.group]).weights == "kahan"
 
         def low_rank(name: str, shape: tuple[int, ...]) -> Any:
             kept = self._kept_as(name, shape, unit.group)
@@ -103,7 +106,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return {
             name: expose(unit, held[name].piece, held[name].state, self.layout, group)
             if name in held
-            else elsewhere(shape, low_rank(name, shape), group, **kind)
+            else elsewhere(shape, low_rank(name, shape), group, compensated, **kind)
             for name, shape in shapes.items()  # in an order that is the same on every rank
         }
 
@@ -249,6 +252,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
         names = {name for theirs in all_ranks(names, group) for name in theirs}
     optimizer.bind_saved(names)
     untrained = {n for group in saved["param_groups"] for n in group.get("frozen", ())}
+    fresh_bits = dropped = 0
     loads, unknown = [], set(entries) - {piece.name for unit in optimizer.layout.units for piece in unit.pieces}
     for unit in optimizer.layout.units:
         states = {bound.piece.name: bound.state for bound in optimizer._bound[id(unit.tensor)]}
@@ -259,6 +263,10 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
                 fresh = parameter_name(name) in untrained  # it was frozen then, and begins now
                 found += [f"{name}: not in the saved state"] if name in states and not fresh else []
                 continue
+            if COMPENSATION in keys and COMPENSATION not in entry:
+                fresh_bits += 1
+                entry[COMPENSATION] = torch.zeros_like(keys[COMPENSATION].tensor)
+            dropped += COMPENSATION in entry and COMPENSATION not in keys
             for key, to in keys.items():
                 if (problem := to.check(entry.get(key))) is not None:
                     found.append(f"{name}: {key} {problem}")
@@ -271,6 +279,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise ConfigError("the optimizer state does not fit: " + "; ".join(found[:3]) + more)
     tell_converted(optimizer, sum(any(to.other_form(e.get(k)) for k, to in keys.items()) for _, keys, e in loads))
+    said(fresh_bits, dropped)
     for state, keys, entry in loads:
         for key, to in keys.items():  # also what other ranks of DDP keep: it may be a collective
             to.load(entry[key])

@@ -259,3 +259,47 @@ def test_a_configuration_of_another_optimizer_is_checked_at_our_door_as_well():
     assert check_config(CONFIG | {"optimizer": adamw}) is None
     with pytest.raises(ConfigError, match="gradient_cliping"):
         check_config(CONFIG | {"optimizer": adamw, "gradient_cliping": 1.0})
+
+
+SIXTEEN = {"enabled": True, "bf16_master_weights_and_grads": True}
+
+
+def sixteen(weights, bf16=SIXTEEN, stage=2, **more):
+    params = {**CONFIG["optimizer"]["params"], "weights": weights}
+    optimizer = {**CONFIG["optimizer"], "params": params}
+    return CONFIG | {"optimizer": optimizer, "bf16": bf16, "zero_optimization": {"stage": stage, **more}}
+
+
+@pytest.mark.parametrize("weights", ["stochastic", "kahan"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_weights_without_masters_are_taken(weights, stage):
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for bf16 in (SIXTEEN, SIXTEEN | {"bf16_optimizer_states": True}):
+        for more in ({}, offload):
+            assert check_config(sixteen(weights, bf16, stage, **more)).weights == weights
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (sixteen("kahan", {"enabled": False}), "weights='kahan': is for bf16 weights; set bf16.enabled"),
+        (
+            sixteen("kahan", {"enabled": True}),
+            "would keep fp32 masters; set bf16.bf16_master_weights_and_grads to true",
+        ),
+        (sixteen("stochastic", {"enabled": True}, stage=0), "ZeRO stage 0 keeps fp32 masters; take stage 1, 2 or 3"),
+        (sixteen("stochastic", stage=0), "only supported with ZeRO Stage 1, 2, or 3"),
+        (
+            sixteen("stochastic", stage=1) | {"data_types": {"grad_accum_dtype": "fp32"}},
+            "ZeRO stage 1 keeps fp32 masters",
+        ),
+        (sixteen(None), "would lose small updates in rounding; set weights='stochastic' or 'kahan'"),
+        (sixteen("master"), "would lose small updates in rounding; set weights='stochastic' or 'kahan'"),
+        (CONFIG | {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "take bf16"),
+    ],
+)
+def test_what_would_not_step_bf16_weights_is_refused(config, words):
+    with pytest.raises(ConfigError) as raised:
+        check_config(config)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -72,5 +72,5 @@ class Adafactor(Adam):
         level = (most * (columns / most).square_().mean(-1, keepdim=True).sqrt_()).clamp_min_(tiny)
         down = rows * broadcast(work.context[1], 1) ** -0.5 / level
         torch.mul(down[..., None], columns[..., None, block.columns], out=w).add_(max(self.eps, tiny))
-        apply(block.theta, m, w, self, go)
+        apply(work, block, m, w, self)
         regression.refresh_rows(work, 0, block, g, Y, self.regression, workspace)

@@ -96,7 +96,7 @@ def _update_block(rule: Adam, work: Work, block: Block, workspace: Workspace) ->
         torch.mul(B, keep, out=left).sub_(Y, alpha=rule.residual)
         addmm(torch.mul(g, fresh, out=m), left, A, beta=1)
         _root_plus(w.div_(bias2), torch.full((), eps, dtype=dtype, device=w.device))
-    apply(block.theta, m, w, rule, go)
+    apply(work, block, m, w, rule)
 
     regression.refresh_rows(work, 0, block, g, Y, rule.regression, workspace)
     regression.refresh_rows(work, 1, block, a, Yv, rule.regression, workspace)
@@ -138,9 +138,10 @@ def _root_plus(w: Tensor, floor: Tensor) -> Tensor:
     return torch.addcdiv(floor, w.new_ones(w.shape[-1]), w.pow_(-0.5), out=w)
 
 
-def apply(theta: Tensor, m: Tensor, denom: Tensor, rule: Any, go: Go) -> None:
+def apply(work: Work, block: Block, m: Tensor, denom: Tensor, rule: Any) -> None:
     """``theta -= lr (scale m / denom + weight_decay theta)``, the quotient clipped; ``m`` is overwritten."""
-    wide = theta if theta.dtype == m.dtype else theta.to(m.dtype)
+    rounding, go = work.matrix.rounding, work.item.go
+    wide = rounding.wide(block.theta, block.at, m.dtype)
     if rule.weight_decay:
         wide.mul_(go.keep(1 - rule.lr * rule.weight_decay, m.dtype))
     if math.isfinite(rule.max_update):
@@ -148,5 +149,4 @@ def apply(theta: Tensor, m: Tensor, denom: Tensor, rule: Any, go: Go) -> None:
         wide.add_(m, alpha=-rule.lr * rule.scale)
     else:
         wide.addcdiv_(m, denom, value=-rule.lr * rule.scale)
-    if wide is not theta:
-        theta.copy_(wide)
+    rounding.put(wide, block.theta, block.at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import spec
 from ..guard import ADAMW_LARGEST, Counted, Go
+from ..rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class Hyper:
 
 @dataclass
 class Vector(Counted):
-    """State of one parameter's local piece: ``exp_avg`` and ``exp_avg_sq``, both 1-D of the piece's length."""
+    """State of one parameter's local piece: ``exp_avg`` and ``exp_avg_sq``, both 1-D of the piece's length.
+
+    ``rounding`` is how the weights are kept.
+    """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
     taken: Tensor
+    rounding: Rounding = field(default_factory=Rounding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -37,15 +42,15 @@ class Vector(Counted):
         return self.exp_avg.dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """State by ``torch.optim.AdamW``'s names."""
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        """State by ``torch.optim.AdamW``'s names, and that of ``rounding``."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, **self.rounding.tensors()}
 
 
-def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
+def allocate(numel: int, device: torch.device, dtype: torch.dtype, rounding: Rounding) -> Vector:
     """State of a piece before its first step: zeros."""
     specs = spec.of_vector(str(dtype).removeprefix("torch."))
     zeros = {key: torch.zeros(s.shape(numel), device=device, dtype=getattr(torch, s.dtype)) for key, s in specs.items()}
-    return Vector(**zeros, taken=torch.zeros((), device=device, dtype=torch.float64))
+    return Vector(**zeros, taken=torch.zeros((), device=device, dtype=torch.float64), rounding=rounding)
 
 
 def bias(decay: float, taken: Tensor, go: Go, dtype: torch.dtype) -> Any:
@@ -73,8 +78,9 @@ def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes:
     size = max(1, block_bytes // vector.exp_avg.element_size())
     for at in range(0, theta.numel(), size):
         part = slice(at, at + size)
+        weights = theta[part]
         exp_avg, exp_avg_sq = vector.exp_avg[part], vector.exp_avg_sq[part]
-        g, wide = grad[part].to(dtype), theta[part].to(dtype)
+        g, wide = grad[part].to(dtype), vector.rounding.wide(weights, at, dtype)
         g = g.clamp(-ADAMW_LARGEST, ADAMW_LARGEST)
         if not go.sure:
             g = g.nan_to_num_(0.0)
@@ -82,5 +88,5 @@ def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes:
         exp_avg_sq.lerp_(g.square_(), fresh_sq)
         denom = (exp_avg_sq / bias2).sqrt_().add_(max(hyper.eps, torch.finfo(dtype).tiny)).mul_(slow)
         wide.mul_(decay).addcdiv_(exp_avg, denom, value=-1)
-        if theta.dtype != dtype:
-            theta[part].copy_(wide)
+        del g, denom  # rounding takes as much again
+        vector.rounding.put(wide, weights, at)

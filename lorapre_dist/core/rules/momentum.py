@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import regression
 from ..comm import Comm
 from ..exchange import Work
-from ..guard import Go
 from ..linalg import addmm
 from ..regression import Block, Regression
 from ..workspace import Workspace
@@ -74,7 +73,7 @@ class Momentum:
         direction = addmm(out, left, A, beta=self.fresh + self.residual, start=g)
         if u is None:
             direction = direction.sign_() if self.sign else direction
-            self._apply(block.theta, direction, work.matrix.interval.shape, go)
+            self._apply(work, block, direction)
         regression.refresh_rows(work, 0, block, g, Y, self.regression, workspace)
 
     def finish(self, works: list[Work], comm: Comm, workspace: Workspace) -> None:
@@ -84,10 +83,12 @@ class Momentum:
             pieces = [(work.matrix, work.context, work.size) for work in works]
             orthogonal.orthogonalise(pieces, self.orthogonal, comm, limit, workspace.bucket)
             for work in works:
-                self._apply(work.item.theta, work.context, work.matrix.interval.shape, work.item.go)
+                for block in regression.blocks(work, workspace):
+                    numel = block.theta[0].numel()
+                    self._apply(work, block, work.context[:, block.at : block.at + numel].view(block.theta.shape))
 
-    def _apply(self, theta: Tensor, update: Tensor, shape: tuple[int, int], go: Go) -> None:
-        wide = theta if theta.dtype == update.dtype else theta.to(update.dtype)
-        wide.mul_(go.keep(1 - self.decay, wide.dtype)).add_(update, alpha=-self.lr(shape))
-        if wide is not theta:
-            theta.copy_(wide)
+    def _apply(self, work: Work, block: Block, update: Tensor) -> None:
+        rounding, go = work.matrix.rounding, work.item.go
+        wide = rounding.wide(block.theta, block.at, update.dtype)
+        wide.mul_(go.keep(1 - self.decay, wide.dtype)).add_(update, alpha=-self.lr(work.matrix.interval.shape))
+        rounding.put(wide, block.theta, block.at)

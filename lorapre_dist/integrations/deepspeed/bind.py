@@ -37,7 +37,7 @@ from ...layouts.base import Layout
 from ...optimizers import OPTIMIZERS, LowRankOptimizer, agreement
 from ...optimizers.awaiting import building_under_engine
 from . import checkpoint as checkpoints
-from . import fixes, keys
+from . import fixes, keys, weights
 
 
 def _above(limit: int) -> Callable[[Any], bool]:
@@ -53,9 +53,7 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("zero_optimization.elastic_checkpoint", True, "it cuts state tensors to the length of the flat weights"),
     ("zero_optimization.mics_shard_size", _above(0), "parameters are then split over sub-groups of ranks"),
     ("zero_optimization.zero_hpz_partition_size", _above(1), "secondary partitions are not understood"),
-    ("fp16.fp16_master_weights_and_grads", True, "the master weights must be fp32"),
-    ("bf16.bf16_master_weights_and_grads", True, "the master weights must be fp32"),
-    ("bf16.bf16_optimizer_states", True, "the factors are fp32"),
+    ("fp16.fp16_master_weights_and_grads", True, "take bf16, bf16_master_weights_and_grads and weights='stochastic'"),
     ("tensor_parallel.autotp_size", _above(1), "DeepSpeed's tensor parallelism splits matrices again"),
     ("torch_autocast.enabled", True, "its gradient scaler steps the optimizer behind DeepSpeed; use bf16 or fp16"),
     ("sparse_gradients", True, "LoRAPre needs dense gradients"),
@@ -80,6 +78,7 @@ def register() -> None:
     if not hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__"):
         DeepSpeedEngine._configure_distributed_model = _agreeing(DeepSpeedEngine._configure_distributed_model)
         DeepSpeedEngine._configure_optimizer = _binding(DeepSpeedEngine._configure_optimizer)
+        weights.allow()
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -130,7 +129,11 @@ def check_config(config: Mapping[str, Any] | str | Path) -> LowRankConfig | None
     if kind in OPTIMIZERS:
         _check_features(config, kind)
     keys.check(config)
-    return OPTIMIZERS[kind].config_class.from_params(optimizer.get("params") or {}) if kind in OPTIMIZERS else None
+    if kind not in OPTIMIZERS:
+        return None
+    settings = OPTIMIZERS[kind].config_class.from_params(optimizer.get("params") or {})
+    weights.check(config, [settings.weights])
+    return settings
 
 
 def _meant(kind: Any) -> str | None:
@@ -224,6 +227,7 @@ def _binding(configure: Any) -> Any:
             ds_json.check_values(config)
             _check_features(config, client_optimizer.config.optimizer)
             keys.check(config)
+            weights.check(config, [group["weights"] for group in client_optimizer.param_groups])
             client_optimizer.awaiting_layout = True
         elif client_optimizer is None and _meant((config.get("optimizer") or {}).get("type")):
             check_config(config)

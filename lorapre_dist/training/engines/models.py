@@ -22,7 +22,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.config.ds_training import precision
+from lorapre_dist.config.ds_training import precision, sixteen_bit_weights
 from lorapre_dist.layouts.base import local
 from lorapre_dist.layouts.dtensor import block
 from lorapre_dist.training.engines import pretrained
@@ -82,7 +82,8 @@ def fit_vocabulary(config: PretrainedConfig, settings: Settings, tokenizer: PreT
 def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel:
     """Construct the model, partitioned from birth under ZeRO-3 and FSDP2, and initialise or load it.
 
-    For DeepSpeed it is in the JSON's precision, otherwise in fp32 and on this rank's device. Initial weights depend on
+    For DeepSpeed it is in the JSON's precision, otherwise in fp32 (bf16 where the optimizer steps such weights) and on
+    this rank's device. Initial weights depend on
     the seed and each module's name only: not on the backend, the stage, the number of ranks, or (up to rounding) the
     precision.
 
@@ -90,7 +91,8 @@ def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel
         ConfigError: transformers cannot build a causal LM from this config, or ``--init_from`` cannot be loaded.
     """
     kind, option = precision(settings.ds_config), "--init_from"
-    dtype = DTYPES[kind] if settings.backend == "deepspeed" else torch.float32
+    as_computed = settings.backend == "deepspeed" or sixteen_bit_weights(settings.ds_config)
+    dtype = DTYPES[kind] if as_computed else torch.float32
     if settings.init_from and settings.backend != "fsdp2":
         zero3 = settings.ds_config if settings.zero_stage == 3 else None
         model = pretrained.load(config, settings.init_from, option, dtype, zero3)
@@ -100,7 +102,7 @@ def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel
         _shard(model, kind)
         if settings.init_from:
             with ranks.together():
-                pretrained.fill_shards(model, settings.init_from, option, ranks.device())
+                pretrained.fill_shards(model, settings.init_from, option, ranks.device(), dtype)
     if settings.backend != "deepspeed":
         device = ranks.device()
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
@@ -150,7 +152,7 @@ def _without_storage() -> Iterator[None]:
 
 
 def _shard(model: PreTrainedModel, kind: str) -> None:
-    """FSDP2 over all ranks: a unit for each block of the model, one for the rest; fp32 weights and reductions."""
+    """FSDP2 over all ranks: a unit for each block of the model, one for the rest; reductions in fp32."""
     policy = MixedPrecisionPolicy(param_dtype=None if kind == "fp32" else DTYPES[kind], reduce_dtype=torch.float32)
     blocks = set(model._no_split_modules or ())
     for module in model.modules():

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lorapre_dist.checkpoint import native, run
-from lorapre_dist.config.ds_training import clipping, precision, releases_gradients
+from lorapre_dist.config.ds_training import clipping, precision, releases_gradients, sixteen_bit_weights
 from lorapre_dist.integrations.deepspeed import checkpoint as engine_checkpoints
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.engines.schedule import scheduler_factory
@@ -25,7 +25,8 @@ class NativeEngine:
     """The model with the optimizer of the DeepSpeed JSON and the schedule; a collective.
 
     fp32 master weights. With bf16 FSDP2 computes in bf16 (``MixedPrecisionPolicy``) and DDP under ``torch.autocast``;
-    gradients are reduced in fp32. Under FSDP2 they stay sharded between micro-batches; under DDP the last one reduces.
+    gradients are reduced in fp32. Where the optimizer's ``weights`` are for bf16 the model is bf16 all through, and DDP
+    reduces in bf16. Under FSDP2 gradients stay sharded between micro-batches; under DDP the last one reduces.
 
     Raises:
         ConfigError: the optimizer rejects its options or matches nothing.
@@ -39,7 +40,7 @@ class NativeEngine:
         if settings.backend == "ddp":
             indices = [self.device.index] if self.device.type == "cuda" else None
             self._model = DistributedDataParallel(self.module, device_ids=indices, gradient_as_bucket_view=True)
-            self._autocast = precision(settings.ds_config) == "bf16"
+            self._autocast = precision(settings.ds_config) == "bf16" and not sixteen_bit_weights(settings.ds_config)
         wanted = settings.ds_config["optimizer"]
         self.basic_optimizer = OPTIMIZERS[wanted["type"]](self.module, **(wanted.get("params") or {}))
         self.basic_optimizer.bound()  # the layout is found here, not in the first step

@@ -148,11 +148,14 @@ def load(config: PretrainedConfig, name: str, option: str, dtype: torch.dtype, z
     return model
 
 
-def fill_shards(model: PreTrainedModel, name: str, option: str, device: torch.device) -> None:
+def fill_shards(
+    model: PreTrainedModel, name: str, option: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
     """Give a model of sharded parameters without storage its weights: each rank reads its own rows; no collective.
 
     Args:
         model: under FSDP2, its parameters DTensors of the meta device, which real ones on ``device`` replace.
+        dtype: of those.
 
     Raises:
         ConfigError: the weights are not there as safetensors, cannot be read, or some are missing.
@@ -169,7 +172,7 @@ def fill_shards(model: PreTrainedModel, name: str, option: str, device: torch.de
             opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
             slices = {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118  (no mapping)
             how = LoadStateDictConfig(
-                dtype=torch.float32, device_map={"": device}, weight_mapping=get_model_conversion_mapping(model)
+                dtype=dtype, device_map={"": device}, weight_mapping=get_model_conversion_mapping(model)
             )
             info, _ = convert_and_load_state_dict_in_model(model, slices, how, None)
     except Exception as error:  # safetensors and transformers raise many kinds

@@ -1,0 +1,169 @@
+"""Validation loss of ``llama-tiny`` with weights kept in 16 bits in each way, against fp32 master weights.
+
+    python -m lorapre_dist.bench weights --steps 1000 --seeds 0 1 2 --json weights.json
+
+As ``bench quality``, with LoRAPre at rank 16 and one lr. Every run starts from the same weights, bf16 numbers. In every
+row but ``fp32`` the model computes with bf16 values of the weights, and gradients are rounded to bf16 before
+they reach the optimizer; the arithmetic of forward and backward is fp32 in each, for which CPUs have fast products. So
+rows differ in what the optimizer keeps alone:
+
+    master      fp32 weights, of which the model sees the nearest bf16 ones
+    stochastic  bf16 weights, rounded at random
+    kahan       bf16 weights, and the 16 bits that they lack
+    nearest     bf16 weights, rounded to the nearest
+    fp32        fp32 weights, nothing rounded
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lorapre_dist.config import ConfigError
+from lorapre_dist.config.param_groups import param_groups
+from lorapre_dist.optimizers import LoRAPre
+from lorapre_dist.training.run.settings import BUILTIN, default_cache
+
+from . import quality
+from .contenders import BASE_LR, BETAS, EPS, Row
+from .options import bench_parser
+
+RANK = 16
+# Largest loss above that of master weights, in nats, that each is meant to stay within.
+LIMITS = {"stochastic": 0.02, "kahan": 0.005}
+
+
+def keeping(weights: str, dtype: torch.dtype) -> Callable[[nn.Module, float], Optimizer]:
+    """Builder of an optimizer that steps copies of the weights, in ``dtype``, and shows the model their bf16 values."""
+
+    def build(model: nn.Module, lr: float) -> Optimizer:
+        groups, pairs = param_groups(model), []
+        for group in groups:
+            kept = [(name, nn.Parameter(p.detach().to(dtype, copy=True))) for name, p in group["params"]]
+            pairs += [(p, k) for (_, p), (_, k) in zip(group["params"], kept, strict=True)]
+            group["params"] = kept
+        optimizer = LoRAPre(groups, **_options(lr), weights=weights)
+
+        @torch.no_grad()
+        def show(*_: Any) -> None:
+            for p, k in pairs:
+                p.copy_(k.to(torch.bfloat16))
+                p.grad = None
+
+        def take(*_: Any) -> None:
+            for p, k in pairs:
+                k.grad = None if p.grad is None else p.grad.to(torch.bfloat16).to(dtype)
+
+        optimizer.register_step_pre_hook(take)
+        optimizer.register_step_post_hook(show)
+        show()
+        return optimizer
+
+    return build
+
+
+def _options(lr: float) -> dict[str, Any]:
+    return {"lr": BASE_LR, "betas": BETAS, "eps": EPS, "scale": lr / BASE_LR, "rank": RANK}
+
+
+LRS = (0.001,)
+ROWS = {
+    "master": Row("fp32 master weights", keeping("master", torch.float32), LRS),
+    "stochastic": Row("bf16, stochastic rounding", keeping("stochastic", torch.bfloat16), LRS),
+    "kahan": Row("bf16, kahan", keeping("kahan", torch.bfloat16), LRS),
+    "nearest": Row("bf16, rounded to the nearest", keeping("master", torch.bfloat16), LRS),
+    "fp32": Row("fp32, nothing rounded", lambda model, lr: LoRAPre(param_groups(model), **_options(lr)), LRS),
+}
+
+
+def table(runs: dict[str, dict[int, quality.Run]], seeds: list[int]) -> str:
+    """Markdown: a line for each row, losses by seed, and their mean difference to ``master`` with its spread."""
+    lines = [
+        "| weights | " + " | ".join(f"seed {seed}" for seed in seeds) + " | minus master: mean | least | most |",
+        "|---" * (len(seeds) + 4) + "|",
+    ]
+    for name, of in runs.items():
+        cells = [f"{of[seed].val_loss:.4f}" for seed in seeds]
+        behind = _behind(runs, name, seeds)
+        cells += [f"{x:+.4f}" for x in (statistics.mean(behind), min(behind), max(behind))] if behind else ["-"] * 3
+        lines.append("| " + " | ".join([ROWS[name].label, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _behind(runs: dict[str, dict[int, quality.Run]], name: str, seeds: list[int]) -> list[float]:
+    if "master" not in runs:
+        return []
+    return [runs[name][seed].val_loss - runs["master"][seed].val_loss for seed in seeds]
+
+
+def remarks(runs: dict[str, dict[int, quality.Run]], seeds: list[int]) -> list[str]:
+    """Whether each limit is met, by the mean over the seeds."""
+    found = []
+    for name, limit in LIMITS.items():
+        behind = _behind(runs, name, seeds) if name in runs else []
+        if behind:
+            mean = statistics.mean(behind)
+            verdict = "met" if mean <= limit else "NOT MET"
+            found.append(f"{name}: {mean:+.4f} nats against master weights, limit {limit:+.3f}: {verdict}")
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Train every row from every seed and print the table; ``--json FILE`` writes all figures.
+
+    Raises:
+        ConfigError: a bad option, or a corpus that is too small.
+    """
+    args = _parse(argv)
+    begin, runs = time.perf_counter(), {name: {} for name in args.rows}  # type: dict[str, dict[int, quality.Run]]
+    for seed in args.seeds:
+        args.seed = seed
+        task = quality.prepare(args)
+        for p in task.model.parameters():
+            p.data = p.data.to(torch.bfloat16).float()
+        for name in args.rows:
+            run = runs[name][seed] = quality.train(name, ROWS[name], args.lr, task)
+            print(f"{name}, seed {seed}: {run.val_loss:.4f} ({run.seconds:.0f} s)", file=sys.stderr, flush=True)
+    print(
+        f"llama-tiny, LoRAPre rank {RANK} at matrix lr {args.lr:g}, {args.dataset} text, {args.steps} steps of "
+        f"{args.batch} x {args.seq_len} tokens, {torch.get_num_threads()} thread(s), "
+        f"{(time.perf_counter() - begin) / 60:.1f} minutes\n"
+    )
+    print("\n".join([table(runs, args.seeds), "", *remarks(runs, args.seeds)]))
+    if args.json:
+        figures = {name: {str(seed): asdict(run) for seed, run in of.items()} for name, of in runs.items()}
+        Path(args.json).write_text(json.dumps({"settings": vars(args), "runs": figures}, indent=1), encoding="utf-8")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = bench_parser("weights", __doc__)
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run (default: 300)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights, data order and rounding")
+    parser.add_argument("--lr", type=float, default=LRS[0], help=f"the matrices' (default: {LRS[0]:g})")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step (default: 8)")
+    parser.add_argument("--seq_len", type=int, default=128, help="tokens per sequence (default: 128)")
+    parser.add_argument("--dataset", default=BUILTIN, help="as in launch/pretrain.py (default: the built-in text)")
+    parser.add_argument("--data_cache", default=default_cache(), help="folder for the tokenizer and tokenised text")
+    parser.add_argument("--json", help="file for all figures, training losses included")
+    args = parser.parse_args(argv)
+    args.eval_at = []
+    if not 0 < args.lr < math.inf:
+        raise ConfigError(f"--lr {args.lr}: must be a positive number")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ConfigError(f"--seeds {' '.join(map(str, args.seeds))}: one of them is given twice")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise ConfigError(f"--json {args.json}: no such folder")
+    return args
