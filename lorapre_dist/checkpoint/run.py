@@ -356,6 +356,7 @@ def load(
         shards[name].local.sqrt_()
     bring_home(shards)
     if states:
+        optimizer.state_written()
         if changed:
             options = {"init_std": optimizer.config.init_std, "seed": optimizer.config.seed}
             load_resized(path / content.TENSORS, changed, factors, options, team)

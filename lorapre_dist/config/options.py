@@ -44,6 +44,10 @@ class LowRankConfig:
         target_modules: which weights are low-rank, see :func:`lorapre_dist.config.param_groups.matches`.
         seed: with the parameter's name, determines the initial factors.
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
+        overlap: let what the weights do not wait for (sums, solves, the new factors) run behind the next forward and
+            backward, see :mod:`lorapre_dist.core.step`; the result has the same bits. It takes memory between steps,
+            stated as ``overlap_bytes`` in ``memory_report()``.
+        overlap_limit: refuse ``overlap`` where it would keep more bytes than this on a rank; default: no limit.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -59,6 +63,8 @@ class LowRankConfig:
     target_modules: str | tuple[str, ...] | None = None
     seed: int = 0
     max_skipped: int = 20
+    overlap: bool = False
+    overlap_limit: int | None = None
 
     # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
     # below which next to nothing is learned from scratch: a fiftieth of what is usual.
@@ -90,6 +96,9 @@ class LowRankConfig:
         number("init_std", self.init_std, low=0.0, low_open=True)
         integer("seed", self.seed, low=0)
         integer("max_skipped", self.max_skipped, low=1)
+        boolean("overlap", self.overlap)
+        if self.overlap_limit is not None:
+            integer("overlap_limit", self.overlap_limit, low=0)
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Self:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +68,21 @@ class Peers:
         return {}
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What a step behind training leaves for the next one. It counts as long as nobody else writes to the factors.
+
+    Attributes:
+        A: whole, r x q, padded to blocks of equal width; None where a step needs this rank's block alone.
+        inverse: of the damped ``A A^T`` (r x r); None where A has orthonormal rows.
+        of: with what damping, and together with which matrices, the inverse was taken.
+    """
+
+    A: Tensor | None
+    inverse: Tensor | None = None
+    of: Hashable = None
+
+
 @dataclass
 class Factors:
     """Factors of one moment, ``m ~ B A``, as this rank holds them; in ``stable`` the rows of ``A`` are orthonormal.
@@ -74,10 +90,18 @@ class Factors:
     Attributes:
         B: rows x r, the rows that this rank's interval touches; a row cut between ranks is held by each of them.
         A: r x columns, this rank's block of the columns of ``A``.
+        ahead: what was worked out of them for the next step already; no state. None: nothing.
     """
 
     B: Tensor
     A: Tensor
+    ahead: Ahead | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
+        return Factors(copy.deepcopy(self.B, memo), copy.deepcopy(self.A, memo))
+
+    def __reduce__(self) -> Any:
+        return Factors, (self.B, self.A)
 
 
 @dataclass

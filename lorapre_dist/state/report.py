@@ -21,6 +21,7 @@ class MemoryReport:
         state_bytes: of optimizer state on this rank.
         adamw_state_bytes: what AdamW (two numbers per element, same precision) would hold on this rank.
         workspace_bytes: bound on the tensors that a step allocates for itself; BLAS libraries add buffers of their own.
+        overlap_bytes: bound on what ``overlap`` keeps from one step to the next; 0 without it.
     """
 
     layout: str
@@ -32,9 +33,12 @@ class MemoryReport:
     state_bytes: int
     adamw_state_bytes: int
     workspace_bytes: int
+    overlap_bytes: int = 0
 
     @classmethod
-    def of(cls, held: list[tuple[Any, Any]], layout: Layout, workspace_bytes: int) -> MemoryReport:
+    def of(
+        cls, held: list[tuple[Any, Any]], layout: Layout, workspace_bytes: int, overlap_bytes: int = 0
+    ) -> MemoryReport:
         """The report for this rank's pieces and their state; the core knows the workspace."""
         matrices = [(piece, state) for piece, state in held if isinstance(state, Matrix)]
         others = [(piece, state) for piece, state in held if not isinstance(state, Matrix)]
@@ -49,6 +53,7 @@ class MemoryReport:
             state_bytes=sum(t.numel() * t.element_size() for _, s in held for t in s.tensors().values()),
             adamw_state_bytes=sum(2 * p.numel * size[id(p)] for p, _ in held),
             workspace_bytes=workspace_bytes,
+            overlap_bytes=overlap_bytes,
         )
 
     def __str__(self) -> str:
@@ -61,4 +66,6 @@ class MemoryReport:
             ("AdamW would hold", f"{self.adamw_state_bytes / 2**20:.2f} MiB (ours is {ratio:.1%} of it)"),
             ("workspace of a step, at most", f"{self.workspace_bytes / 2**20:.2f} MiB"),
         ]
+        if self.overlap_bytes:
+            rows.append(("kept by overlap between steps", f"{self.overlap_bytes / 2**20:.2f} MiB, at most"))
         return "\n".join(f"{label:<32} {value}" for label, value in rows)

@@ -32,8 +32,9 @@ from .full import all_ranks, rooted
 
 _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
-# What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's.
-_PRESENT = ("target_modules",)
+# What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's, and so
+# is what changes memory and time but no number.
+_PRESENT = ("target_modules", "overlap", "overlap_limit")
 _FLATTENED = "FSDP1"
 
 
@@ -43,7 +44,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
     config: Any
     layout: Layout | None
     awaiting_layout: bool
-    _bound: dict[int, list[Any]]
+
+    @property
+    def _bound(self) -> dict[int, list[Any]]:
+        """Pieces with their state by the id of the stepped tensor."""
+        raise NotImplementedError
 
     @property
     def state(self) -> Any:  # type: ignore[override]
