@@ -362,7 +362,7 @@ class LowRankOptimizer(Overlapping, StatefulOptimizer):
         for unit in added.units:
             self._bind_unit(unit)
         self._settle(added.units, fresh=True)
-        if self._background is not None:
+        if self._overlaps():
             self._make_background()
 
     def _advise_names(self) -> None:

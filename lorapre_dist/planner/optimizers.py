@@ -117,6 +117,9 @@ def lorapre(request: Request, spread: Spread) -> Costs:
         same = slice(None) if spread.uniform else slice(rank, rank + 1)
         outlines = [matrix.outline for matrix in matrices]
         workspace[same] = batching.workspace_bytes(outlines, Sizes(), kind)
+        if ours.overlap:  # as memory_report() states it
+            kept = sum(batching.overlap_bytes(one, ours.variant == "paper") for one in outlines)
+            workspace[same] = 2 * workspace[same] + kept
         for purpose, count in _sent(matrices, Limits.of(Sizes(), kind), ours.variant == "paper").items():
             sent[purpose][same] += count
     if request.layout in ("fsdp2", "ddp") and request.world_size > 1:  # DeepSpeed's engine looks at gradients itself
