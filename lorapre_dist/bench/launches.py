@@ -100,9 +100,9 @@ def contenders(model: str, rank: int, world_size: int) -> Any:
         )
 
 
-def ours(kind: str, model: str, rank: int, size: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+def ours(kind: str, model: str, rank: int, size: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """One of our optimizers, of one rank's row shards, on a device without numbers."""
-    return row_shards(kind, projections(model), rank, size, 0, torch.device("meta"), dtype)
+    return row_shards(kind, projections(model), rank, size, 0, torch.device("meta"), dtype, **options)
 
 
 def parameters(shapes: list[tuple[int, int]], device: str = "meta") -> list[torch.nn.Parameter]:

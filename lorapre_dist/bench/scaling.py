@@ -11,6 +11,9 @@ must receive (``floor``): the time of one process over N, plus a copy of the ``r
 ``chain``: real gloo ranks of this machine with a flat buffer cut into equal parts, as under ZeRO-2: each shares one
 matrix with the rank before it and one with the next. Every row block sleeps, and every bucket holds one matrix. If
 ranks do not wait in a chain the step takes as long as the busiest rank's own blocks.
+
+``delays``: real gloo ranks again, in row shards, whose collectives take 20 ms longer each (``--late``), between
+forwards and backwards that sleep. How many of these delays a training step feels, without ``overlap`` and with it.
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ from lorapre_dist.layouts.zero12 import flat_group
 from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
 from lorapre_dist.optimizers.awaiting import building_under_engine
 
+from . import delays
 from .options import bench_parser
 from .ranks import spawn
 from .shapes import projections
 
-PARTS = ("simulate", "chain")
+PARTS = ("simulate", "chain", "delays")
 Shapes = list[tuple[str, tuple[int, int]]]
 
 
@@ -54,6 +58,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--index", type=int, default=0, help="the rank that is timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--delay", type=float, default=0.05, help="seconds that a row block sleeps in chain")
+    parser.add_argument("--late", type=float, default=0.02, help="seconds that a collective takes more in delays")
     args = parser.parse_args(argv)
     if min(args.worlds) < 1 or not 0 <= args.index < min([n for n in args.worlds if n > 1] or [1]):
         raise ConfigError(f"--worlds {args.worlds} --index {args.index}: worlds have at least one rank, and that one")
@@ -62,6 +67,8 @@ def main(argv: list[str]) -> None:
         print_simulated(args)
     if "chain" in args.parts:
         print_chain(args.delay)
+    if "delays" in args.parts:
+        delays.print_delays(args.optimizer, args.late)
 
 
 # simulated worlds -----------------------------------------------------------------------------------------------
@@ -112,6 +119,7 @@ def row_shards(
     index: int,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> LowRankOptimizer:
     """An optimizer, with gradients, of one rank's rows of every matrix; its collectives are copies."""
     generator, units, named = torch.Generator().manual_seed(index), [], []
@@ -126,7 +134,7 @@ def row_shards(
         units.append(Unit(piece, 0, [Piece(name, (p, q), start, stop, 0, peers)]))
         named.append((name, piece))
     with building_under_engine():
-        optimizer = OPTIMIZERS[kind]([piece for _, piece in named], lr=1e-3, rank=rank)
+        optimizer = OPTIMIZERS[kind]([piece for _, piece in named], lr=1e-3, rank=rank, **options)
     optimizer.bind(Layout("row shards", units, size))
     for tensors in optimizer.factors().values():
         for moment in optimizer.config.ranks:

@@ -377,6 +377,7 @@ def load(
     halves.load(path / content.TENSORS, change, shards, lower, group)
     if states:
         tell_converted(optimizer, len(changed_forms(saved, known)))
+        optimizer.state_written()
         if changed:
             options = {"init_std": optimizer.config.init_std, "seed": optimizer.config.seed}
             load_resized(path / content.TENSORS, changed, factors, options, team)

@@ -70,6 +70,10 @@ class LowRankConfig:
             that on average nothing is lost. ``"kahan"``: rounded to the nearest, with the 16 bits that a bf16 weight
             lacks of its fp32 value kept beside it, as state: the very steps of fp32 weights, at their memory.
             ``"master"``, also None: rounded to the nearest, which is for weights that are fp32, or have an fp32 copy.
+        overlap: let what the weights do not wait for (sums, solves, the new factors) run behind the next forward and
+            backward, see :mod:`lorapre_dist.core.step`; the result has the same bits. It takes memory between steps,
+            stated as ``overlap_bytes`` in ``memory_report()``.
+        overlap_limit: refuse ``overlap`` where it would keep more bytes than this on a rank; default: no limit.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -91,6 +95,8 @@ class LowRankConfig:
     release_gradients: bool = False
     clip_each: float | None = None
     weights: str | None = None
+    overlap: bool = False
+    overlap_limit: int | None = None
 
     # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
     # below which next to nothing is learned from scratch: a fiftieth of what is usual.
@@ -134,6 +140,12 @@ class LowRankConfig:
         number("init_std", self.init_std, low=0.0, low_open=True)
         integer("seed", self.seed, low=0)
         integer("max_skipped", self.max_skipped, low=1)
+        boolean("overlap", self.overlap)
+        if self.overlap_limit is not None:
+            integer("overlap_limit", self.overlap_limit, low=0)
+        if self.overlap and (self.release_gradients or self.state_dtype != "fp32"):
+            other = "release_gradients=true" if self.release_gradients else f"state_dtype={self.state_dtype!r}"
+            raise ConfigError(f"overlap=true with {other}: one is for time, the other for memory; leave one of them out")
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Self:

@@ -188,6 +188,17 @@ def transient_bytes(one: Outline) -> int:
     return one.bytes(one.block_size * (1 if one.lends else 5 * one.parts), 4) + wider
 
 
+def overlap_bytes(one: Outline, inverses: bool) -> int:
+    """Bytes that one matrix takes from a step to the next where that overlaps: the new A, whole, and Z on its way.
+
+    Args:
+        inverses: that of ``A A^T`` is kept as well, in ``paper``.
+    """
+    whole = one.block_size * (1 if one.lends else one.parts)
+    edges = one.rows if one.lends and one.parts > 1 else 0  # of columns' ranks every row is cut
+    return one.bytes(whole * (1 if one.lends else 2) + edges, int(inverses))
+
+
 def workspace_bytes(
     outlines: Sequence[Outline],
     sizes: Sizes,

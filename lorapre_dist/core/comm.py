@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from torch import Tensor
 # Newer PyTorch renames the flat forms and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+#: Collectives are counted by the thread that trains, and by that which works behind it.
+_counting = threading.Lock()
 
 
 def all_ranks(value: Any, group: Any = None) -> list[Any]:
@@ -38,18 +42,27 @@ class Comm:
             all-gather or a reduce-scatter over n ranks, twice that for an all-reduce; all of it for a broadcast's
             source and a reduction's others; what leaves for other ranks in an all-to-all.
         calls: number of collectives by purpose.
+        twins: by the id of a group, the one over the same ranks on which its collectives are issued instead.
     """
 
     bytes: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
+    twins: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def reset(self) -> None:
         """Forget the counts."""
         self.bytes.clear()
         self.calls.clear()
 
+    def over(self, twins: dict[int, Any]) -> Comm:
+        """One of the same kind, with the same counts, whose collectives go over other groups, see ``twins``."""
+        made = copy.copy(self)
+        made.twins = twins
+        return made
+
     def all_gather(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
         """Start gathering ``local`` (n) from all ranks; the returned function waits and gives (ranks, n)."""
+        group = self._own(group)
         size = dist.get_world_size(group)
         sent, back = _staged(local, group)
         out = sent.new_empty(size * sent.numel())
@@ -59,6 +72,7 @@ class Comm:
 
     def reduce_scatter(self, blocks: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
         """Start summing ``blocks`` (ranks, n) over ranks; the returned function waits and gives this rank's n."""
+        group = self._own(group)
         size = dist.get_world_size(group)
         sent, back = _staged(blocks.view(-1), group)
         out = sent.new_empty(sent.numel() // size)
@@ -68,6 +82,7 @@ class Comm:
 
     def all_reduce(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
         """Start summing ``local`` over ranks, in place; the returned function waits and gives it."""
+        group = self._own(group)
         size = dist.get_world_size(group)
         sent, _ = _staged(local, group)
         self._count(purpose, sent, 2 * (size - 1) / size)
@@ -100,6 +115,7 @@ class Comm:
         owner_sends: bool,
     ) -> Callable[[], None]:
         """A collective with a root for each packed part; who does not send has the result copied into its parts."""
+        group = self._own(group)
         rank, waits = dist.get_rank(group), []
         for owner, tensors in _packed(parts, limit):
             packed = torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
@@ -124,6 +140,7 @@ class Comm:
 
         Rank k gets them as ``arriving`` of this rank there: as many elements, in the same order.
         """
+        group = self._own(group)
         flat = [t.reshape(-1) for some in leaving for t in some]
         like = next(t for some in (*leaving, *arriving) for t in some)
         sent, back = _staged(torch.cat(flat) if flat else like.new_empty(0), group)
@@ -140,9 +157,13 @@ class Comm:
 
         return finish
 
+    def _own(self, group: Any) -> Any:
+        return self.twins.get(id(group), group)
+
     def _count(self, purpose: str, tensor: Tensor, factor: float) -> None:
-        self.calls[purpose] += 1
-        self.bytes[purpose] += round(tensor.numel() * tensor.element_size() * factor)
+        with _counting:
+            self.calls[purpose] += 1
+            self.bytes[purpose] += round(tensor.numel() * tensor.element_size() * factor)
 
 
 def _packed(parts: list[tuple[int, Tensor]], limit: int) -> Iterator[tuple[int, list[Tensor]]]:

@@ -29,6 +29,7 @@ class Item:
     Attributes:
         largest: a bound on the gradient's elements here (0-d; k).
         go: whether the step is taken.
+        look: what all ranks know of it (:func:`look`; k lines); None: that is exchanged with ``A``.
     """
 
     matrix: Matrix
@@ -36,6 +37,7 @@ class Item:
     grad: Tensor
     largest: Tensor
     go: Go
+    look: Tensor | None = None
 
 
 @dataclass
@@ -94,8 +96,13 @@ class Work:
     def release(self) -> None:
         """Let go of what only the update of theta needs."""
         for moment in self.moments:
-            moment.A = moment.factors.A
+            moment.A, moment.factors.ahead = moment.factors.A, None
         self.context = None
+
+    def put_down(self) -> None:
+        """Let go of weights and gradients: others may free or change them."""
+        theta, grad = self.item.theta, self.item.grad
+        self.item.theta, self.item.grad = theta.new_empty(len(theta), 0), grad.new_empty(len(grad), 0)
 
     @property
     def m(self) -> Moment:
@@ -115,6 +122,7 @@ class _HasMatrix(Protocol):
 
 _T = TypeVar("_T", bound=_HasMatrix)
 Solve = Callable[[Tensor], Tensor]
+Wait = Callable[[], None]
 Names = tuple[str, str]
 
 
@@ -128,46 +136,109 @@ def by_group(works: Iterable[_T]) -> list[tuple[Any, list[_T]]]:
     return list(found.values())
 
 
+@dataclass
+class Seen:
+    """A matrix with this rank's piece of the gradient (1-D) and a bound on that (0-d); None: it has none."""
+
+    matrix: Matrix
+    grad: Tensor | None
+    largest: Tensor | None
+
+
+def look(seen: Sequence[Seen], comm: Comm) -> Callable[[], dict[int, Tensor]]:
+    """Start to exchange what ranks know of the matrices that they share, ahead of a step: one all-gather a group.
+
+    The returned function waits; it gives what all know of each (one line), by the matrix's id.
+    """
+    state = iter(bounds([f.B for one in seen for f in one.matrix.factors.values()]))
+    lines = {}
+    for one in seen:
+        of_moments = torch.stack([next(state) for _ in one.matrix.factors])[None]
+        grad, largest = one.grad, one.largest
+        if grad is None or largest is None:
+            grad, largest = of_moments.new_zeros(0), of_moments.new_zeros(())
+        lines[id(one.matrix)] = _line(one.matrix, grad[None], of_moments, largest[None])
+    waits = []
+    for group, shared in by_group(seen):
+        packed = torch.cat([lines[id(one.matrix)].reshape(-1) for one in shared])
+        waits.append((comm.all_gather(packed, group, "look"), shared))
+
+    def finish() -> dict[int, Tensor]:
+        found = {}
+        for wait, shared in waits:
+            every = [lines[id(one.matrix)] for one in shared]
+            together = wait().amax(0).split([line.numel() for line in every])
+            found.update({id(one.matrix): line[None] for one, line in zip(shared, together, strict=True)})
+        return found
+
+    return finish
+
+
 def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
-    """``A`` of every moment, whole, and the matrices' sizes: one all-gather a group.
+    """``A`` of every moment, whole, and the matrices' sizes: one all-gather a group, of what is not known already.
 
     Where this rank's block of ``A`` is enough, it lends its state.
 
     Args:
         sums: numbers per cut row that the optimizer sums beside ``Y``.
     """
-    looks = dict(zip(map(id, items), _looks(items), strict=True))
+    unknown = [item for item in items if item.look is None]
+    looks = dict(zip(map(id, unknown), _looks(unknown), strict=True))
     waits = []
     for group, shared in by_group(items):
         blocks = [_padded(f.A, x.matrix.block_size) for x in shared for f in _lent(x)]
-        packed = torch.cat([*blocks, *(looks[id(x)].reshape(-1) for x in shared)])
-        waits.append((comm.all_gather(packed, group, "gather A"), shared))
+        packed = [*blocks, *(looks[id(x)].reshape(-1) for x in shared if id(x) in looks)]
+        if packed:
+            waits.append((comm.all_gather(torch.cat(packed), group, "gather A"), shared))
     whole: dict[int, list[Tensor]] = {}
     for wait, shared in waits:
         gathered, at = wait(), 0
         for item in shared:
-            q, width = item.matrix.interval.shape[1], item.matrix.block_size
             for factors in _lent(item):
-                k, r = factors.A.shape[:2]
-                block = gathered[:, at : at + k * r * width].view(-1, k, r, width)
-                whole.setdefault(id(item), []).append(block.permute(1, 2, 0, 3).reshape(k, r, -1)[..., :q])
-                at += k * r * width
+                A = _unpacked(gathered, at, factors.A, item.matrix.block_size)
+                whole.setdefault(id(item), []).append(A)
+                at += A.numel() // len(gathered)
         for item in shared:
-            look = looks[id(item)]
-            # Each sample lies on one rank, and is 0 on the others.
-            looks[id(item)] = gathered[:, at : at + look.numel()].amax(0).view_as(look)
-            at += look.numel()
-    found = sizes([looks[id(item)] for item in items], items[0].go) if items else []
+            if id(item) in looks:
+                line = looks[id(item)]
+                # Each sample lies on one rank, and is 0 on the others.
+                looks[id(item)] = gathered[:, at : at + line.numel()].amax(0).view_as(line)
+                at += line.numel()
+    known = [looks[id(item)] if item.look is None else item.look for item in items]
+    found = sizes(known, items[0].go) if items else []
     return [_work(item, size, whole.get(id(item)), sums) for item, size in zip(items, found, strict=True)]
 
 
-def sum_edges(works: list[Work], comm: Comm) -> None:
-    """Sum what the optimizer needs of rows that are cut between ranks: one all-reduce a group."""
+def gather_ahead(works: Sequence[Work], comm: Comm) -> list[list[Tensor | None]]:
+    """``A`` of each work and moment, whole and padded to blocks, as the next step needs it: one all-gather a group.
+
+    None where this rank's block is enough.
+    """
+    waits = []
+    for group, shared in by_group(work for work in works if not work.matrix.lends):
+        blocks = [_padded(moment.factors.A, work.matrix.block_size) for work in shared for moment in work.moments]
+        waits.append((comm.all_gather(torch.cat(blocks), group, "gather A"), shared))
+    found: dict[int, list[Tensor | None]] = {}
+    for wait, shared in waits:
+        gathered, at = wait(), 0
+        for work in shared:
+            for moment in work.moments:
+                A = _unpacked(gathered, at, moment.factors.A, work.matrix.block_size)
+                found.setdefault(id(work), []).append(A)
+                at += A.numel() // len(gathered)
+    return [found.get(id(work)) or [None] * len(work.moments) for work in works]
+
+
+def sum_edges(works: list[Work], comm: Comm) -> Callable[[], None]:
+    """Start to sum what the optimizer needs of rows that are cut between ranks: one all-reduce a group.
+
+    The returned function waits.
+    """
     tensors = []
     for group, shared in by_group(works):
         parts = [work.edge for work in shared if work.edge.numel()]
         tensors.append((group, [*parts, *(w.column_sums for w in shared if w.column_sums is not None)]))
-    _all_reduce(tensors, comm, "edge rows")
+    return _all_reduce(tensors, comm, "edge rows")
 
 
 def reduce(works: list[Work], comm: Comm) -> None:
@@ -307,12 +378,12 @@ def sum_grams(holders: Sequence[_HasMatrix], grams: Sequence[Sequence[Tensor]], 
     """Sum Grams of what ranks hold of a matrix (some for each of ``holders``) over the ranks, in place, on all."""
     of = {id(one): some for one, some in zip(holders, grams, strict=True)}
     by = [(group, [gram for one in shared for gram in of[id(one)]]) for group, shared in by_group(holders)]
-    _all_reduce(by, comm, "Grams")
+    _all_reduce(by, comm, "Grams")()
 
 
 def _lent(item: Item) -> list[Factors]:
     """The factors whose ``A`` has to be gathered."""
-    return [] if item.matrix.lends else list(item.matrix.factors.values())
+    return [] if item.matrix.lends else [f for f in item.matrix.factors.values() if f.ahead is None]
 
 
 def _looks(items: list[Item]) -> list[Tensor]:
@@ -323,23 +394,29 @@ def _looks(items: list[Item]) -> list[Tensor]:
     for item in items:
         number = len(item.theta)
         of_moments = torch.stack([next(state) for _ in item.matrix.factors for _ in range(number)]).view(-1, number).T
-        largest = item.largest[:, None].to(of_moments.dtype)
-        found.append(torch.cat([_sampled(item), of_moments, largest], dim=1))
+        found.append(_line(item.matrix, item.grad, of_moments, item.largest))
     return found
 
 
-def _sampled(item: Item) -> Tensor:
+def _line(matrix: Matrix, grad: Tensor, of_moments: Tensor, largest: Tensor) -> Tensor:
+    """What is known of k matrices: of the gradient (k x n), of the factors ``B`` (k x moments), and ``largest`` (k)."""
+    return torch.cat([_sampled(matrix, grad), of_moments, largest[:, None].to(of_moments.dtype)], dim=1)
+
+
+def _sampled(matrix: Matrix, grad: Tensor) -> Tensor:
     """The gradients' elements that are looked at, absolute; 0 where they lie elsewhere."""
-    places = item.matrix.sampled
+    places = matrix.sampled
     assert places is not None
-    if not item.grad.shape[-1]:
-        return item.grad.new_zeros(len(item.grad), SAMPLES, dtype=item.matrix.dtype)
-    return item.grad[:, places].to(item.matrix.dtype).abs_().mul_(places >= 0)
+    if not grad.shape[-1]:
+        return grad.new_zeros(len(grad), SAMPLES, dtype=matrix.dtype)
+    return grad[:, places].to(matrix.dtype).abs_().mul_(places >= 0)
 
 
 def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> Work:
     matrix = item.matrix
-    wholes = gathered or [factors.A for factors in matrix.factors.values()]
+    q = matrix.interval.shape[1]
+    wholes = [f.A if f.ahead is None or f.ahead.A is None else f.ahead.A for f in matrix.factors.values()]
+    wholes = [A[..., :q] for A in gathered or wholes]
     rows = matrix.peers.cut_rows(matrix.interval.shape) if matrix.peers else ()
     edge = wholes[0].new_zeros(len(item.theta), len(rows), sums + sum(A.shape[1] for A in wholes))
     moments, at = [], sums
@@ -351,19 +428,23 @@ def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> W
     return Work(item, moments, size, {row: line for line, row in enumerate(rows)}, edge)
 
 
-def _all_reduce(by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: str) -> None:
-    """Sum tensors in place, packed into one collective a group."""
+def _all_reduce(by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: str) -> Callable[[], None]:
+    """Start to sum tensors in place, packed into one collective a group; the returned function waits."""
     waits = []
     for group, tensors in by_group:
         if not tensors:
             continue
         packed = torch.cat([t.reshape(-1) for t in tensors])
         waits.append((comm.all_reduce(packed, group, purpose), tensors))
-    for wait, tensors in waits:
-        packed, at = wait(), 0
-        for tensor in tensors:
-            tensor.copy_(packed[at : at + tensor.numel()].view_as(tensor))
-            at += tensor.numel()
+
+    def finish() -> None:
+        for wait, tensors in waits:
+            packed, at = wait(), 0
+            for tensor in tensors:
+                tensor.copy_(packed[at : at + tensor.numel()].view_as(tensor))
+                at += tensor.numel()
+
+    return finish
 
 
 def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
@@ -375,6 +456,13 @@ def _padded(block: Tensor, columns: int) -> Tensor:
     """Blocks of ``A`` (k x r x columns), flat, with zero columns appended up to ``columns``."""
     missing = columns - block.shape[-1]
     return (torch.nn.functional.pad(block, (0, missing)) if missing else block).reshape(-1)
+
+
+def _unpacked(gathered: Tensor, at: int, block: Tensor, width: int) -> Tensor:
+    """All ranks' blocks of ``A`` (such as ``block``, k x r x columns, padded to ``width``), beside each other."""
+    k, r = block.shape[:2]
+    blocks = gathered[:, at : at + k * r * width].view(-1, k, r, width)
+    return blocks.permute(1, 2, 0, 3).reshape(k, r, -1)
 
 
 def _blocks(wholes: list[Tensor], parts: int) -> Tensor:

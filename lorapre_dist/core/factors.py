@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,21 @@ from .spec import Axis
 SQUARES = {"rms_row": "v_row", "rms_col": "v_col"}
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What a step behind training leaves for the next one. It counts as long as nobody else writes to the factors.
+
+    Attributes:
+        A: whole, r x q, padded to blocks of equal width; None where a step needs this rank's block alone.
+        inverse: of the damped ``A A^T`` (r x r); None where A has orthonormal rows.
+        of: with what damping, and together with which matrices, the inverse was taken.
+    """
+
+    A: Tensor | None
+    inverse: Tensor | None = None
+    of: Hashable = None
+
+
 @dataclass
 class Factors:
     """Factors of one moment, ``m ~ B A``, as this rank holds them; in ``stable`` the rows of ``A`` are orthonormal.
@@ -29,12 +46,20 @@ class Factors:
     Attributes:
         B: rows x r, the rows that this rank's interval touches; a row cut between ranks is held by each of them.
         A: r x columns, this rank's block of the columns of ``A``.
+        ahead: what was worked out of them for the next step already; no state. None: nothing.
 
     Between steps both may be kept in fewer bits, see ``forms.py``: in 8 they are rows x (r + 4) and (r + 4) x columns.
     """
 
     B: Tensor
     A: Tensor
+    ahead: Ahead | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factors:
+        return Factors(copy.deepcopy(self.B, memo), copy.deepcopy(self.A, memo))
+
+    def __reduce__(self) -> Any:
+        return Factors, (self.B, self.A)
 
 
 @dataclass

@@ -78,8 +78,11 @@ def gradient(work: Work, block: Block) -> Tensor:
     return work.size.cleaned(block.grad.to(work.matrix.dtype))
 
 
-def make_room(works: list[Work], workspace: Workspace, label: str) -> None:
-    """Room for the Z of all works, by a label. A first block of whole rows writes it, others add to it."""
+def make_room(works: list[Work], workspace: Workspace, label: str | None) -> None:
+    """Room for the Z of all works, by a label. A first block of whole rows writes it, others add to it.
+
+    Without a label it is memory of its own, for work that goes on when the workspace is used again.
+    """
     moments = [(work.matrix, moment) for work in works for moment in work.moments]
     shapes = [
         (*moment.A.shape[:2], moment.A.shape[-1] if matrix.lends else matrix.block_size * matrix.parts)
@@ -87,7 +90,9 @@ def make_room(works: list[Work], workspace: Workspace, label: str) -> None:
     ]
     sizes = [math.prod(shape) for shape in shapes]
     # Kept from step to step: what is given back to the system has to be mapped and cleared again.
-    pieces = workspace.take(label, [sum(sizes)], moments[0][1].A).split(sizes)
+    like = moments[0][1].A
+    room = like.new_empty(sum(sizes)) if label is None else workspace.take(label, [sum(sizes)], like)
+    pieces = room.split(sizes)
     for (matrix, moment), shape, piece in zip(moments, shapes, pieces, strict=True):
         moment.Z = piece.view(shape)
         if not matrix.starts_whole:

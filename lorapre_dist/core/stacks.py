@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import rounding
 from .exchange import Item
-from .factors import Factors
+from .factors import Ahead, Factors
 from .rounding import Rounding
 
 
@@ -30,10 +30,7 @@ def stacked(run: list[Item]) -> Item:
     The matrices' state is brought together once: from then on it lies in the stack, and theirs are views.
     """
     matrices = [item.matrix for item in run]
-    factors = {
-        moment: Factors(*(_lying_together([m.factors[moment] for m in matrices], side) for side in ("B", "A")))
-        for moment in matrices[0].factors
-    }
+    factors = {moment: _factors([m.factors[moment] for m in matrices]) for moment in matrices[0].factors}
     vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}
     matrix = replace(
         matrices[0],
@@ -43,8 +40,15 @@ def stacked(run: list[Item]) -> Item:
         salt=None if matrices[0].salt is None else _lying_together(matrices, "salt"),
         rounding=_rounding([m.rounding for m in matrices]),
     )
+    looks = [item.look for item in run if item.look is not None]
+    look = torch.cat(looks) if len(looks) == len(run) else None
+    return Item(matrix, *elements(run), _joined([item.largest for item in run]), run[0].go, look)
+
+
+def elements(run: list[Item]) -> tuple[Tensor, Tensor]:
+    """Weights and gradients of a stack."""
     theta, grad = (_joined([getattr(item, of) for item in run]) for of in ("theta", "grad"))
-    return Item(matrix, theta, grad, _joined([item.largest for item in run]), run[0].go)
+    return theta, grad
 
 
 def unstack(stack: Item, run: list[Item]) -> None:
@@ -59,6 +63,25 @@ def _rounding(each: list[Rounding]) -> Rounding:
     if isinstance(first, rounding.Stochastic):
         return rounding.stacked(each)
     return rounding.Kahan(_lying_together(each, "low")) if isinstance(first, rounding.Kahan) else first
+
+
+def _factors(some: list[Factors]) -> Factors:
+    """A stack's factors, with what was worked out ahead if that was for all of them; it counts for one step."""
+    ahead = [one.ahead for one in some if one.ahead is not None]
+    for one in some:
+        one.ahead = None
+    B, A = (_lying_together(some, side) for side in ("B", "A"))
+    return Factors(B, A, _joined_ahead(ahead) if len(ahead) == len(some) else None)
+
+
+def _joined_ahead(some: list[Ahead]) -> Ahead:
+    A, inverse = ([one for one in of if one is not None] for of in ([a.A for a in some], [a.inverse for a in some]))
+    alike = len(inverse) == len(some) and all(one.of == some[0].of for one in some)
+    return Ahead(
+        _joined(A) if len(A) == len(some) else None,
+        _joined(inverse) if alike else None,
+        some[0].of if alike else None,
+    )
 
 
 def _lying_together(owners: list[Any], name: str) -> Tensor:

@@ -17,6 +17,7 @@ from ..config import ConfigError, LowRankConfig, others, param_groups
 from ..config.checks import boolean, shown
 from ..config.options import RELEASE_UNDER_DEEPSPEED
 from ..core import batching, gauge, rounding
+from ..core.background import Background
 from ..core.comm import Comm, all_ranks
 from ..core.exchange import Item
 from ..core.factors import Matrix, allocate
@@ -33,6 +34,7 @@ from ..state.report import MemoryReport
 from ..state.state_dict import StatefulOptimizer, state_dtype
 from . import advise, agreement, awaiting, weights
 from .other_rules import other_rule
+from .overlap import Overlapping
 from .release import Release, check_release
 from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
 
@@ -69,7 +71,7 @@ class NonFiniteError(RuntimeError):
     """Gradients were not finite in ``max_skipped`` steps in a row."""
 
 
-class LowRankOptimizer(StatefulOptimizer):
+class LowRankOptimizer(Overlapping, StatefulOptimizer):
     """What all our optimizers share: where the parameters lie, whose state this rank keeps, saving and loading it.
 
     ``params`` is the model (a ``torch.nn.Module``), ``model.named_parameters()``, or groups of such pairs; a group may
@@ -106,7 +108,9 @@ class LowRankOptimizer(StatefulOptimizer):
         self._other_layers: dict[str, str] = {}
         #: Set while something else (DeepSpeed's engine) is still going to bind the layout; ``step`` then does nothing.
         self.awaiting_layout = awaiting.engine_is_building()
-        self._bound: dict[int, list[Bound]] = {}
+        self._held: dict[int, list[Bound]] = {}
+        self._background: Background | None = None
+        self._twins: dict[int, Any] = {}
         given = params.named_parameters() if isinstance(params, nn.Module) else params
         super().__init__(given, {**self.config.as_defaults(), "lr": lr})
         if isinstance(params, nn.Module):
@@ -132,7 +136,7 @@ class LowRankOptimizer(StatefulOptimizer):
         if self._stepped():
             raise ConfigError("learn_types: must come before the first step")
         self._other_layers = param_groups.layer_kinds(model)
-        self.layout, self._bound = None, {}
+        self.layout, self._held = None, {}
 
     def low_rank_names(self, model: nn.Module) -> set[str]:
         """Names of the trainable parameters of ``model`` that are low-rank by the settings of one of the groups."""
@@ -196,12 +200,13 @@ class LowRankOptimizer(StatefulOptimizer):
         bound = state["_bound"]
         super().__setstate__({name: value for name, value in state.items() if name != "_bound"})
         units = self.layout.units if self.layout else []
-        self._bound = {id(unit.tensor): b for unit, b in zip(units, bound, strict=True)}
+        self._held = {id(unit.tensor): b for unit, b in zip(units, bound, strict=True)}
         self._release = Release(self) if self.config.release_gradients else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowRankOptimizer:
         """A copy with parameters and state of its own, which belongs to the same process groups."""
-        for group in self.layout.groups() if self.layout is not None else ():
+        known = self.layout.groups() if self.layout is not None else []
+        for group in (*known, *self._twins.values()):
             memo[id(group)] = group
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -219,18 +224,25 @@ class LowRankOptimizer(StatefulOptimizer):
             raise ConfigError(f"cannot change the layout of a {self.config.optimizer} optimizer after its first step")
         if self.config.release_gradients:
             check_release(layout)
-        self._bound, self.layout, self.awaiting_layout = {}, layout, False
+        self.synchronize()
+        self._held, self.layout, self.awaiting_layout = {}, layout, False
         arrange(layout, self._in_group)
         for unit in layout.units:
             self._bind_unit(unit)
-        refuse_duplicates([b.piece.name for bound in self._bound.values() for b in bound])
+        refuse_duplicates([b.piece.name for bound in self._held.values() for b in bound])
         self._settle(layout.units, fresh=True)
+        if self._overlaps():
+            try:
+                self._make_background()
+            except ConfigError:
+                self._held, self.layout = {}, None
+                raise
 
     def _settle(self, units: Iterable[Unit], fresh: bool = False) -> None:
         """Bring the factors of some units, new ones or (unless they are there already) loaded ones, into the gauge."""
         for unit in units:
             config = self.group_config(self.param_groups[unit.group])
-            matrices = [b.state for b in self._bound[id(unit.tensor)] if isinstance(b.state, Matrix)]
+            matrices = [b.state for b in self._held[id(unit.tensor)] if isinstance(b.state, Matrix)]
             # A plan has no elements, or peers without a group.
             matrices = [m for m in matrices if m.low_rank]
             ready = [m for m in matrices if not m.taken.is_meta and (m.peers is None or m.peers.group is not None)]
@@ -240,10 +252,11 @@ class LowRankOptimizer(StatefulOptimizer):
     def settle(self) -> None:
         """After factors were loaded: bring those that are not in the optimizer's gauge into it; a collective."""
         assert self.layout is not None
+        self.state_written()
         self._settle(self.layout.units)
 
     def _stepped(self) -> bool:
-        return any(b.state.step for bound in self._bound.values() for b in bound)
+        return any(b.state.step for bound in self._held.values() for b in bound)
 
     def _bind_unit(self, unit: Unit) -> None:
         config = self.group_config(self.param_groups[unit.group])
@@ -277,7 +290,7 @@ class LowRankOptimizer(StatefulOptimizer):
             else:
                 state = adamw.allocate(piece.numel, device, dtype, weights.rounding(config, piece, device))
             bound.append(Bound(piece, state, other=kept is not None and kept is not config))
-        self._bound[id(unit.tensor)] = bound
+        self._held[id(unit.tensor)] = bound
 
     def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> bool:
         targets: Any = ".*" if name.startswith(_UNNAMED) else config.target_modules
@@ -337,7 +350,7 @@ class LowRankOptimizer(StatefulOptimizer):
             self._advise_names()
         elif self.layout.native and not self.layout.replaced(self.param_groups):
             tensors = (p for group in self.param_groups for p in group["params"])
-            if any(id(p) not in self._bound and may_step(p) for p in tensors):
+            if any(id(p) not in self._held and may_step(p) for p in tensors):
                 self._extend(self._find(lambda _, p: may_step(p)))
 
     def bind_saved(self, names: Container[str]) -> None:
@@ -347,7 +360,7 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         self._ensure_bound()
         assert self.layout is not None
-        ours = {name: id(p) in self._bound for name, p, _ in self._named()}
+        ours = {name: id(p) in self._held for name, p, _ in self._named()}
         if not self.layout.native or all(bound == (name in names) for name, bound in ours.items()):
             return
         if not self._stepped() and any(name in names for name in ours):
@@ -366,7 +379,7 @@ class LowRankOptimizer(StatefulOptimizer):
         place = detect.find(self._named())
         if not place.alone:
             agreement.require(agreement.of_optimizer(self, place.shapes), place.group, place.shares)
-        bound = self._bound if self.layout is not None else {}
+        bound = self._held if self.layout is not None else {}
         named = [(n, p, i) for n, p, i in self._named() if wanted(n, p) and id(p) not in bound]
         found = detect.layout(place, named, self.shard_state, self._in_group)
         found.native = True
@@ -381,6 +394,8 @@ class LowRankOptimizer(StatefulOptimizer):
         for unit in added.units:
             self._bind_unit(unit)
         self._settle(added.units, fresh=True)
+        if self._overlaps():
+            self._make_background()
 
     def _advise_names(self) -> None:
         """Warn if matrices are low-rank for want of a name. Who gave a group ``"rank": 0`` has chosen."""
@@ -416,7 +431,11 @@ class LowRankOptimizer(StatefulOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter in ``param_groups`` that has a gradient. Collective under sharded layouts."""
+        """Update every parameter in ``param_groups`` that has a gradient. Collective under sharded layouts.
+
+        With ``overlap`` the parameters are updated when it returns, and the optimizer's own state is not yet: look at
+        that through the optimizer, which waits, or call :meth:`synchronize`.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -434,25 +453,37 @@ class LowRankOptimizer(StatefulOptimizer):
     def _advance(self, tensors: list[Tensor], release: Release | None = None) -> None:
         """Step these tensors, which have a gradient; on behalf of ``release`` those that come by themselves."""
         assert self.layout is not None
+        self._wait_for(p for group in self.param_groups for p in group["params"])
         pieces = {id(p): self._pieces(p) for p in tensors}
-        go, elsewhere = self._look([piece for some in pieces.values() for piece in some], release)
+        every = [piece for some in pieces.values() for piece in some]
+        _bound_gradients(every)
+        looks = self._start_looks(every)  # behind which others say whether all is finite
+        go, elsewhere = self._look(every, release)
+        known = looks()
         if go is None:
             return
         pieces |= {id(p): self._pieces(p) for p in elsewhere}
         for group in self.param_groups:
             config = self.group_config(group)
             stepped = [piece for p in group["params"] for piece in pieces.get(id(p), ())]
-            self._step_group(config, self.vector_hyper(config, group), stepped, go)
+            self._step_group(config, self.vector_hyper(config, group), stepped, go, known)
         send_stepped(self.layout, pieces, self.comm, self.workspace.bucket)
 
-    def _step_group(self, config: Any, vectors: adamw.Hyper, pieces: list[Stepped], go: dict[Any, Go]) -> None:
+    def _step_group(
+        self,
+        config: Any,
+        vectors: adamw.Hyper,
+        pieces: list[Stepped],
+        go: dict[Any, Go],
+        known: dict[int, Tensor],
+    ) -> None:
         items: list[Item] = []
         other: dict[others.Settings, list[Item]] = {}
         rounding.draw([piece.bound.state for piece in pieces])
         for piece in pieces:
             state, taken = piece.bound.state, go[piece.theta.device]
             if isinstance(state, Matrix):
-                item = Item(state, piece.theta, piece.grad, piece.largest, taken)
+                item = Item(state, piece.theta, piece.grad, piece.largest, taken, known.get(id(state)))
                 name, shape = piece.bound.piece.name, piece.bound.piece.shape
                 kept = None
                 if piece.bound.other:
@@ -460,7 +491,8 @@ class LowRankOptimizer(StatefulOptimizer):
                 (items if kept is None else other.setdefault(kept, [])).append(item)
             else:
                 adamw.step(state, piece.theta, piece.grad, vectors, self.workspace.block, taken)
-        step(items, self.rule(config), self.comm, self.workspace)
+        behind = self._behind(config.overlap, len({item.theta.device for item in items}))
+        step(items, self.rule(config), self.comm, self.workspace, behind)
         for kept in sorted(other, key=lambda kept: kept.rank):  # the same order on every rank
             step(other[kept], other_rule(kept), self.comm, self.workspace)
         for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
@@ -476,10 +508,6 @@ class LowRankOptimizer(StatefulOptimizer):
         """
         assert self.layout is not None
         devices = {piece.theta.device for piece in pieces}
-        for device in devices:
-            there = [piece for piece in pieces if piece.theta.device == device]
-            for piece, largest in zip(there, bounds([piece.grad for piece in there]), strict=True):
-                piece.largest = largest
         if self.layout.checks_gradients:
             return {device: taken_for_granted(device) for device in devices}, []
         units = self.layout.units if self.layout.spread_over else []
@@ -511,7 +539,7 @@ class LowRankOptimizer(StatefulOptimizer):
         """The units in which this rank has a part, without a gradient here; what is frozen is so on all ranks."""
         assert self.layout is not None
         lacking = [unit for unit in units if unit.tensor.grad is None and unit.tensor.requires_grad]
-        return [unit for unit in lacking if self._bound[id(unit.tensor)] or self.layout.sends]
+        return [unit for unit in lacking if self._held[id(unit.tensor)] or self.layout.sends]
 
     def _count(self, go: Tensor, looked: list[tuple[str, Tensor]]) -> None:
         """Count a step; warn and, after too many in a row, raise where one was skipped.
@@ -572,7 +600,7 @@ class LowRankOptimizer(StatefulOptimizer):
         """What there is to step of one tensor; its gradient is zero where there is none."""
         if tensor.grad is not None and tensor.grad.is_sparse:
             raise ConfigError(f"{self.config.optimizer} does not support sparse gradients")
-        if id(tensor) not in self._bound:
+        if id(tensor) not in self._held:
             raise ConfigError(
                 f"a tensor in param_groups is not one that {self.config.optimizer} was bound to: wrap the model before "
                 "the optimizer steps or loads its state"
@@ -581,7 +609,7 @@ class LowRankOptimizer(StatefulOptimizer):
         theta = flat(held)
         grad = torch.zeros_like(theta) if tensor.grad is None else local_gradient(tensor).reshape(-1)
         found = []
-        for one in self._bound[id(tensor)]:
+        for one in self._held[id(tensor)]:
             part = slice(one.piece.offset, one.piece.offset + one.piece.numel)
             home = None if held.is_contiguous() else (held, theta)
             found.append(Stepped(one, theta[part], grad[part], home))
@@ -620,8 +648,10 @@ class LowRankOptimizer(StatefulOptimizer):
         assert self.layout is not None
         matrices = [(b.state, b.other) for b in self.bound() if isinstance(b.state, Matrix)]
         of = [[state for state, other in matrices if other == kind] for kind in (False, True)]
-        workspace = max(self.workspace_bytes(of[0]), LowRankOptimizer.workspace_bytes(self, of[1]))
-        return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, workspace)
+        workspace, overlap = max(self.workspace_bytes(of[0]), LowRankOptimizer.workspace_bytes(self, of[1])), 0
+        if self._overlaps():  # one step's rest and another one's beginning at a time
+            workspace, overlap = 2 * workspace, self.overlap_bytes()
+        return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, workspace, overlap)
 
     def workspace_bytes(self, matrices: list[Matrix]) -> int:
         """Bound on what a step on these matrices allocates for itself."""
@@ -654,6 +684,14 @@ def _low_rank(state: Matrix | adamw.Vector) -> bool:
     return isinstance(state, Matrix) and state.low_rank
 
 
+def _bound_gradients(pieces: list[Stepped]) -> None:
+    """Say of each piece how large its gradient is at most."""
+    for device in {piece.theta.device for piece in pieces}:
+        there = [piece for piece in pieces if piece.theta.device == device]
+        for piece, largest in zip(there, bounds([piece.grad for piece in there]), strict=True):
+            piece.largest = largest
+
+
 _UNNAMED = "unnamed."
 # What a copy of the optimizer takes along.
-_OWN = ("_other_layers", "config", "comm", "layout", "awaiting_layout", "shard_state", "skips")
+_OWN = ("_other_layers", "config", "comm", "layout", "awaiting_layout", "shard_state", "skips", "_background", "_twins")

@@ -36,6 +36,9 @@ def costs(request: Request, arrangement: Arrangement) -> Costs:
     for rank, matrices in held(request, arrangement, fullest).items():
         same = slice(None) if arrangement.uniform else slice(rank, rank + 1)
         found.workspace[same] = workspace_bytes(matrices, needs, kind)
+        if request.optimizer.overlap:  # as memory_report() states it
+            kept = sum(batching.overlap_bytes(m.outline, not stable) for m in matrices)
+            found.workspace[same] = 2 * found.workspace[same] + kept
         calls = 0
         for one in traffic.collectives(matrices, needs, limits, stable, kind):
             calls += one.calls

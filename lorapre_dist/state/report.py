@@ -23,6 +23,7 @@ class MemoryReport:
         state_bytes: of optimizer state on this rank.
         adamw_state_bytes: what AdamW (two numbers per element, same precision) would hold on this rank.
         workspace_bytes: bound on the tensors that a step allocates for itself; BLAS libraries add buffers of their own.
+        overlap_bytes: bound on what ``overlap`` keeps from one step to the next; 0 without it.
     """
 
     layout: str
@@ -36,9 +37,12 @@ class MemoryReport:
     workspace_bytes: int
     weights: str = ""
     weight_bytes: int = 0
+    overlap_bytes: int = 0
 
     @classmethod
-    def of(cls, held: list[tuple[Any, Any]], layout: Layout, workspace_bytes: int) -> MemoryReport:
+    def of(
+        cls, held: list[tuple[Any, Any]], layout: Layout, workspace_bytes: int, overlap_bytes: int = 0
+    ) -> MemoryReport:
         """The report for this rank's pieces and their state; the core knows the workspace."""
         matrices = [(piece, state) for piece, state in held if isinstance(state, Matrix) and state.low_rank]
         others = [(piece, state) for piece, state in held if not (isinstance(state, Matrix) and state.low_rank)]
@@ -55,6 +59,7 @@ class MemoryReport:
             workspace_bytes=workspace_bytes,
             weights=", ".join(sorted({_kept(state, units[piece.name]) for piece, state in held})),
             weight_bytes=sum(piece.numel * units[piece.name].element_size() for piece, _ in held),
+            overlap_bytes=overlap_bytes,
         )
 
     def __str__(self) -> str:
@@ -68,6 +73,8 @@ class MemoryReport:
             ("AdamW would hold", f"{self.adamw_state_bytes / 2**20:.2f} MiB (ours is {ratio:.1%} of it)"),
             ("workspace of a step, at most", f"{self.workspace_bytes / 2**20:.2f} MiB"),
         ]
+        if self.overlap_bytes:
+            rows.append(("kept by overlap between steps", f"{self.overlap_bytes / 2**20:.2f} MiB, at most"))
         return "\n".join(f"{label:<32} {value}" for label, value in rows)
 
 

@@ -37,9 +37,9 @@ from .full import rooted, said
 _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
 # What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's, and so
-# are when gradients are used, how weights are kept (whose type a checkpoint does not change), and the form in which
-# state is kept: what was saved in another one is converted.
-_PRESENT = ("target_modules", "weights", "state_dtype", "release_gradients", "clip_each")
+# are when gradients are used, how weights are kept (whose type a checkpoint does not change), what changes memory and
+# time but no number, and the form in which state is kept: what was saved in another one is converted.
+_PRESENT = ("target_modules", "weights", "state_dtype", "release_gradients", "clip_each", "overlap", "overlap_limit")
 _FLATTENED = "FSDP1"
 
 
@@ -49,7 +49,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
     config: Any
     layout: Layout | None
     awaiting_layout: bool
-    _bound: dict[int, list[Any]]
+
+    @property
+    def _bound(self) -> dict[int, list[Any]]:
+        """Pieces with their state by the id of the stepped tensor."""
+        raise NotImplementedError
 
     @property
     def state(self) -> Any:

@@ -72,6 +72,53 @@ def skip_case(
         dist.barrier()
 
 
+def overlap_case(
+    rank: int, world_size: int, *, stage: int, optimizers: list[str], folder: str | None
+) -> dict[str, Any]:
+    """What differs with ``overlap`` after steps of which one is skipped, by optimizer; and how a step waits.
+
+    With a folder, what differs as well where one run resumes from what the other has saved, the other way round.
+    """
+    found: dict[str, Any] = {}
+    for name in optimizers:
+        results = []
+        for overlap in (False, True):
+            engine = _overlapping(stage, name, overlap)
+            train(engine, rank, world_size, range(BAD_STEP), 1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                bad_step(engine, rank, world_size, float("nan"))
+            train(engine, rank, world_size, range(BAD_STEP + 1, 5), 1)
+            if folder is not None:
+                engine.save_checkpoint(folder, tag=f"{name}{overlap}")
+            results.append(everything(engine))
+            if folder is not None:
+                train(engine, rank, world_size, range(5, 7), 1)
+                results.append(everything(engine))
+            engine.destroy()
+            dist.barrier()
+        half = len(results) // 2
+        for before, after in zip(results[:half], results[half:], strict=True):
+            assert before.keys() == after.keys()
+            found.setdefault(name, []).extend(str(k) for k, t in before.items() if not torch.equal(t, after[k]))
+        for overlap in (False, True) if folder is not None else ():
+            engine = _overlapping(stage, name, not overlap)
+            engine.load_checkpoint(folder, tag=f"{name}{overlap}")
+            assert lorapre_dist.deepspeed.base_optimizer(engine).param_groups[0]["overlap"] is not overlap
+            train(engine, rank, world_size, range(5, 7), 1)
+            after = everything(engine)
+            found[name].extend(f"resumed {k}" for k, t in results[-1].items() if not torch.equal(t, after[k]))
+            engine.destroy()
+            dist.barrier()
+    return found
+
+
+def _overlapping(stage: int, optimizer: str, overlap: bool) -> Any:
+    config = ds_config(stage, "fp32", 1, 0.5, {**params_of(optimizer), "overlap": overlap})
+    config["optimizer"]["type"] = optimizer
+    return build(config)
+
+
 def refused_case(rank: int, world_size: int, *, stage: int, changes: dict[str, Any] | None = None) -> str:
     """What two bad steps in a row raise, where two are too many."""
     engine = build(merge(ds_config(stage, "fp32", 1, 0.0, {**params_of("LoRAPre"), "max_skipped": 2}), changes or {}))

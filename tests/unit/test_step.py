@@ -26,6 +26,17 @@ def test_no_number_is_read_back_and_all_is_on_one_device(kind, size, dtype):
     assert found.waits == 0 and not found.mixed
 
 
+@pytest.mark.parametrize("variant", ["stable", "paper"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_nor_with_overlap(kind, variant):
+    """Queued on a stream all of it, with collectives on groups of its own."""
+    with scaling.fake_world(4, 0):
+        model, few = "llama-60m", {"overlap": True, "variant": variant}
+        found = launches.count(lambda: launches.ours(kind, model, 16, 4, torch.float32, **few))
+    assert found.total > 100
+    assert found.waits == 0 and not found.mixed
+
+
 def test_what_is_looked_for_is_seen():
     """A read of a number raises on that device, and one on another device is counted."""
     x = torch.ones(3, device="meta")

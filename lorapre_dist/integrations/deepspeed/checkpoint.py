@@ -37,6 +37,7 @@ def install(engine: Any) -> None:
     def wait_and_destroy(*args: Any, **kwargs: Any) -> Any:
         try:
             wait(engine)
+            engine.basic_optimizer.synchronize()
         finally:
             group = engine.__dict__.pop("_lorapre_group", None)
             if group is not None:

@@ -135,5 +135,6 @@ class NativeEngine:
         return str(Path(load_dir) / tag), client_state
 
     def destroy(self) -> None:
-        """Wait for a background save."""
+        """Wait for a background save, and for what the optimizer does behind training."""
         engine_checkpoints.wait(self)
+        self.basic_optimizer.synchronize()

@@ -1,0 +1,72 @@
+"""``overlap``: the same bits, at most one delay that is felt, no look at the state that does not wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorapre_dist.optimizers import OPTIMIZERS
+
+from .harness import run_ranks
+from .overlap_cases import bits_case, doors_case, failing_case, felt_case, memory_case
+
+PAPER = {"variant": "paper", "damping": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "layout, world, options, bucket",
+    [
+        ("fsdp2", 3, {}, None),
+        ("fsdp2", 3, PAPER, 2000),
+        ("fsdp1", 3, {}, 2000),
+        ("hsdp", 4, {}, None),
+        ("tp", 3, {}, 2000),
+        ("ddp", 2, {}, None),
+        ("ddp replicated", 2, {}, None),
+    ],
+)
+def test_the_same_bits(layout, world, options, bucket):
+    """Of weights and state; a bucket of 2,000 bytes makes many waves."""
+    optimizers = list(OPTIMIZERS) if layout == "fsdp2" else ["LoRAPre", "LoRAPreMuon"]
+    if options.get("variant") == "paper":
+        optimizers.remove("LoRAPreAdafactor")
+    arguments = {"layout": layout, "optimizers": optimizers, "options": options, "bucket": bucket}
+    for result in run_ranks(world, bits_case, timeout=400, **arguments):
+        assert result == {name: [] for name in optimizers}
+
+
+@pytest.mark.parametrize(
+    "layout, optimizer, most",
+    [
+        ("fsdp2", "LoRAPre", 1),
+        ("fsdp2", "LoRAPreAdafactor", 2),  # sums over columns
+        ("fsdp2", "LoRAPreLion", 1),
+        ("fsdp1", "LoRAPre", 2),  # rows that are cut between ranks
+        ("ddp", "LoRAPre", 2),  # the weights' own broadcast
+    ],
+)
+def test_delays_that_are_felt(layout, optimizer, most):
+    """By the order of events, on a clock that only waits move on: whether all is finite, and what is stated above."""
+    for result in run_ranks(2, felt_case, layout=layout, optimizer=optimizer, overlap=True):
+        assert 1 <= result["felt"] <= most, result
+        assert result["after"] == 0
+    for result in run_ranks(2, felt_case, layout=layout, optimizer=optimizer, overlap=False):
+        assert result["felt"] >= most + (0 if layout.startswith("ddp") else 5), result
+
+
+def test_every_look_at_the_state_waits():
+    for result in run_ranks(2, doors_case):
+        assert all(result.values()), result
+
+
+def test_what_goes_wrong_is_said_at_the_next_look():
+    for said in run_ranks(2, failing_case):
+        assert len(said) == 4 and all("Connection closed by peer" in text for text in said)
+
+
+@pytest.mark.parametrize("layout, options", [("fsdp2", {}), ("fsdp1", PAPER), ("tp", {})])
+def test_memory_is_stated_and_can_be_refused(layout, options):
+    for result in run_ranks(3, memory_case, layout=layout, options=options):
+        assert result["stated"] > 0 and result["kept"] <= result["stated"]
+        assert result["kept"] > 0
+        assert "kept by overlap" in result["text"]
+        assert len(result["said"]) == 2 and all("overlap_limit=100" in text for text in result["said"])
