@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from lorapre_dist.core.interval import column_block
-from lorapre_dist.layouts.ranges import equal_ranges, holders, owners
+from lorapre_dist.layouts.geometry.ranges import equal_ranges, holders, owners
 
 SHAPES, RANKS = [(5, 8), (10, 6), (5, 7)], 3
 

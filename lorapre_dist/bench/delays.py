@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorapre_dist.core.comm import Comm
-from lorapre_dist.core.factors import Peers
+from lorapre_dist.core.interval import Peers
 from lorapre_dist.layouts.base import Layout, Piece, Unit
-from lorapre_dist.layouts.ranges import equal_ranges
+from lorapre_dist.layouts.geometry.ranges import equal_ranges
 from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
 from lorapre_dist.optimizers.awaiting import building_under_engine
 

@@ -145,7 +145,7 @@ class LowRankConfig:
             integer("overlap_limit", self.overlap_limit, low=0)
         if self.overlap and (self.release_gradients or self.state_dtype != "fp32"):
             other = "release_gradients=true" if self.release_gradients else f"state_dtype={self.state_dtype!r}"
-            raise ConfigError(f"overlap=true with {other}: one is for time, the other for memory; leave one of them out")
+            raise ConfigError(f"overlap=true with {other}: one is for time, the other for memory: leave one out")
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Self:
