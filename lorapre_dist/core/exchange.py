@@ -148,8 +148,9 @@ def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
             q, width = item.matrix.interval.shape[1], item.matrix.block_size
             for factors in _lent(item):
                 k, r = factors.A.shape[:2]
-                block = gathered[:, at : at + k * r * width].view(-1, k, r, width)
-                whole.setdefault(id(item), []).append(block.permute(1, 2, 0, 3).reshape(k, r, -1)[..., :q])
+                block = gathered[:, at : at + k * r * width].view(len(gathered), k, r, width)
+                block = block.permute(1, 2, 0, 3).reshape(k, r, len(gathered) * width)
+                whole.setdefault(id(item), []).append(block[..., :q])
                 at += k * r * width
         for item in shared:
             look = looks[id(item)]
