@@ -74,14 +74,14 @@ def test_what_is_held_between_steps_is_the_state():
     ):
         less_state, less_held, _ = live(**options)
         assert less_state < state
-        assert abs((held - less_held) - (state - less_state)) <= 0.15 * state, options
+        assert abs((held - less_held) - (state - less_state)) <= 0.02 * state, options
 
 
 @pytest.mark.parametrize(
     "options, most",
     [
         ({"state_dtype": "bf16"}, 0.52),  # of the factors; row energies stay in fp32
-        ({"state_dtype": "8bit"}, 0.34),  # and a scale for 32 and for 4 numbers
+        ({"state_dtype": "8bit"}, 0.39),  # with a scale for 16 and for 2 numbers
     ],
 )
 def test_factors_in_other_forms_take_their_part(options, most):
@@ -103,7 +103,7 @@ def test_tables_take_a_hundredth():
 
 
 def test_released_gradients_are_not_held():
-    """What is left at the peak beside weights and state: one table's gradient, those that wait, and activations."""
+    """What is left at the peak is the head's gradient, a third of all, and what a step and a forward pass take."""
     (_, held, peak), (_, early_held, early_peak) = live(), live(release_gradients=True)
     assert peak - held >= GRADIENTS
-    assert early_peak - early_held <= 4 * TABLE + (1 << 20) + 0.25 * GRADIENTS, (peak - held, early_peak - early_held)
+    assert early_peak - early_held <= 0.6 * (peak - held)
