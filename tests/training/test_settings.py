@@ -192,7 +192,7 @@ RELEASED = {"optimizer": {"type": "LoRAPre", "params": {"lr": 0.01, "rank": 4, "
         (
             ["--backend", "fsdp2"],
             {"train_batch_size": 2},
-            r"gradient_clipping=1, DeepSpeed's default.*max_update.*clip_each",
+            "gradient_clipping=1, DeepSpeed.*max_update.*clip_each",
         ),
         (["--backend", "ddp"], {"train_batch_size": 2, "gradient_clipping": 0.5}, r"gradient_clipping=0.5\)"),
         (["--backend", "fsdp2"], {"gradient_clipping": 0}, "over 2 micro-batches.*--gradient_checkpointing"),
