@@ -20,7 +20,7 @@ from .request import BYTES, LAYOUTS, Request, Zero
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SMALLEST_MEMORY = 2**20
 # What of the JSON's optimizer.params memory depends on.
-SETTINGS = ("rank", "rank_v", "variant", "target_modules")
+SETTINGS = ("rank", "rank_v", "variant", "target_modules", "state_dtype", "other_state", "embeddings")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
