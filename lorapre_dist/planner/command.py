@@ -80,9 +80,9 @@ def request_of(given: argparse.Namespace) -> Request:
     if given.deepspeed_config:
         found, ours = _from_json(given.deepspeed_config, given.world_size, given.accumulation, layout)
         values |= found | {"offload": found["offload"] or given.offload}
-    values |= {k: v for k in ("precision", "accumulation") if (v := getattr(given, k)) is not None}
+    values |= {k: v for k in ("precision", "accumulation") if (v := getattr(given, k, None)) is not None}
     values |= {"layout": layout} if layout else {}
-    ours |= {k: v for k in SETTINGS if (v := getattr(given, k)) is not None}
+    ours |= {k: v for k in SETTINGS if (v := getattr(given, k, None)) is not None}
     name = Path(given.model).name or given.model
     name = name if name != "config.json" else Path(given.model).resolve().parent.name
     kind, parameters = find(given.model)
