@@ -461,8 +461,8 @@ def _padded(block: Tensor, columns: int) -> Tensor:
 def _unpacked(gathered: Tensor, at: int, block: Tensor, width: int) -> Tensor:
     """All ranks' blocks of ``A`` (such as ``block``, k x r x columns, padded to ``width``), beside each other."""
     k, r = block.shape[:2]
-    blocks = gathered[:, at : at + k * r * width].view(-1, k, r, width)
-    return blocks.permute(1, 2, 0, 3).reshape(k, r, -1)
+    blocks = gathered[:, at : at + k * r * width].view(len(gathered), k, r, width)  # r may be 0
+    return blocks.permute(1, 2, 0, 3).reshape(k, r, len(gathered) * width)
 
 
 def _blocks(wholes: list[Tensor], parts: int) -> Tensor:

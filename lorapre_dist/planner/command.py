@@ -20,7 +20,7 @@ from .seconds import DEVICES, rate, rates_of
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SMALLEST_MEMORY = 2**20
 # Settings of optimizers that have options of their own here.
-SETTINGS = ("rank", "rank_v", "variant", "target_modules")
+SETTINGS = ("rank", "rank_v", "variant", "target_modules", "state_dtype", "other_state", "embeddings")
 RATES = {
     "flops": "flops of matrix products a second (300e12, 300T)",
     "bandwidth": "bytes of device memory a second",
@@ -101,11 +101,11 @@ def requests_of(given: argparse.Namespace) -> list[Request]:
     if given.deepspeed_config:
         found, kind, ours = _from_json(given.deepspeed_config, given.world_size, given.accumulation, layout)
         values |= found | {"offload": found["offload"] or given.offload}
-    values |= {k: v for k in ("precision", "accumulation") if (v := getattr(given, k)) is not None}
+    values |= {k: v for k in ("precision", "accumulation") if (v := getattr(given, k, None)) is not None}
     values |= {"layout": layout} if layout else {}
     values |= {"shard_size": given.shard_size, "shard_state": not given.replicated_state}
     chosen = given.optimizer or kind
-    options = {k: v for k in SETTINGS if (v := getattr(given, k)) is not None}
+    options = {k: v for k in SETTINGS if (v := getattr(given, k, None)) is not None}
     name = Path(given.model).name or given.model
     name = name if name != "config.json" else Path(given.model).resolve().parent.name
     what, parameters = find(given.model)

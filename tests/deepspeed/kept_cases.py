@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import lorapre_dist
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
+from lorapre_dist.core.rounding import widened
 
 from . import cases
 
@@ -16,7 +18,7 @@ STEPS = 5
 
 
 def kept_case(rank: int, world_size: int, *, stage: int, options: list[dict[str, Any]], folder: str) -> list[Any]:
-    """For each of some options: the largest distance of any parameter to one device's, and how many factors differ.
+    """For each of some options: the largest distance of any parameter, and of any factor, to one device's.
 
     Then the engine's checkpoint is loaded by the optimizer of one device, and both take one step more: that distance.
     """
@@ -55,9 +57,15 @@ def distance(engine: Any, alone: Any) -> float:
 
 
 def differing(ours: dict[str, Any], alone: dict[str, Any]) -> float:
-    """The share of numbers of the factors that are not the same."""
-    pairs = [(ours[n][k], t) for n, entry in alone.items() for k, t in entry.items() if k.endswith(("_A", "_B"))]
-    return sum(int((a != b).sum()) for a, b in pairs) / sum(math.prod(b.shape) for _, b in pairs)
+    """The largest distance of any factor."""
+    found = [0.0]
+    for name, entry in alone.items():
+        for key in entry.keys() & {"m_A", "m_B", "v_A", "v_B"}:
+            assert ours[name][key].dtype == entry[key].dtype
+            dim = -1 if key.endswith("_B") else -2
+            a, b = (widened(held[name][key], dim, torch.float64) for held in (ours, alone))
+            found.append(float((a - b).norm() / b.norm()))
+    return max(found)
 
 
 def refused_case(rank: int, world_size: int) -> list[str]:

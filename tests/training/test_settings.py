@@ -180,3 +180,32 @@ def test_stage_and_precision():
     assert precision({}) == "fp32"
     assert precision({"bf16": {"enabled": True}}) == "bf16"
     assert precision({"bf16": {"enabled": False}, "fp16": {"enabled": True}}) == "fp16"
+
+
+RELEASED = {"optimizer": {"type": "LoRAPre", "params": {"lr": 0.01, "rank": 4, "release_gradients": True}}}
+
+
+@pytest.mark.parametrize(
+    ("options", "ds", "words"),
+    [
+        ([], {"train_batch_size": 2}, "DeepSpeed's engine collects gradients.*--backend fsdp2"),
+        (
+            ["--backend", "fsdp2"],
+            {"train_batch_size": 2},
+            "gradient_clipping=1, DeepSpeed.*max_update.*clip_each",
+        ),
+        (["--backend", "ddp"], {"train_batch_size": 2, "gradient_clipping": 0.5}, r"gradient_clipping=0.5\)"),
+        (["--backend", "fsdp2"], {"gradient_clipping": 0}, "over 2 micro-batches.*--gradient_checkpointing"),
+    ],
+)
+def test_what_needs_all_gradients_where_they_are_released(make_settings, options, ds, words):
+    with pytest.raises(ConfigError, match=words):
+        make_settings(*options, ds={**RELEASED, **ds})
+
+
+def test_gradients_are_released_by_the_json_or_by_an_option(make_settings):
+    plain = {"optimizer": {"type": "LoRAPre", "params": {"rank": 4}}, "gradient_clipping": 0, "train_batch_size": 2}
+    assert "release_gradients" not in make_settings("--backend", "fsdp2", ds=plain).ds_config["optimizer"]["params"]
+    asked = make_settings("--backend", "fsdp2", "--release_gradients", ds=plain)
+    assert asked.ds_config["optimizer"]["params"] == {"rank": 4, "release_gradients": True}
+    make_settings("--backend", "ddp", ds={**RELEASED, "gradient_clipping": 0, "train_batch_size": 2})
