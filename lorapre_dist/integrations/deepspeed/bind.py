@@ -22,6 +22,7 @@ from ...config import extras
 extras.need("deepspeed")
 
 import deepspeed as ds
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -78,7 +79,7 @@ def register() -> None:
     if not hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__"):
         DeepSpeedEngine._configure_distributed_model = _agreeing(DeepSpeedEngine._configure_distributed_model)
         DeepSpeedEngine._configure_optimizer = _binding(DeepSpeedEngine._configure_optimizer)
-        weights.allow()
+        weights.allow(ZeROOptimizer)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:

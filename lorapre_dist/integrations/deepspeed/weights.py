@@ -11,8 +11,6 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
-
 from ...config import ConfigError, ds_json
 from ...config.options import SIXTEEN
 from ...optimizers import LowRankOptimizer
@@ -51,9 +49,9 @@ def check(config: Mapping[str, Any], wanted: Iterable[str | None]) -> None:
         )
 
 
-def allow() -> None:
-    """Let ZeRO give our optimizers bf16 weights on an accelerator and offloaded, as it gives its own; idempotent."""
-    configure = ZeROOptimizer._configure_master_weights
+def allow(zero_optimizer: Any) -> None:
+    """Let ZeRO (the class) give our optimizers bf16 weights, on an accelerator or offloaded, as its own; idempotent."""
+    configure = zero_optimizer._configure_master_weights
     if hasattr(configure, "__wrapped__"):
         return
 
@@ -63,4 +61,4 @@ def allow() -> None:
             kwargs["bf16_offload_validator"] = None  # it asks for DeepSpeedCPUAdam, by name
         return configure(zero, *args, **kwargs)
 
-    ZeROOptimizer._configure_master_weights = configured
+    zero_optimizer._configure_master_weights = configured
