@@ -65,8 +65,8 @@ def run(page: Path, folder: Path, timeout: float) -> str:
 
 
 def _on_a_free_port(command: str) -> str:
-    """The launchers' own port is the same for all that run on a machine."""
-    return re.sub(r"^(torchrun|deepspeed) ", rf"\1 --master_port {free_port()} ", command, flags=re.MULTILINE)
+    """The deepspeed launcher's own port is the same for all that run on a machine."""
+    return re.sub(r"^deepspeed ", f"deepspeed --master_port {free_port()} ", command, flags=re.MULTILINE)
 
 
 def _run(page: Path, folder: Path, command: list[str], timeout: float) -> str:
