@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..core import batching, exchange
-from ..core.background import Background, twins
+from ..core.background import Background
 from ..core.comm import Comm
 from ..core.factors import Matrix
 from ..core.step import Behind
 from ..core.workspace import Workspace
 from ..layouts.base import Layout
+from ..layouts.twins import twins
 from ..state.full import all_ranks
 from .tensors import may_step
 
