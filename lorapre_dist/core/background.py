@@ -3,8 +3,8 @@
 On accelerators work is queued on a stream of its own, by the thread that trains: in the order in which that does so,
 which is the same on all ranks, and nothing waits on the host. On a CPU, where a collective or a solve would hold up who
 calls it, one thread does the work in the order in which it was given. Either way collectives go over process groups
-that nothing else uses (:func:`twins`), so that they and those of training cannot be taken for each other, nor wait for
-each other.
+that nothing else uses (:mod:`lorapre_dist.layouts.twins`), so that they and those of training cannot be taken for each
+other, nor wait for each other.
 
 What the work changes must not be looked at before :meth:`Background.wait`, which also raises what went wrong.
 """
@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 #: Seconds that a process which ends waits for work that is under way: its peers may need it to end theirs.
@@ -161,27 +160,3 @@ def _finish_all() -> None:
     for one in list(_living):
         with contextlib.suppress(Exception):
             one.finish(ENDING)
-
-
-def twins(groups: Iterable[Any]) -> dict[int, Any]:
-    """For each process group, by its id, another one over the same ranks; a collective over all ranks.
-
-    Every rank makes all groups of all ranks, in one order, with the backend and time limit of the first.
-    """
-    mine = {id(group): _described(group) for group in groups}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(mine.values()))
-    made = {}
-    for ranks, backend, timeout in sorted({one for part in everyone for one in part}, key=str):
-        made[ranks, backend, timeout] = dist.new_group(list(ranks), backend=backend, timeout=timeout)
-    return {key: made[described] for key, described in mine.items()}
-
-
-def _described(group: Any) -> tuple[tuple[int, ...], str, Any]:
-    """Ranks, backend and time limit of a process group."""
-    timeout = None
-    for kind in ("cuda", "cpu"):
-        with contextlib.suppress(Exception):  # of backends without options, or without this device
-            timeout = group._get_backend(torch.device(kind)).options._timeout
-            break
-    return tuple(dist.get_process_group_ranks(group)), dist.get_backend_config(group), timeout

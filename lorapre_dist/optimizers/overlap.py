@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..core import batching, exchange
-from ..core.background import Background, twins
+from ..core.background import Background
 from ..core.comm import Comm, all_ranks
 from ..core.factors import Matrix
 from ..core.step import Behind
 from ..core.workspace import Workspace
 from ..layouts.base import Layout
+from ..layouts.twins import twins
 from .tensors import may_step
 
 
