@@ -108,6 +108,12 @@ class RowInterval:
         return found
 
 
+@functools.lru_cache(maxsize=256)  # a plan asks again and again, of thousands of ranks
+def _largest(ranges: tuple[Range, ...]) -> int:
+    return max(stop - start for start, stop in ranges)
+
+
+@functools.lru_cache(maxsize=256)
 def cut_rows(ranges: tuple[Range, ...], q: int) -> tuple[int, ...]:
     """Rows that more than one of ``ranges`` (which tile the matrix in order; some may be empty) holds a part of."""
     return tuple(sorted({start // q for start, stop in ranges if start < stop and start % q}))
@@ -148,7 +154,7 @@ class Peers:
     def largest(self, shape: tuple[int, int]) -> int:
         """Elements of the largest piece of a p x q matrix that one of these ranks holds."""
         if self.columns is None:
-            return max(stop - start for start, stop in self.ranges)
+            return _largest(self.ranges)
         pairs = zip(self.ranges, self.columns, strict=True)
         return max((stop - start) // shape[1] * (last - first) for (start, stop), (first, last) in pairs)
 
@@ -162,5 +168,5 @@ class Peers:
 
     @functools.cached_property
     def _cut(self) -> dict[tuple[int, int], Sequence[int]]:
-        """Rows by shape: a step asks for them again and again."""
+        """Rows by shape: a step asks for them again and again, and ``ranges`` may be long to look up."""
         return {}

@@ -33,8 +33,10 @@ def costs(request: Request, arrangement: Arrangement) -> Costs:
     stable = request.optimizer.variant == "stable"
     fullest = int(np.argmax(state))
     vectors = sum((over_ranks(arrangement, s, numel(s)) for s in arrangement.shares if not is_matrix(request, s)), 0)
-    for rank, matrices in held(request, arrangement, fullest).items():
-        same = slice(None) if arrangement.uniform else slice(rank, rank + 1)
+    ranks = looked_at(arrangement, fullest)
+    mine = held(request, arrangement, ranks)
+    for rank, after in zip(ranks, [*ranks[1:], arrangement.size], strict=True):
+        matrices, same = mine[rank], slice(None) if arrangement.uniform else slice(rank, after)
         found.workspace[same] = workspace_bytes(matrices, needs, kind)
         if request.optimizer.overlap:  # as memory_report() states it
             kept = sum(batching.overlap_bytes(m.outline, not stable) for m in matrices)
@@ -43,7 +45,7 @@ def costs(request: Request, arrangement: Arrangement) -> Costs:
         for one in traffic.collectives(matrices, needs, limits, stable, kind):
             calls += one.calls
             if not arrangement.uniform:
-                sent[one.purpose][rank] += one.at(one.peers.index)
+                sent[one.purpose][same] += one.at(one.peers.index)
                 continue
             sent[one.purpose] += one.bytes
             for index, more in one.more.items():
@@ -108,16 +110,32 @@ def workspace_bytes(matrices: list[Held], needs: Needs, kind: str) -> int:
     return batching.workspace_bytes(outlines, needs.sizes, kind, needs.per_element * FP32, more) if matrices else 0
 
 
-def held(request: Request, arrangement: Arrangement, fullest: int) -> dict[int, list[Held]]:
-    """The matrices of each rank in the order of the step; of the fullest rank alone where all hold about the same."""
-    alone = arrangement.uniform
-    found: dict[int, list[Held]] = {rank: [] for rank in ([fullest] if alone else range(arrangement.size))}
+#: So many parts of matrices are looked at on all ranks together, at most.
+MOST = 5_000
+
+
+def looked_at(arrangement: Arrangement, fullest: int) -> list[int]:
+    """The ranks whose matrices are looked at, each of which stands for those up to the next one, too.
+
+    All of them, as far as :data:`MOST` allows; the fullest one alone where all take part in everything.
+    """
+    if arrangement.uniform:
+        return [fullest]
+    every = -(-sum(len(share.ranks) for share in arrangement.shares if len(share.shape) == 2) // MOST)
+    return sorted({*range(0, arrangement.size, max(1, every)), fullest})
+
+
+def held(request: Request, arrangement: Arrangement, ranks: list[int]) -> dict[int, list[Held]]:
+    """The matrices of each of some ranks in the order of the step."""
+    found: dict[int, list[Held]] = {rank: [] for rank in ranks}
     groups: dict[Hashable, object] = {}
     for share in arrangement.shares:
         if is_matrix(request, share):
-            places = [(fullest, fullest)] if alone else enumerate(share.ranks)
+            whole = len(share.ranks) == arrangement.size  # place and rank are the same
+            places = zip(ranks, ranks, strict=True) if whole else enumerate(share.ranks)
             for index, rank in places:
-                found[rank].append(_held(request, share, index, groups))
+                if rank in found:
+                    found[rank].append(_held(request, share, index, groups))
     return found
 
 

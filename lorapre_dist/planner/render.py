@@ -10,6 +10,8 @@ from typing import Any
 from lorapre_dist.config import ConfigError, LowRankConfig, extras
 from lorapre_dist.config.arguments import readable
 
+from .arrange import arranged
+from .ours import looked_at
 from .plan import PARTS, Usage, names, plan
 from .request import Request
 from .seconds import Rates, seconds
@@ -53,6 +55,9 @@ def notes(request: Request, rates: Rates | None = None) -> list[str]:
             "seconds: predicted, not measured, of the optimizer's step alone, without any overlap, from these rates: "
             + ", ".join(f"{name} {value:.3g}" for name, value in vars(rates).items())
         ]
+    looked = len(looked_at(arranged(request), 0))
+    if 1 < looked < request.sharing:
+        predicted.append(f"workspace and sent: of {looked:,} ranks, which stand for their neighbours, too")
     return [
         *predicted,
         "activations, the accelerator's context and fragmentation are not included",

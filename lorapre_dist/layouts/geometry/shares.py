@@ -6,6 +6,9 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from ...core.interval import Range
 from .ranges import expert_name, stack_parts
@@ -48,6 +51,15 @@ class Share:
     def numel(self) -> int:
         """Elements of all of it."""
         return math.prod(self.shape)
+
+    @functools.cached_property
+    def numels(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Elements of each of :attr:`ranges`, or of the columns of them."""
+        start, stop = np.array(self.ranges, np.int64).T
+        if self.columns is None:
+            return stop - start  # type: ignore[no-any-return]
+        first, last = np.array(self.columns, np.int64).T
+        return (stop - start) // self.shape[1] * (last - first)  # type: ignore[no-any-return]
 
     @property
     def shared(self) -> bool:
