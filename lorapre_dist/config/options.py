@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 VARIANTS = ("stable", "paper")
+KERNELS = ("auto", "eager", "compile", "triton")
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
 # Options of torch's and DeepSpeed's optimizers that mean nothing here.
 ELSEWHERE = {
@@ -44,6 +45,10 @@ class LowRankConfig:
         target_modules: which weights are low-rank, see :func:`lorapre_dist.config.param_groups.matches`.
         seed: with the parameter's name, determines the initial factors.
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
+        kernels: form of the elementwise part of a step: ``"eager"``, ``"compile"`` (``torch.compile``; a C++ compiler or
+            triton), ``"triton"`` (one kernel, on CUDA), or ``"auto"``: that one where it can run, else eager. The results
+            differ by rounding alone; see :mod:`lorapre_dist.core.kernels`. It concerns LoRAPre and LoRAPreAdafactor; the
+            other optimizers' steps are eager.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -59,6 +64,7 @@ class LowRankConfig:
     target_modules: str | tuple[str, ...] | None = None
     seed: int = 0
     max_skipped: int = 20
+    kernels: str = "auto"
 
     # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
     # below which next to nothing is learned from scratch: a fiftieth of what is usual.
@@ -72,6 +78,7 @@ class LowRankConfig:
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         self._check_numbers()
         choice("variant", self.variant, VARIANTS)
+        choice("kernels", self.kernels, KERNELS)
         targets = self.target_modules
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):

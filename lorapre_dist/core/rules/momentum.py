@@ -8,13 +8,15 @@ large as this rank's pieces of them; for the others a row block at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import regression
+from .. import kernels, regression
 from ..comm import Comm
 from ..exchange import Work
 from ..guard import Go
@@ -37,8 +39,8 @@ class Momentum:
         orthogonal: the update is ``u`` made orthogonal so; None if it is not.
     """
 
-    lr: Callable[[tuple[int, int]], float]
-    decay: float
+    lr: Callable[[tuple[int, int]], Any]
+    decay: Any
     keep: float
     fresh: float
     residual: float
@@ -86,7 +88,4 @@ class Momentum:
                 self._apply(work.item.theta, work.context, work.matrix.interval.shape, work.item.go)
 
     def _apply(self, theta: Tensor, update: Tensor, shape: tuple[int, int], go: Go) -> None:
-        wide = theta if theta.dtype == update.dtype else theta.to(update.dtype)
-        wide.mul_(go.keep(1 - self.decay, wide.dtype)).add_(update, alpha=-self.lr(shape))
-        if wide is not theta:
-            theta.copy_(wide)
+        kernels.subtract(theta, update, None, math.inf, go.keep(1 - self.decay, update.dtype), self.lr(shape))
