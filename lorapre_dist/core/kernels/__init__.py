@@ -1,6 +1,6 @@
 """The elementwise end of a row block, in three forms that give the same: eager, compiled, and one Triton kernel.
 
-    m = gain g + left A        d = sqrt((low vA)^2 + second (s g)^2) + floor        theta <- decay theta - rate clip(m / d)
+    m = gain g + left A    d = sqrt((low vA)^2 + second (s g)^2) + floor    theta <- decay theta - rate clip(m / d)
 
 ``left`` and ``low`` hold the factors' rows, already multiplied by what their rows are multiplied by; ``s`` is the size
 by which squares are scaled (:class:`lorapre_dist.core.guard.Size`). The same with ``second`` 0 and without the root is
@@ -39,7 +39,7 @@ class Update:
         left, A: k x n x r and k x r x c.
         low, vA: k x n x s and k x s x c, whose product is not negative.
         gain, floor: k x n x 1.
-        second: weight of ``g^2`` in the second moment; 0: there is no root to take, the product is it.
+        second: weight of ``g^2`` in the second moment; 0: there is no root to take, the product (of s = 1) is it.
         bound: of each element of the quotient; infinite: none.
         decay, rate: numbers, or 0-d tensors on the device.
     """

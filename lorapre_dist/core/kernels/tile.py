@@ -23,7 +23,9 @@ BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 32
 
 
 @triton.jit
-def product(left, right, rows, columns, n, c, depth, left_row, right_row, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+def product(  # type: ignore[no-untyped-def]
+    left, right, rows, columns, n, c, depth, left_row, right_row, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+):
     """The tile at ``rows`` and ``columns`` of ``left`` (n x depth) times ``right`` (depth x c)."""
     inner = tl.arange(0, BLOCK_K)
     found = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
@@ -42,7 +44,7 @@ def product(left, right, rows, columns, n, c, depth, left_row, right_row, BLOCK_
 
 
 @triton.jit
-def adam_tile(
+def adam_tile(  # type: ignore[no-untyped-def]
     theta, grad, left, A, low, vA, gain, floor, inverse, largest, numbers,
     n, c, r, s,
     theta_stack, theta_row, grad_stack, grad_row, left_stack, left_row, A_stack, A_row,
@@ -57,9 +59,7 @@ def adam_tile(
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows[:, None] < n) & (columns[None, :] < c)
 
-    m = product(
-        left + k * left_stack, A + k * A_stack, rows, columns, n, c, r, left_row, A_row, BLOCK_K, PRECISION
-    )
+    m = product(left + k * left_stack, A + k * A_stack, rows, columns, n, c, r, left_row, A_row, BLOCK_K, PRECISION)
     w = product(low + k * low_stack, vA + k * vA_stack, rows, columns, n, c, s, low_row, vA_row, BLOCK_K, PRECISION)
     place = grad + k * grad_stack + rows[:, None] * grad_row + columns[None, :]
     g = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -87,7 +87,8 @@ def apply(update: Update) -> None:
     if not theta.numel():
         return
     # The factors' rows are short: those that do not lie row by row are copied. Theta and its gradient always do.
-    left, A, low, vA = (x if x.stride(-1) == 1 else x.contiguous() for x in (update.left, update.A, update.low, update.vA))
+    factors = update.left, update.A, update.low, update.vA
+    left, A, low, vA = (x if x.stride(-1) == 1 else x.contiguous() for x in factors)
     gain, floor = (x.expand(k, n, 1).contiguous() for x in (update.gain, update.floor))
     strides = [stride for x in (theta, update.grad, left, A, low, vA) for stride in x.stride()[:2]]
     nothing = gain  # in the place of what is not read
@@ -103,3 +104,22 @@ def apply(update: Update) -> None:
         TINY=torch.finfo(torch.float32).tiny, PRECISION="tf32" if tf32 else "ieee",
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
     )  # fmt: skip
+
+
+def machine_code(capability: int, precision: str = "ieee") -> dict[str, object]:
+    """What the kernel becomes on a CUDA device of this compute capability (80: 8.0), by stage; none has to be there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    settings = {
+        "SCALED": True, "CLEANED": True, "ROOT": True, "BOUNDED": True, "TINY": torch.finfo(torch.float32).tiny,
+        "PRECISION": precision, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K,
+    }  # fmt: skip
+    names = adam_tile.arg_names
+    pointers = names[: names.index("n")]
+    types = {name: "*fp32" if name in pointers else "fp32" if name in ("second", "bound") else "i32" for name in names}
+    signature = {name: "constexpr" if name in settings else kind for name, kind in types.items()}
+    source = ASTSource(
+        fn=adam_tile, signature=signature, constexprs={(names.index(k),): v for k, v in settings.items()}
+    )
+    return dict(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm)

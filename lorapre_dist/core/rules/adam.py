@@ -21,7 +21,10 @@ from .adamw import bias
 
 @dataclass(frozen=True)
 class Adam:
-    """Settings of one parameter group at one step; see :class:`lorapre_dist.config.LoRAPreConfig`."""
+    """Settings of one parameter group at one step; see :class:`lorapre_dist.config.LoRAPreConfig`.
+
+    ``lr`` may be a tensor (0-d) on the device.
+    """
 
     lr: Any
     betas: tuple[float, float]
@@ -59,7 +62,7 @@ class Adam:
 
     def pace(self, go: Go, dtype: torch.dtype) -> dict[str, Any]:
         """What :class:`kernels.Update` needs of the settings in every block."""
-        decay = go.keep(1 - self.lr * self.weight_decay, dtype)
+        decay = go.keep(1 - self.lr * self.weight_decay, dtype) if self.weight_decay else 1
         return {"bound": self.max_update, "decay": decay, "rate": self.lr * self.scale}
 
 
@@ -119,8 +122,8 @@ def _update_block(rule: Adam, work: Work, block: Block, workspace: Workspace) ->
 def _calibrate(rule: Adam, work: Work, block: Block, g: Tensor, low: Tensor) -> Tensor:
     """``1 / sqrt(f)`` of each row, by which ``v_hat = f w`` (k x n x 1, or 1 x 1 x 1), in its gradient's own size.
 
-    In ``stable`` ``f = s^2 / bias2 / mean(w)``, of the rows' root mean squares ``s``, which are updated; in ``paper`` it
-    is ``1 / bias2``. A row's sum of ``(low vA)^2`` is ``low (vA vA^T) low^T``, so that ``w`` need not be formed for it.
+    In ``stable`` ``f = s^2 / bias2 / mean(w)``, of the rows' root mean squares ``s``, which are updated; in ``paper``
+    it is ``1 / bias2``. A row's sum of ``(low vA)^2`` is ``low (vA vA^T) low^T``: ``w`` need not be formed for it.
     """
     (_, beta2), q, bias2 = rule.betas, work.matrix.interval.shape[1], work.context.bias2
     if "rms_row" not in work.matrix.vectors:

@@ -14,9 +14,9 @@ from ..guard import ADAMW_LARGEST, Counted, Go
 
 @dataclass(frozen=True)
 class Hyper:
-    """Settings of one parameter group at one step, as in ``torch.optim.AdamW``."""
+    """Settings of one parameter group at one step, as in ``torch.optim.AdamW``; ``lr`` may be 0-d on the device."""
 
-    lr: float
+    lr: Any
     betas: tuple[float, float]
     eps: float
     weight_decay: float
