@@ -42,7 +42,7 @@ def with_rate(kind, rate, device):
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_learning_rate_on_the_device_is_not_read_back(kind, monkeypatch):
-    """As a CUDA graph needs it, which takes the rate that lies there when it is replayed; it counts as a number does."""
+    """As a CUDA graph needs it, which takes the rate that lies there when it is replayed; it counts as a number."""
     rate = torch.tensor(0.01, device="meta")
     found = launches.count(lambda: with_rate(kind, rate, "meta"))
     assert found.waits == 0 and not found.mixed

@@ -44,7 +44,8 @@ def allocate(numel: int, device: torch.device, dtype: torch.dtype) -> Vector:
 def bias(decay: float, taken: Tensor, go: Go, dtype: torch.dtype) -> Any:
     """``1 - decay^t``, of a first step where none has been taken: a number where the host knows it."""
     if go.sure and taken.device.type == "cpu":
-        least, most = (float(taken.min()), float(taken.max())) if taken.ndim else (float(taken),) * 2
+        alone = taken.numel() == 1
+        least, most = (float(taken),) * 2 if alone else (float(taken.min()), float(taken.max()))
         if least == most:
             return -math.expm1(max(1.0, most) * math.log(decay)) if decay else 1.0
     return (1 - torch.pow(decay, taken.clamp_min(1))).to(dtype)
