@@ -3,8 +3,9 @@
     python -m lorapre_dist.bench step --model llama-60m --rank 128
 
 Beside it a fused AdamW step, and a step of GaLore at rank 128 between its SVDs where galore-torch is installed. All are
-measured alternately in one run, on one thread unless told otherwise. Medians and minima are compared: other
-work on a shared machine slows memory passes more than products, and the minima are the least disturbed rounds.
+measured alternately in one run, on one thread unless told otherwise; one thread's time is its CPU time, so that it does
+not count while other work has the core. Medians and minima are compared: other work on a shared machine slows memory
+passes more than products, and the minima are the least disturbed rounds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lorapre_dist.config.options import KERNELS
 from lorapre_dist.optimizers import LoRAPre
 
 from .options import bench_parser
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--variant", default="stable")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="the optimizer's option of that name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--block_bytes", type=int, help="size of a row block's temporary (default: the optimizer's)")
     parser.add_argument("--json")
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(args.threads)
     figures = measure(args)
     print(f"{args.model}, rank {args.rank}, rank_v {figures['rank_v']}, {args.variant}, fp32, {args.device}, ", end="")
-    print(f"{args.threads} thread(s), {args.repeats} rounds")
+    print(f"{args.threads} thread(s), {args.repeats} rounds, kernels {args.kernels!r}")
     print(f"  {'':<42} {'median':>9} {'minimum':>9}")
     for label in ("bare GEMMs", "memory pass", "AdamW step", "GaLore step", "LoRAPre step"):
         if label in figures:
@@ -66,7 +69,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for p in params:
         p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
     named = list(zip(names, params, strict=True))
-    options = {"lr": 1e-4, "rank": args.rank, "rank_v": args.rank_v, "variant": args.variant}
+    options = {"lr": 1e-4, "rank": args.rank, "rank_v": args.rank_v, "variant": args.variant, "kernels": args.kernels}
     optimizer = LoRAPre(named, **options)
     if args.block_bytes:
         optimizer.workspace = replace(optimizer.workspace, block=args.block_bytes)
@@ -82,15 +85,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     if importlib.util.find_spec("galore_torch"):
         contenders["GaLore step"] = _galore(params)
+    clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {label: [] for label in contenders}
     for repeat in range(args.repeats + 1):
         for label, run in contenders.items():
             synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             synchronize(device)
             if repeat:
-                times[label].append(time.perf_counter() - begin)
+                times[label].append(clock() - begin)
     figures: dict[str, Any] = {label: (statistics.median(values), min(values)) for label, values in times.items()}
     step, gemms, memory = (figures[label] for label in ("LoRAPre step", "bare GEMMs", "memory pass"))
     yardsticks = {"(bare GEMMs + memory pass)": [gemms[k] + memory[k] for k in (0, 1)]}

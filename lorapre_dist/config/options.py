@@ -21,6 +21,7 @@ EMBEDDINGS = ("full", "low_rank")
 #: The values of ``weights`` that are for bf16 weights without an fp32 copy.
 SIXTEEN = ("stochastic", "kahan")
 WEIGHTS = (None, "master", *SIXTEEN)
+KERNELS = ("auto", "eager", "compile", "triton")
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
 #: Why gradients are not released there, and what is possible instead.
 RELEASE_UNDER_DEEPSPEED = (
@@ -74,6 +75,9 @@ class LowRankConfig:
             backward, see :mod:`lorapre_dist.core.step`; the result has the same bits. It takes memory between steps,
             stated as ``overlap_bytes`` in ``memory_report()``.
         overlap_limit: refuse ``overlap`` where it would keep more bytes than this on a rank; default: no limit.
+        kernels: form of the elementwise part of a step: ``"eager"``, ``"compile"`` (``torch.compile``: on a CPU it
+            takes a C++ compiler), ``"triton"`` (one kernel, on CUDA), or ``"auto"``: that where it can run, else eager.
+            Results differ by rounding; see :mod:`lorapre_dist.core.kernels`. Steps of Muon, Lion and SGD are eager.
 
     Raises:
         ConfigError: a value outside what is allowed.
@@ -97,6 +101,7 @@ class LowRankConfig:
     weights: str | None = None
     overlap: bool = False
     overlap_limit: int | None = None
+    kernels: str = "auto"
 
     # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
     # below which next to nothing is learned from scratch: a fiftieth of what is usual.
@@ -122,6 +127,7 @@ class LowRankConfig:
                     "clip all of them by their global norm (gradient_clipping, or torch.nn.utils.clip_grad_norm_)"
                 )
         choice("weights", self.weights, WEIGHTS)
+        choice("kernels", self.kernels, KERNELS)
         targets = self.target_modules
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):

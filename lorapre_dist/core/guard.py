@@ -41,16 +41,18 @@ class Go:
     sure: bool = False
     _made: dict[tuple[float, float, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def of(self, factor: float, dtype: torch.dtype) -> Any:
-        """``factor`` if the step is taken, else 0: a number where the host knows it."""
+    def of(self, factor: Any, dtype: torch.dtype) -> Any:
+        """``factor`` (a number, or 0-d) if the step is taken, else 0: a number where the host knows it."""
         return factor if self.sure else self._between(factor, 0.0, dtype)
 
-    def keep(self, factor: float, dtype: torch.dtype) -> Any:
-        """``factor`` if the step is taken, else 1: what state is decayed by."""
+    def keep(self, factor: Any, dtype: torch.dtype) -> Any:
+        """``factor`` (a number, or 0-d) if the step is taken, else 1: what state is decayed by."""
         return factor if self.sure else self._between(factor, 1.0, dtype)
 
-    def _between(self, taken: float, skipped: float, dtype: torch.dtype) -> Tensor:
+    def _between(self, taken: Any, skipped: float, dtype: torch.dtype) -> Tensor:
         """One number or the other; made once in a step, for all matrices."""
+        if isinstance(taken, Tensor):
+            return (self.value * (taken - skipped) + skipped).to(dtype)
         key = taken, skipped, dtype
         if key not in self._made:
             self._made[key] = (self.value * (taken - skipped) + skipped).to(dtype)

@@ -36,7 +36,16 @@ from . import advise, agreement, awaiting, weights
 from .other_rules import other_rule
 from .overlap import Overlapping
 from .release import Release, check_release
-from .tensors import check_given, check_tensors, flat, may_step, number, refuse_duplicates, send_stepped
+from .tensors import (
+    check_given,
+    check_tensors,
+    flat,
+    may_step,
+    number,
+    refuse_duplicates,
+    send_stepped,
+    stays_on_device,
+)
 
 # ``from . import`` would give the function that the package has by the same name.
 
@@ -413,9 +422,17 @@ class LowRankOptimizer(Overlapping, StatefulOptimizer):
 
     @classmethod
     def group_config(cls, group: dict[str, Any]) -> Any:
-        """The settings of a parameter group, validated: a ``config_class``."""
-        given = {name: number(group[name]) if name == "lr" else group[name] for name in cls._options()}
-        return cls.config_class(**given)
+        """The settings of a parameter group, validated: a ``config_class``.
+
+        An ``lr`` that is a 0-d tensor on an accelerator stays one, unchecked: the host would have to wait for it.
+        """
+        given = {name: group[name] for name in cls._options()}
+        lr = given["lr"]
+        if not stays_on_device(lr):
+            return cls.config_class(**given | {"lr": number(lr)})
+        config = cls.config_class(**given | {"lr": cls.config_class.lr})
+        object.__setattr__(config, "lr", lr)
+        return config
 
     @staticmethod
     def rule(config: Any) -> Rule:

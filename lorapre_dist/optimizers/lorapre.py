@@ -53,6 +53,7 @@ class AdamOptimizer(LowRankOptimizer):
             residual=config.resolved_residual,
             max_update=config.resolved_max_update,
             regression=Regression(gammas, config.resolved_damping, config.variant == "stable"),
+            kernels=config.kernels,
         )
 
     @staticmethod

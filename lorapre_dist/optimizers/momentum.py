@@ -9,6 +9,7 @@ from ..config.checks import number
 from ..core.regression import Regression
 from ..core.rules import adamw
 from .base import LowRankOptimizer
+from .tensors import stays_on_device
 
 
 class MomentumOptimizer(LowRankOptimizer):
@@ -34,7 +35,13 @@ class MomentumOptimizer(LowRankOptimizer):
 
     @staticmethod
     def vector_hyper(config: MomentumConfig, group: dict[str, Any]) -> adamw.Hyper:
-        """The numbers that AdamW needs for the group's other parameters."""
+        """The numbers that AdamW needs for the group's other parameters.
+
+        An ``lr`` on a device is not looked at: it does not raise ``peak_lr``.
+        """
+        if stays_on_device(config.lr):
+            lr = config.lr * (config.adamw_lr / (group["base_lr"] or group["peak_lr"]))
+            return adamw.Hyper(lr, config.adamw_betas, config.adamw_eps, config.adamw_weight_decay)
         if not group["base_lr"]:
             group["peak_lr"] = max(group["peak_lr"], config.lr)
         other = config.adamw(group["base_lr"] or group["peak_lr"])

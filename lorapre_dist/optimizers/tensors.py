@@ -18,6 +18,11 @@ def number(lr: Any) -> Any:
     return lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta else lr
 
 
+def stays_on_device(lr: Any) -> bool:
+    """Whether a learning rate is a number (0-d) on an accelerator, where a step uses it without looking at it."""
+    return isinstance(lr, Tensor) and lr.ndim == 0 and lr.is_floating_point() and lr.device.type != "cpu"
+
+
 def may_step(parameter: Tensor) -> bool:
     """Whether a parameter is, or once was, trained."""
     return parameter.requires_grad or parameter.grad is not None

@@ -8,7 +8,7 @@ import torch
 from lorapre_dist.bench import launches, scaling
 from lorapre_dist.core import batching, refresh
 from lorapre_dist.core.batching import Limits, Outline
-from lorapre_dist.optimizers import OPTIMIZERS
+from lorapre_dist.optimizers import OPTIMIZERS, base, momentum
 from tests.shapes import projections
 
 MODEL = "llama-60m"
@@ -35,6 +35,36 @@ def test_nor_with_overlap(kind, variant):
         found = launches.count(lambda: launches.ours(kind, model, 16, 4, torch.float32, **few))
     assert found.total > 100
     assert found.waits == 0 and not found.mixed
+
+
+def with_rate(kind, rate, device):
+    """An optimizer of a matrix and a vector, whose groups have this ``lr``."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"layers.0.q_proj.weight": (24, 40), "norm.weight": (24,)}
+    drawn = {name: torch.randn(2, *shape, generator=generator).to(device) for name, shape in shapes.items()}
+    named = [(name, torch.nn.Parameter(x[0])) for name, x in drawn.items()]
+    for (_, p), x in zip(named, drawn.values(), strict=True):
+        p.grad = x[1] * 1e-3
+    optimizer = OPTIMIZERS[kind](named, rank=4, weight_decay=0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_learning_rate_on_the_device_is_not_read_back(kind, monkeypatch):
+    """As a CUDA graph needs it, which takes the rate that lies there when it is replayed; it counts as a number."""
+    rate = torch.tensor(0.01, device="meta")
+    found = launches.count(lambda: with_rate(kind, rate, "meta"))
+    assert found.waits == 0 and not found.mixed
+    for module in (base, momentum):
+        monkeypatch.setattr(module, "stays_on_device", lambda lr: isinstance(lr, torch.Tensor))
+    stepped = [with_rate(kind, rate, "cpu") for rate in (0.01, torch.tensor(0.01))]
+    for optimizer in stepped:
+        optimizer.step()
+        assert len(optimizer.param_groups[0]["params"]) == 2
+    for one, other in zip(*(optimizer.param_groups[0]["params"] for optimizer in stepped), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_looked_for_is_seen():

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import regression
+from .. import kernels, regression
 from ..exchange import Work
 from ..guard import broadcast
-from ..linalg import addmm
 from ..regression import Block
 from ..workspace import Workspace
-from .adam import Adam, apply, biases, decay_rms
+from .adam import Adam, Context, biases, decay_rms
 from .needs import ADAFACTOR
 
 
@@ -41,7 +40,7 @@ class Adafactor(Adam):
 
     def begin(self, work: Work, workspace: Workspace) -> None:
         """``1 - beta^t`` of both moments, and the columns' statistics."""
-        work.context = biases(work, self.betas)
+        work.context = Context(*biases(work, self.betas))
         assert work.column_sums is not None
         norms = work.size.undone(work.column_sums.sqrt())
         decay_rms(work.matrix.vectors["rms_col"], norms, self.betas[1], work.matrix.interval.shape[0], work.item.go)
@@ -51,26 +50,33 @@ class Adafactor(Adam):
         matrix, size, go = work.matrix, work.size, work.item.go
         A, B = work.m.A[..., block.held], work.m.factors.B[:, block.rows]
         (beta1, beta2), dtype = self.betas, A.dtype
-        bias1 = broadcast(work.context[0], 2)
+        bias1 = broadcast(work.context.bias1, 2)
         g = regression.gradient(work, block)
         Y = regression.regress(g, work.m, block, "Y", workspace)
-        m, w = (workspace.take(label, g.shape, A) for label in "mw")
 
-        scaled = size.scaled(g, out=m)
-        energy = (
-            torch.linalg.vector_norm(scaled, dim=-1) if block.lines is None else work.edge[:, block.lines, 0].sqrt()
-        )
+        if block.lines is None:
+            energy = torch.linalg.vector_norm(size.scaled(g), dim=-1)
+        else:
+            energy = work.edge[:, block.lines, 0].sqrt()
         rows, columns = matrix.vectors["rms_row"][:, block.rows], matrix.vectors["rms_col"]
         decay_rms(rows, size.undone(energy), beta2, matrix.interval.shape[1], go)
         # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product; nothing without a step
         keep = go.of(beta1, dtype) / bias1
         left = torch.mul(B, keep, out=workspace.take("left", B.shape, A)).sub_(Y, alpha=self.residual)
-        addmm(torch.mul(g, (1 - beta1) / bias1 + self.residual, out=m), left, A, beta=1)
-
         tiny = torch.finfo(dtype).tiny
         most = columns.amax(-1, keepdim=True).clamp_min(tiny)
         level = (most * (columns / most).square_().mean(-1, keepdim=True).sqrt_()).clamp_min_(tiny)
-        down = rows * broadcast(work.context[1], 1) ** -0.5 / level
-        torch.mul(down[..., None], columns[..., None, block.columns], out=w).add_(max(self.eps, tiny))
-        apply(work, block, m, w, self)
+        down = rows * broadcast(work.context.bias2, 1) ** -0.5 / level
+        gain = torch.as_tensor((1 - beta1) / bias1 + self.residual, dtype=dtype, device=A.device)
+        wide = work.matrix.rounding.wide(block.theta, block.at, dtype)
+        update = kernels.Update(
+            wide, block.grad, g, left, A, down[..., None], columns[..., None, block.columns],
+            gain=gain.view(-1, 1, 1),
+            floor=A.new_full((1, 1, 1), max(self.eps, tiny)),
+            size=size,
+            second=0.0,
+            **self.pace(go, dtype),
+        )  # fmt: skip
+        kernels.apply(update, kernels.chosen(self.kernels, A), workspace)
+        work.matrix.rounding.put(wide, block.theta, block.at)
         regression.refresh_rows(work, 0, block, g, Y, self.regression, workspace)

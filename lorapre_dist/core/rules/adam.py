@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import regression
+from .. import kernels, regression
 from ..comm import Comm
 from ..exchange import Work
 from ..guard import Go, broadcast
-from ..linalg import addmm, mm
+from ..linalg import gram, mm
 from ..regression import Block, Regression
 from ..workspace import Workspace
 from .adamw import bias
@@ -22,9 +22,12 @@ from .needs import ADAM
 
 @dataclass(frozen=True)
 class Adam:
-    """Settings of one parameter group at one step; see :class:`lorapre_dist.config.LoRAPreConfig`."""
+    """Settings of one parameter group at one step; see :class:`lorapre_dist.config.LoRAPreConfig`.
 
-    lr: float
+    ``lr`` may be a tensor (0-d) on the device.
+    """
+
+    lr: Any
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -32,6 +35,7 @@ class Adam:
     residual: float
     max_update: float
     regression: Regression
+    kernels: str = "eager"
     boundary_sums = ADAM.boundary_sums
     per_element = 0
 
@@ -45,8 +49,10 @@ class Adam:
             work.edge[:, block.lines, 1] += (beta2 * u.square() + (1 - beta2) * squares).sum(-1)
 
     def begin(self, work: Work, workspace: Workspace) -> None:
-        """``1 - beta^t`` of both moments."""
-        work.context = biases(work, self.betas)
+        """``1 - beta^t`` of both moments, and the Gram of vA where a row's sum of ``w`` is known of it."""
+        work.context = Context(*biases(work, self.betas))
+        if "rms_row" in work.matrix.vectors and not (work.matrix.peers and work.matrix.lends):
+            work.context.gram = gram(work.v.A, wide=True)
 
     def update_block(self, work: Work, block: Block, workspace: Workspace) -> None:
         """One block: the update of theta, then both moments' rows."""
@@ -55,6 +61,25 @@ class Adam:
     def finish(self, works: list[Work], comm: Comm, workspace: Workspace) -> None:
         """Nothing is left to do."""
 
+    def pace(self, go: Go, dtype: torch.dtype) -> dict[str, Any]:
+        """What :class:`kernels.Update` needs of the settings in every block."""
+        decay = go.keep(1 - self.lr * self.weight_decay, dtype) if self.weight_decay else 1
+        return {"bound": self.max_update, "decay": decay, "rate": self.lr * self.scale}
+
+
+@dataclass
+class Context:
+    """What is kept from block to block.
+
+    Attributes:
+        bias1, bias2: ``1 - beta^t`` of the moments: numbers, or of each matrix (k).
+        gram: ``vA vA^T`` (k x s x s), of whole rows.
+    """
+
+    bias1: Any
+    bias2: Any
+    gram: Tensor | None = None
+
 
 def biases(work: Work, betas: tuple[float, float]) -> list[Any]:
     """``1 - beta^t`` of each beta: a number where the host knows it, else of each matrix."""
@@ -62,91 +87,66 @@ def biases(work: Work, betas: tuple[float, float]) -> list[Any]:
 
 
 def _update_block(rule: Adam, work: Work, block: Block, workspace: Workspace) -> None:
-    matrix, size, go = work.matrix, work.size, work.item.go
+    size, go = work.size, work.item.go
     A, vA = work.m.A[..., block.held], work.v.A[..., block.held]
     B, vB = work.m.factors.B[:, block.rows], work.v.factors.B[:, block.rows]
     (beta1, beta2), dtype = rule.betas, A.dtype
-    bias1, bias2 = (broadcast(bias, 2) for bias in work.context)
-    m, w, a = (workspace.take(label, block.grad.shape, A) for label in "mwa")
+    bias1 = broadcast(work.context.bias1, 2)
     g = regression.gradient(work, block)
-    torch.abs(g, out=a)
+    a = torch.abs(g, out=workspace.take("a", g.shape, g))
 
     # Y and Yv: regression of g and |g| on the old A.
     Y = regression.regress(g, work.m, block, "Y", workspace)
     Yv = regression.regress(a, work.v, block, "Yv", workspace)
 
-    # w = beta2 (vB vA)^2 + (1 - beta2) g^2, of scaled numbers
-    addmm(w, size.scaled(vB), vA, beta=0, alpha=math.sqrt(beta2))
-    scaled = size.scaled(g, out=m)
-    w.mul_(w).addcmul_(scaled, scaled, value=1 - beta2)
-    # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product; nothing where no step is taken
-    left, keep = workspace.take("left", B.shape, A), go.of(beta1, dtype) / bias1
-    fresh = (1 - beta1) / bias1 + rule.residual
-    eps = max(rule.eps, torch.finfo(dtype).tiny)
-    if "rms_row" in matrix.vectors:
-        # m_hat / (sqrt(f w) + eps) = m_hat / sqrt(f) / (sqrt(w) + eps / sqrt(f)): rows of the factor are scaled,
-        # not those of the product.
-        edge = None if block.lines is None else work.edge[:, block.lines]
-        row = matrix.vectors["rms_row"][:, block.rows]
-        shrink, floor = _calibrate(rule, work, w, scaled, edge, row)
-        torch.mul(B, shrink * keep, out=left).addcmul_(Y, shrink, value=-rule.residual)
-        addmm(torch.mul(g, shrink * fresh, out=m), left, A, beta=1)
-        _root_plus(w, floor)
-    else:
-        torch.mul(B, keep, out=left).sub_(Y, alpha=rule.residual)
-        addmm(torch.mul(g, fresh, out=m), left, A, beta=1)
-        _root_plus(w.div_(bias2), torch.full((), eps, dtype=dtype, device=w.device))
-    apply(work, block, m, w, rule)
+    # m_hat = (beta1 B A + (1 - beta1) g) / bias1 + residual (g - Y A), as one product; nothing where no step is taken.
+    # m_hat / (sqrt(f w) + eps) = m_hat / sqrt(f) / (sqrt(w) + eps / sqrt(f)): rows of the factor are scaled, not those
+    # of the product. w = beta2 (vB vA)^2 + (1 - beta2) g^2 is of scaled numbers.
+    low = torch.mul(size.scaled(vB), math.sqrt(beta2), out=workspace.take("low", vB.shape, A))
+    shrink = _calibrate(rule, work, block, g, low)
+    left = torch.mul(B, shrink * (go.of(beta1, dtype) / bias1), out=workspace.take("left", B.shape, A))
+    left.addcmul_(Y, shrink, value=-rule.residual)
+    wide = work.matrix.rounding.wide(block.theta, block.at, dtype)
+    update = kernels.Update(
+        wide, block.grad, g, left, A, low, vA,
+        gain=shrink * ((1 - beta1) / bias1 + rule.residual),
+        floor=shrink * rule.eps,
+        size=size,
+        second=1 - beta2,
+        **rule.pace(go, dtype),
+    )  # fmt: skip
+    kernels.apply(update, kernels.chosen(rule.kernels, A), workspace)
+    work.matrix.rounding.put(wide, block.theta, block.at)
 
     regression.refresh_rows(work, 0, block, g, Y, rule.regression, workspace)
     regression.refresh_rows(work, 1, block, a, Yv, rule.regression, workspace)
 
 
-def _calibrate(rule: Adam, work: Work, w: Tensor, g: Tensor, edge: Tensor | None, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Update the rows' root mean squares ``s``; ``1 / sqrt(f)`` and ``eps / sqrt(f)`` (k x n x 1) of the denominator.
+def _calibrate(rule: Adam, work: Work, block: Block, g: Tensor, low: Tensor) -> Tensor:
+    """``1 / sqrt(f)`` of each row, by which ``v_hat = f w`` (k x n x 1, or 1 x 1 x 1), in its gradient's own size.
 
-    That is ``sqrt(v_hat) + eps``, and ``v_hat = f w`` with ``f = s^2 / bias2 / mean(w)``: so ``sqrt(f w) + eps``, and
-    in a row where all of ``w`` is 0 ``s / sqrt(bias2) + eps``. ``w``, ``g`` (k x n x c) and ``edge`` are of scaled
-    numbers, ``s`` and what is returned are not.
+    In ``stable`` ``f = s^2 / bias2 / mean(w)``, of the rows' root mean squares ``s``, which are updated; in ``paper``
+    it is ``1 / bias2``. A row's sum of ``(low vA)^2`` is ``low (vA vA^T) low^T``: ``w`` need not be formed for it.
     """
-    q, bias2 = work.matrix.interval.shape[1], broadcast(work.context[1], 1)
-    norm_g = edge[..., 0].sqrt() if edge is not None else torch.linalg.vector_norm(g, dim=-1)
-    sum_w = edge[..., 1] if edge is not None else w.sum(-1)
-    decay_rms(row, work.size.undone(norm_g), rule.betas[1], q, work.item.go)
-    # Where all of w is 0, any positive number may stand for 1 / sqrt(f), as it scales numerator and denominator. With
-    # this one s / sqrt(bias2) / sqrt(f) is sqrt(tiny / q), which is nothing in all other rows.
+    (_, beta2), q, bias2 = rule.betas, work.matrix.interval.shape[1], work.context.bias2
+    if "rms_row" not in work.matrix.vectors:
+        return torch.as_tensor(broadcast(bias2, 2), dtype=low.dtype, device=low.device).sqrt().view(-1, 1, 1)
+    if block.lines is not None:
+        squares, sum_w = work.edge[:, block.lines, :2].unbind(-1)
+        norm = squares.sqrt()
+    else:
+        norm = torch.linalg.vector_norm(work.size.scaled(g), dim=-1)
+        known = mm(low, work.context.gram).mul_(low).sum(-1)
+        sum_w = known.addcmul_(norm, norm, value=1 - beta2)
+    row = work.matrix.vectors["rms_row"][:, block.rows]
+    decay_rms(row, work.size.undone(norm), beta2, q, work.item.go)
+    # Each element of w is taken for a tiny number more: in a row that is all 0 v_hat is s^2 / bias2.
     tiny = torch.finfo(row.dtype).tiny
-    shrink = ((sum_w + tiny) / q).sqrt_() / (row * bias2**-0.5).clamp_min_(tiny)
-    floor = (shrink * rule.eps).add_(math.sqrt(tiny / q))
-    return shrink[..., None], floor[..., None]
+    shrink = (sum_w / q).add_(tiny).sqrt_().div_((row * broadcast(bias2, 1) ** -0.5).clamp_min_(tiny))
+    return shrink[..., None]
 
 
 def decay_rms(rms: Tensor, norm: Tensor, beta: float, count: int, go: Go) -> None:
     """``rms^2 <- beta rms^2 + (1 - beta) norm^2 / count``, in place, without forming a square that is no number."""
     kept, fresh = go.keep(math.sqrt(beta), rms.dtype), go.of(math.sqrt((1 - beta) / count), rms.dtype)
     torch.hypot(rms * kept, norm * fresh, out=rms)
-
-
-def _root_plus(w: Tensor, floor: Tensor) -> Tensor:
-    """``w <- sqrt(w) + floor``, in place.
-
-    On a CPU as ``1 / w^-0.5``, which is right at 0 and infinity as well: two vectorised passes of torch's own,
-    in half the time of its ``sqrt``, which calls a vendor's library.
-    """
-    if w.device.type != "cpu":
-        return w.sqrt_().add_(floor)
-    return torch.addcdiv(floor, w.new_ones(w.shape[-1]), w.pow_(-0.5), out=w)
-
-
-def apply(work: Work, block: Block, m: Tensor, denom: Tensor, rule: Any) -> None:
-    """``theta -= lr (scale m / denom + weight_decay theta)``, the quotient clipped; ``m`` is overwritten."""
-    rounding, go = work.matrix.rounding, work.item.go
-    wide = rounding.wide(block.theta, block.at, m.dtype)
-    if rule.weight_decay:
-        wide.mul_(go.keep(1 - rule.lr * rule.weight_decay, m.dtype))
-    if math.isfinite(rule.max_update):
-        m.div_(denom).clamp_(-rule.max_update, rule.max_update)
-        wide.add_(m, alpha=-rule.lr * rule.scale)
-    else:
-        wide.addcdiv_(m, denom, value=-rule.lr * rule.scale)
-    rounding.put(wide, block.theta, block.at)

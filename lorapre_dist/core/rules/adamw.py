@@ -16,9 +16,9 @@ from ..rounding import Rounding
 
 @dataclass(frozen=True)
 class Hyper:
-    """Settings of one parameter group at one step, as in ``torch.optim.AdamW``."""
+    """Settings of one parameter group at one step, as in ``torch.optim.AdamW``; ``lr`` may be 0-d on the device."""
 
-    lr: float
+    lr: Any
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -56,7 +56,8 @@ def allocate(numel: int, device: torch.device, dtype: torch.dtype, rounding: Rou
 def bias(decay: float, taken: Tensor, go: Go, dtype: torch.dtype) -> Any:
     """``1 - decay^t``, of a first step where none has been taken: a number where the host knows it."""
     if go.sure and taken.device.type == "cpu":
-        least, most = (float(taken.min()), float(taken.max())) if taken.ndim else (float(taken),) * 2
+        alone = taken.numel() == 1
+        least, most = (float(taken),) * 2 if alone else (float(taken.min()), float(taken.max()))
         if least == most:
             return -math.expm1(max(1.0, most) * math.log(decay)) if decay else 1.0
     return (1 - torch.pow(decay, taken.clamp_min(1))).to(dtype)

@@ -8,13 +8,15 @@ large as this rank's pieces of them; for the others a row block at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import regression
+from .. import kernels, regression
 from ..comm import Comm
 from ..exchange import Work
 from ..linalg import addmm
@@ -37,8 +39,8 @@ class Momentum:
         orthogonal: the update is ``u`` made orthogonal so; None if it is not.
     """
 
-    lr: Callable[[tuple[int, int]], float]
-    decay: float
+    lr: Callable[[tuple[int, int]], Any]
+    decay: Any
     keep: float
     fresh: float
     residual: float
@@ -88,7 +90,8 @@ class Momentum:
                     self._apply(work, block, work.context[:, block.at : block.at + numel].view(block.theta.shape))
 
     def _apply(self, work: Work, block: Block, update: Tensor) -> None:
-        rounding, go = work.matrix.rounding, work.item.go
+        rounding, shape = work.matrix.rounding, work.matrix.interval.shape
         wide = rounding.wide(block.theta, block.at, update.dtype)
-        wide.mul_(go.keep(1 - self.decay, wide.dtype)).add_(update, alpha=-self.lr(work.matrix.interval.shape))
+        keep = work.item.go.keep(1 - self.decay, update.dtype)
+        kernels.subtract(wide, update, None, math.inf, keep, self.lr(shape))
         rounding.put(wide, block.theta, block.at)

@@ -1,0 +1,148 @@
+"""The elementwise end of a row block: compiled and as a Triton kernel it gives what the eager form gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import shutil
+
+import pytest
+import torch
+
+from lorapre_dist import LoRAPre, LoRAPreAdafactor
+from lorapre_dist.config import ConfigError
+from lorapre_dist.core import kernels
+from lorapre_dist.core.guard import Size
+from lorapre_dist.core.workspace import Workspace
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+FORMS = [pytest.param("compile", marks=needs_compiler), pytest.param("triton", marks=needs_triton)]
+CASES = {
+    "scaled": {},
+    "plain": {"size": False, "bound": math.inf, "decay": 1},
+    "adafactor": {"second": 0.0},
+    "bf16 weights": {"dtype": torch.bfloat16},
+    "rate on the device": {"decay": torch.tensor(0.9), "rate": torch.tensor(0.01)},
+}
+#: Stack, rows, columns and ranks: less than a tile, several with a rest, more depth than a tile's.
+SHAPES = [(1, 5, 7, 2, 1), (2, 70, 130, 35, 3)]
+
+
+def update_of(shape, second=0.001, bound=3.0, size=True, dtype=torch.float32, scale=1e-3, **settings):
+    k, n, c, r, s = shape if second else (*shape[:-1], 1)
+    generator = torch.Generator().manual_seed(n)
+
+    def drawn(*sizes):
+        return torch.randn(sizes, generator=generator)
+
+    grad = (drawn(k, n, c + 2) * scale)[..., 1:-1]  # rows that do not lie behind each other, as of a stack's pieces
+    limits = Size(torch.full((k, 1, 1), 2.0**9), torch.full((k, 1, 1), 2.5 * scale)) if size else Size(None, None)
+    grad[0, 0, 0], grad[0, 1, 1] = (math.nan, 0.0) if size else (0.0, 0.0)
+    low, vA = drawn(k, n, s).abs() * scale, drawn(k, s, c).abs()
+    low[:, 2] = 0.0
+    return kernels.Update(
+        theta=drawn(k, n, c).to(dtype),
+        grad=grad,
+        g=limits.cleaned(grad),
+        left=drawn(k, n, r) * scale,
+        A=drawn(k, r, c),
+        low=low,
+        vA=vA,
+        gain=drawn(k, n, 1).abs(),
+        floor=drawn(k, n, 1).abs() * 1e-2 * scale,
+        size=limits,
+        second=second,
+        bound=bound,
+        **{"decay": 0.9, "rate": 0.01} | settings,
+    )
+
+
+def applied(form, update):
+    theta = update.theta.clone()
+    kernels.apply(dataclasses.replace(update, theta=theta), form, Workspace())
+    return theta
+
+
+def equals_eager(form, update):
+    """Sums of r products in another order, and a root: some roundings; bf16 weights may round the other way."""
+    expected, found = applied("eager", update), applied(form, update)
+    assert not torch.equal(expected, update.theta)
+    tolerance = 2e-6 if update.theta.dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_triton_equals_eager(shape, case, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    equals_eager("triton", update_of(shape, **CASES[case]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["scaled", "adafactor", "bf16 weights"])  # each is compiled, in some seconds
+def test_compiled_equals_eager(case):
+    equals_eager("compile", update_of(SHAPES[1], **CASES[case]))
+
+
+def test_eager_is_the_formula():
+    """In fp64, of numbers as they are written down."""
+    update = update_of(SHAPES[1], size=False)
+    wide = {f.name: getattr(update, f.name) for f in dataclasses.fields(update)}
+    wide = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in wide.items()}
+    update = kernels.Update(**wide)
+    m = update.gain * update.g + update.left @ update.A
+    d = ((update.low @ update.vA) ** 2 + update.second * update.g**2).sqrt() + update.floor
+    expected = 0.9 * update.theta - 0.01 * (m / d).clamp(-3, 3)
+    torch.testing.assert_close(applied("eager", update), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [LoRAPre, LoRAPreAdafactor])
+def test_steps_of_an_optimizer(form, kind, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    shape = (24, 40)
+
+    def trained(kernels):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(shape) * 0.1)
+        optimizer = kind([("layers.0.q_proj.weight", weight)], lr=0.01, rank=4, weight_decay=0.1, kernels=kernels)
+        for _ in range(4):
+            weight.grad = torch.randn(shape) * 1e-2
+            optimizer.step()
+        return weight.detach()
+
+    # A step is 0.0025 times at most 3; what is rounded otherwise in one is in the next one's gradient direction alone.
+    torch.testing.assert_close(trained(form), trained("eager"), rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_for_gpus(capability, monkeypatch):
+    """To machine code, by the compiler that triton brings along; no GPU is asked for."""
+    import subprocess
+    import sys
+
+    program = (
+        "from lorapre_dist.core.kernels import tile\n"
+        f"assert all(tile.machine_code({capability}, precision)['cubin'] for precision in ('ieee', 'tf32'))\n"
+    )
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it is read when a kernel is defined
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_which_form(monkeypatch):
+    here = torch.zeros(1)
+    assert kernels.chosen("auto", here) == "eager"
+    assert kernels.chosen("compile", here) == "compile"
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=r"needs fp32 state on a CUDA device, this is torch\.float32 on cpu"):
+        kernels.chosen("triton", here)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    with pytest.raises(ConfigError, match="triton is not installed"):
+        kernels.chosen("triton", here)
+    with pytest.raises(ConfigError, match="kernels='fast': must be one of 'auto', 'eager'"):
+        LoRAPre([("layers.0.q_proj.weight", torch.nn.Parameter(torch.zeros(8, 8)))], rank=2, kernels="fast")
