@@ -109,8 +109,19 @@ class RowInterval:
 
 
 @functools.lru_cache(maxsize=256)  # a plan asks again and again, of thousands of ranks
-def _largest(ranges: tuple[Range, ...]) -> int:
-    return max(stop - start for start, stop in ranges)
+def _largest(ranges: tuple[Range, ...], columns: tuple[Range, ...] | None, q: int) -> int:
+    """Of :meth:`Peers.largest`."""
+    if columns is None:
+        return max(stop - start for start, stop in ranges)
+    pairs = zip(ranges, columns, strict=True)
+    return max((stop - start) // q * (last - first) for (start, stop), (first, last) in pairs)
+
+
+@functools.lru_cache(maxsize=256)
+def _are_blocks(ranges: tuple[Range, ...], columns: tuple[Range, ...], shape: tuple[int, int]) -> bool:
+    """Of :meth:`Peers.own_columns`."""
+    blocks = tuple(column_block(shape[1], len(ranges), k) for k in range(len(ranges)))
+    return columns == blocks and set(ranges) == {(0, shape[0] * shape[1])}
 
 
 @functools.lru_cache(maxsize=256)
@@ -146,17 +157,11 @@ class Peers:
 
     def own_columns(self, shape: tuple[int, int]) -> bool:
         """Whether every rank has all rows of a p x q matrix and just the columns that are its block of ``A``."""
-        if self.columns is None:
-            return False
-        blocks = tuple(column_block(shape[1], len(self.ranges), k) for k in range(len(self.ranges)))
-        return self.columns == blocks and set(self.ranges) == {(0, shape[0] * shape[1])}
+        return self.columns is not None and _are_blocks(self.ranges, self.columns, shape)
 
     def largest(self, shape: tuple[int, int]) -> int:
         """Elements of the largest piece of a p x q matrix that one of these ranks holds."""
-        if self.columns is None:
-            return _largest(self.ranges)
-        pairs = zip(self.ranges, self.columns, strict=True)
-        return max((stop - start) // shape[1] * (last - first) for (start, stop), (first, last) in pairs)
+        return _largest(self.ranges, self.columns, shape[1])
 
     def cut_rows(self, shape: tuple[int, int]) -> Sequence[int]:
         """Rows of a p x q matrix that more than one of these ranks holds a part of, in order."""

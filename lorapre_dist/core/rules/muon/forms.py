@@ -110,9 +110,17 @@ def transient_bytes(
     if peers is not None:
         form = choose((p, q), len(peers.ranges), segments, split_of(peers, (p, q)), itemsize, limit)
         side = {"rows": q, "columns": p}.get(form, side)
-        piece = max(stop - start for start, stop in peers.ranges)
-        X = max(math.prod(target.shape) for target in targets(form, peers, (p, q), 0))
+        piece, X = _largest(form, (p, q), peers.ranges, peers.columns)
     return (2 * piece + 3 * X + 6 * side * side) * itemsize
+
+
+@functools.lru_cache(maxsize=256)
+def _largest(
+    form: str, shape: tuple[int, int], ranges: tuple[Range, ...], columns: tuple[Range, ...] | None
+) -> tuple[int, int]:
+    """Elements of the largest run of a matrix on any rank, and of the largest rectangle in a form."""
+    there = targets(form, Peers(None, ranges, 0, columns), shape, 0)
+    return max(stop - start for start, stop in ranges), max(math.prod(target.shape) for target in there)
 
 
 def segments(steps: int) -> list[int]:
