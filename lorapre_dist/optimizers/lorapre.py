@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import Never
 
 from ..config import LoRAPreConfig
 from ..core.regression import Regression
@@ -13,6 +14,7 @@ from ..core.rules import adamw
 from ..core.rules.adam import Adam
 from ..core.step import Rule
 from .base import LowRankOptimizer
+from .tensors import given
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,12 +76,33 @@ class LoRAPre(AdamOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 0.001,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float = 1e-08,
         weight_decay: float = 0.0,
+        *,
+        rank: int = 128,
+        rank_v: int | None = None,
+        variant: str = "stable",
+        residual: float | None = None,
+        damping: float | None = None,
+        init_std: float = 0.02,
+        target_modules: str | Sequence[str] | None = None,
+        seed: int = 0,
+        max_skipped: int = 20,
+        state_dtype: str = "fp32",
+        other_state: str = "adamw",
+        embeddings: str = "full",
+        release_gradients: bool = False,
+        clip_each: float | None = None,
+        weights: str | None = None,
+        overlap: bool = False,
+        overlap_limit: int | None = None,
+        kernels: str = "auto",
+        scale: float = 0.25,
+        max_update: float | None = None,
+        gammas: tuple[float, float] | None = None,
         shard_state: bool = True,
-        **options: Any,
+        **unknown: Never,
     ) -> None:
-        options |= {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, shard_state=shard_state, **options)
+        super().__init__(params, **given(locals()))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Never
 
 from ..config import LoRAPreMuonConfig
 from ..core import batching
@@ -14,6 +19,7 @@ from ..core.rules.needs import MUON_SIZES
 from ..core.step import Rule
 from ..core.workspace import Workspace
 from .momentum import MomentumOptimizer, regression
+from .tensors import given
 
 
 class LoRAPreMuon(MomentumOptimizer):
@@ -26,6 +32,45 @@ class LoRAPreMuon(MomentumOptimizer):
 
     config_class = LoRAPreMuonConfig
     workspace_limits = Workspace(**asdict(MUON_SIZES))
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 0.001,
+        momentum: float = 0.95,
+        eps: float = 1e-07,
+        weight_decay: float = 0.1,
+        *,
+        rank: int = 128,
+        variant: str = "stable",
+        residual: float | None = None,
+        damping: float | None = None,
+        init_std: float = 0.02,
+        target_modules: str | Sequence[str] | None = None,
+        seed: int = 0,
+        max_skipped: int = 20,
+        state_dtype: str = "fp32",
+        other_state: str = "adamw",
+        embeddings: str = "full",
+        release_gradients: bool = False,
+        clip_each: float | None = None,
+        weights: str | None = None,
+        overlap: bool = False,
+        overlap_limit: int | None = None,
+        kernels: str = "auto",
+        gamma: float | None = None,
+        adamw_lr: float = 0.001,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-08,
+        adamw_weight_decay: float = 0.0,
+        nesterov: bool | None = None,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        shard_state: bool = True,
+        **unknown: Never,
+    ) -> None:
+        super().__init__(params, **given(locals()))
 
     def workspace_bytes(self, matrices: list[Matrix]) -> int:
         """Bound on what a step allocates for itself."""

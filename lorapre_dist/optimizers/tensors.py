@@ -23,6 +23,15 @@ def stays_on_device(lr: Any) -> bool:
     return isinstance(lr, Tensor) and lr.ndim == 0 and lr.is_floating_point() and lr.device.type != "cpu"
 
 
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options among a constructor's arguments (its ``locals()``), also those that it does not know.
+
+    They go on by name to the settings, which refuse what is unknown and say what may have been meant.
+    """
+    options = {key: value for key, value in arguments.items() if key not in ("self", "params", "unknown", "__class__")}
+    return options | arguments["unknown"]
+
+
 def may_step(parameter: Tensor) -> bool:
     """Whether a parameter is, or once was, trained."""
     return parameter.requires_grad or parameter.grad is not None

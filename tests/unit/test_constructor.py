@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import random
@@ -10,9 +11,11 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from lorapre_dist.config import ConfigError
 from lorapre_dist.config.checks import LARGEST, SMALLEST
 from lorapre_dist.optimizers import OPTIMIZERS
 
@@ -119,3 +122,16 @@ def test_whatever_a_constructor_is_given(exhaustive):
                 raise AssertionError(f"seed {seed}: {_case(seed)}") from error
     taken = sum(not line for line in ends)
     assert 0.2 * len(ends) < taken < 0.8 * len(ends)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_constructor_shows_every_option_with_its_default(kind):
+    """An editor and ``help()`` see what the settings know; a name that they do not know is still theirs to refuse."""
+    shown = inspect.signature(OPTIMIZERS[kind]).parameters
+    known = {field.name: field.default for field in fields(OPTIMIZERS[kind].config_class)}
+    own = {"params", "shard_state", "unknown"}
+    assert {name: one.default for name, one in shown.items() if name not in own} == known
+    positional = [name for name, one in shown.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    assert positional[:2] == ["params", "lr"] and set(positional[2:]) <= {"betas", "momentum", "eps", "weight_decay"}
+    with pytest.raises(ConfigError, match="did you mean 'rank'"):
+        OPTIMIZERS[kind]([("q_proj", _matrix())], rnak=4)
