@@ -45,8 +45,8 @@ class LowRankConfig:
         target_modules: which weights are low-rank, see :func:`lorapre_dist.config.param_groups.matches`.
         seed: with the parameter's name, determines the initial factors.
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
-        kernels: form of the elementwise part of a step: ``"eager"``, ``"compile"`` (``torch.compile``: on a CPU it takes
-            a C++ compiler), ``"triton"`` (one kernel, on CUDA), or ``"auto"``: that where it can run, else eager. Results
+        kernels: form of the elementwise part of a step: ``"eager"``, ``"compile"`` (``torch.compile``: on a CPU with
+            a C++ compiler), ``"triton"`` (one kernel, on CUDA), or ``"auto"``: that if it can run, else eager. Results
             differ by rounding; see :mod:`lorapre_dist.core.kernels`. Steps of Muon, Lion and SGD are eager.
 
     Raises:
