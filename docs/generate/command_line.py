@@ -18,9 +18,9 @@ def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Every program of the package: the name of its section, and its parser."""
     for name in cli.COMMANDS:
         yield f"lorapre {name}", cli._parser_of(name)
-    yield "launch/pretrain.py", pretrain.build_parser()
-    yield "launch/finetune.py", finetune.build_parser()
-    yield "launch/run.py", launcher.build_parser()
+    yield "lorapre pretrain", pretrain.build_parser()
+    yield "lorapre finetune", finetune.build_parser()
+    yield "lorapre launch", launcher.build_parser()
 
 
 def write(out: Path) -> None:
