@@ -414,6 +414,7 @@ def test_the_chart_covers_no_curve_and_says_how_far_it_is(monkeypatch, tmp_path,
     ],
 )
 def test_bad_input_is_one_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr("lorapre_dist.planner.render.PATIENCE", 1e9)  # no bar, however busy the machine is
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
