@@ -90,6 +90,9 @@ def _of_stack(one: Held, k: int, needs: Needs, limits: Limits, stable: bool, kin
         flops += 6 * elements * r  # Y = g A^T, B A and B^T g
         if moment and needs.boundary_sums > 1:
             flops += 2 * sum(segment.numel for segment in cut) * r
+            if stable:  # of rows that are held whole the sum of w is known from vA vA^T
+                whole = rows - held_cut
+                flops += 2 * r * r * whole + (0 if one.peers and outline.lends else symmetric(r, q, kind, k))
         flops += symmetric(r, rows - interval.first_owned, kind, k) + 2 * r * r * columns
         flops += symmetric(r, columns, kind, k)
         if stable:
