@@ -10,7 +10,7 @@ import torch
 import lorapre_dist
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
-from lorapre_dist.core.rounding import widened
+from lorapre_dist.core.quantized import widened
 
 from . import cases
 
