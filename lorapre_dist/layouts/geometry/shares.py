@@ -57,9 +57,9 @@ class Share:
         """Elements of each of :attr:`ranges`, or of the columns of them."""
         start, stop = np.array(self.ranges, np.int64).T
         if self.columns is None:
-            return stop - start  # type: ignore[no-any-return]
+            return stop - start
         first, last = np.array(self.columns, np.int64).T
-        return (stop - start) // self.shape[1] * (last - first)  # type: ignore[no-any-return]
+        return (stop - start) // self.shape[1] * (last - first)
 
     @property
     def shared(self) -> bool:
