@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, LowRankConfig, others, param_groups
 from ..config.checks import boolean, shown
 from ..config.options import RELEASE_UNDER_DEEPSPEED
-from ..core import batching, gauge, rounding
+from ..core import batching, gauge, kernels, rounding
 from ..core.background import Background
 from ..core.comm import Comm, all_ranks
 from ..core.exchange import Item
@@ -271,6 +271,9 @@ class LowRankOptimizer(Overlapping, StatefulOptimizer):
         config = self.group_config(self.param_groups[unit.group])
         device = local(unit.tensor).device
         dtype = state_dtype(unit.tensor)
+        why = kernels.problem(config.kernels, dtype, device)
+        if why is not None and device.type != "meta":
+            raise ConfigError(why)
         weights.check(config.weights, [(piece.name, unit.tensor) for piece in unit.pieces], self.layout)
         bound = []
         for piece in [piece for piece in unit.pieces if piece.owned]:

@@ -128,7 +128,9 @@ def test_there_is_no_cycle():
 @pytest.mark.parametrize("name", [n for n in MODULES if part(n) == "core"])
 def test_core_knows_tensors_and_groups_only(name):
     assert {part(target) for target in ours(name)} <= {"core"}
-    assert {target.split(".")[0] for target, _ in imports(name)} - {"lorapre_dist", "torch"} <= sys.stdlib_module_names
+    others = {"triton"} if name == "lorapre_dist.core.kernels.tile" else set()  # which is imported where it is there
+    found = {target.split(".")[0] for target, _ in imports(name)}
+    assert found - {"lorapre_dist", "torch"} - others <= sys.stdlib_module_names
 
 
 def test_reference_imports_the_settings_alone():
@@ -209,7 +211,7 @@ def test_collectives_of_a_step_are_issued_in_comm_alone(name):
 
 def test_tests_do_not_import_the_benches():
     """But those of the benches themselves, and what counts a step's operations with their instruments."""
-    allowed = {"test_step.py"}
+    allowed = {"test_step.py", "overlap_cases.py"}
     for path in sorted((ROOT / "tests").rglob("*.py")):
         if path.name.startswith("test_bench") or path.name in allowed:
             continue

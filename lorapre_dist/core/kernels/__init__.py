@@ -17,68 +17,35 @@ import functools
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...config.checks import ConfigError
-from ..guard import Size
 from ..linalg import addmm, mm
 from ..workspace import Workspace
-
-
-@dataclass(frozen=True)
-class Update:
-    """What the elementwise end of one row block reads; all of it but ``numbers`` has the stack's dimension k first.
-
-    Attributes:
-        theta: k x n x c, updated in place.
-        grad: k x n x c, as it came; ``g`` is the same in the state's dtype, without what counts as 0.
-        left, A: k x n x r and k x r x c.
-        low, vA: k x n x s and k x s x c, whose product is not negative.
-        gain, floor: k x n x 1.
-        second: weight of ``g^2`` in the second moment; 0: there is no root to take, the product (of s = 1) is it.
-        bound: of each element of the quotient; infinite: none.
-        decay, rate: numbers, or 0-d tensors on the device.
-    """
-
-    theta: Tensor
-    grad: Tensor
-    g: Tensor
-    left: Tensor
-    A: Tensor
-    low: Tensor
-    vA: Tensor
-    gain: Tensor
-    floor: Tensor
-    size: Size
-    second: float
-    bound: float
-    decay: Any
-    rate: Any
+from .update import Update, numbers
 
 
 def chosen(option: str, like: Tensor) -> str:
-    """The form that a tensor's device and dtype take under the option ``kernels``.
-
-    Raises:
-        ConfigError: it is ``"triton"``, and triton cannot run it.
-    """
-    if option not in ("auto", "triton"):
-        return option
-    fits = like.dtype == torch.float32
+    """The form that a tensor's device and dtype take under the option ``kernels``; see :func:`problem`."""
     if option == "auto":
-        return "triton" if like.is_cuda and fits and has_triton() else "eager"
+        return "triton" if like.is_cuda and like.dtype == torch.float32 and has_triton() else "eager"
+    return option
+
+
+def problem(option: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why state of this type on this device cannot be stepped under the option ``kernels``; None if it can be."""
+    if option != "triton":
+        return None
     if not has_triton():
-        raise ConfigError("kernels='triton': triton is not installed; install it, or use 'auto', 'eager' or 'compile'")
-    if not fits or not (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ConfigError(
-            f"kernels='triton': needs fp32 state on a CUDA device, this is {like.dtype} on {like.device.type}; "
-            "use 'auto', 'eager' or 'compile'"
-        )
-    return "triton"
+        return "kernels='triton': triton is not installed; install it, or use 'auto', 'eager' or 'compile'"
+    if dtype == torch.float32 and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return (
+        f"kernels='triton': needs fp32 state on a CUDA device, this is {dtype} on {device.type}; "
+        "use 'auto', 'eager' or 'compile'"
+    )
 
 
 @functools.cache
@@ -133,14 +100,6 @@ def subtract(theta: Tensor, m: Tensor, denom: Tensor | None, bound: float, decay
 def _least(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The smallest normal number, 0-d."""
     return torch.full((), torch.finfo(dtype).tiny, dtype=dtype, device=device)
-
-
-def numbers(update: Update) -> Tensor:
-    """``decay`` and ``rate`` on the device: a change of the learning rate compiles nothing anew."""
-    found = update.A.new_empty(2)
-    found[0].fill_(update.decay)
-    found[1].fill_(update.rate)
-    return found
 
 
 def _tensors(update: Update, m: Tensor, w: Tensor) -> tuple[Any, ...]:

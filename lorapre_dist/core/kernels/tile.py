@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import Update, numbers
+from .update import Update, numbers
 
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 32
 
