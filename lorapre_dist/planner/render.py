@@ -9,6 +9,7 @@ from typing import Any
 
 from lorapre_dist.config import ConfigError, LowRankConfig, extras
 from lorapre_dist.config.arguments import readable
+from lorapre_dist.config.options import SIXTEEN
 
 from .arrange import arranged
 from .ours import looked_at
@@ -58,6 +59,11 @@ def notes(request: Request, rates: Rates | None = None) -> list[str]:
     looked = len(looked_at(arranged(request), 0))
     if 1 < looked < request.sharing:
         predicted.append(f"workspace and sent: of {looked:,} ranks, which stand for their neighbours, too")
+    ours = request.optimizer
+    if ours.weights in SIXTEEN:
+        predicted.append(f"weights={ours.weights!r} is not planned for: fp32 masters are counted, and no compensation")
+    if ours.release_gradients:
+        predicted.append("release_gradients is not planned for: all gradients are counted")
     return [
         *predicted,
         "activations, the accelerator's context and fragmentation are not included",

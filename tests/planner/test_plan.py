@@ -451,3 +451,12 @@ def test_batch_sizes_that_do_not_fit_the_ranks_are_named(capsys):
 )
 def test_sizes(text, size):
     assert size_of(text) == size
+
+
+def test_what_is_not_planned_for_is_said(tmp_path, capsys):
+    params = {"lr": 0.01, "rank": 16, "weights": "kahan"}
+    config = {"train_batch_size": 8, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+    config |= {"zero_optimization": {"stage": 2}, "optimizer": {"type": "LoRAPre", "params": params}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    assert main(["plan", "--model", "llama-tiny", "--deepspeed_config", str(tmp_path / "c.json")]) == 0
+    assert "weights='kahan' is not planned for" in capsys.readouterr().out
