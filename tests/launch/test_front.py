@@ -199,6 +199,7 @@ def test_lost_ranks_are_told_from_other_errors():
     assert interruption.lost_rank(again) == "Connection closed by peer [10.0.0.2]:41"
 
 
+@pytest.mark.slow
 def test_every_group_waits_no_longer_than_it_should(tmp_path):
     """Also a group that a library makes without naming a timeout."""
     script = f"""

@@ -28,6 +28,7 @@ def numbers(texts):
 # --- documents
 
 
+@pytest.mark.slow
 def test_builtin_text_is_the_same_each_time_and_large_enough():
     first = list(builtin_text.documents())
     assert first == list(builtin_text.documents())

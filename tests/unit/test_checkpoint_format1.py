@@ -52,6 +52,7 @@ def assert_loaded(optimizer, saved):
             torch.testing.assert_close(found[root].square(), saved[f"optimizer.{WEIGHT}.{square}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_that_are_far_apart_are_brought_into_the_gauge(name, folder):
     path = folder / name / "step1400"
