@@ -36,9 +36,7 @@ def gauges(grams: Tensor, damping: float) -> Tensor:
 
 def unpacked(gauge: Tensor) -> Tensor:
     """``(L, L^-1)`` of what :func:`gauges` found (n x r x r): n x 2 x r x r."""
-    both = gauge.new_empty(len(gauge), 2, *gauge.shape[1:])
-    for k, one in enumerate((gauge, gauge.mT)):
-        torch.tril(one, out=both[:, k])
+    both = torch.stack([gauge, gauge.mT], dim=1).tril_()
     both[:, 1].diagonal(dim1=-2, dim2=-1).reciprocal_()
     return both
 
