@@ -53,6 +53,8 @@ EXTRAS["test"] = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.7",
     "pytest-cov>=7",
+    # Its interpreter runs the kernel on a CPU. PyTorch for CUDA brings its own.
+    "triton>=3.2; sys_platform == 'linux'",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "mypy>=1.14",

@@ -65,7 +65,8 @@ def test_extras_are_what_the_code_asks_for(wheel):
         assert {canonicalize_name(package) for package in packages} <= asked[extra], extra
     assert asked["all"] == set.union(*(asked[name] for name in EXTRAS if name != "wandb"))
     pins = {canonicalize_name(line.split("==")[0]) for line in (REPO / "constraints.txt").read_text().splitlines()}
-    assert set.union(*(asked[name] for name in asked if name != "wandb")) <= pins
+    unpinned = {"triton"}  # PyTorch for CUDA asks for a version of its own, and a pin would contradict it
+    assert set.union(*(asked[name] for name in asked if name != "wandb")) - unpinned <= pins
 
 
 IMPORT = """

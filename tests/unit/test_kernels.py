@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,7 +21,6 @@ from lorapre_dist.core.workspace import Workspace
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-FORMS = [pytest.param("compile", marks=needs_compiler), pytest.param("triton", marks=needs_triton)]
 CASES = {
     "scaled": {},
     "plain": {"size": False, "bound": math.inf, "decay": 1},
@@ -73,12 +75,23 @@ def equals_eager(form, update):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def interpreted(program, **environment):
+    """Run a program that has this module as ``cases``. Triton reads its environment when it is first imported."""
+    program = f"from tests.unit import test_kernels as cases\n{program}\n"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env={**os.environ, **environment})
+
+
+def triton_equals_eager():
+    for shape in SHAPES:
+        for case in CASES.values():
+            equals_eager("triton", update_of(shape, **case))
+    for kind in (LoRAPre, LoRAPreAdafactor):
+        steps_equal(kind, "triton")
+
+
 @needs_triton
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("case", CASES)
-def test_triton_equals_eager(shape, case, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    equals_eager("triton", update_of(shape, **CASES[case]))
+def test_triton_equals_eager():
+    interpreted("cases.triton_equals_eager()", TRITON_INTERPRET="1")
 
 
 @needs_compiler
@@ -99,10 +112,8 @@ def test_eager_is_the_formula():
     torch.testing.assert_close(applied("eager", update), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", [LoRAPre, LoRAPreAdafactor])
-def test_steps_of_an_optimizer(form, kind, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def steps_equal(kind, form):
+    """Four steps of an optimizer with and without that form."""
     shape = (24, 40)
 
     def trained(kernels):
@@ -118,19 +129,18 @@ def test_steps_of_an_optimizer(form, kind, monkeypatch):
     torch.testing.assert_close(trained(form), trained("eager"), rtol=1e-5, atol=1e-6)
 
 
-@needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiles_for_gpus(capability, monkeypatch):
-    """To machine code, by the compiler that triton brings along; no GPU is asked for."""
-    import subprocess
-    import sys
+@needs_compiler
+@pytest.mark.parametrize("kind", [LoRAPre, LoRAPreAdafactor])
+def test_compiled_steps_equal_eager_ones(kind):
+    steps_equal(kind, "compile")
 
-    program = (
-        "from lorapre_dist.core.kernels import tile\n"
-        f"assert all(tile.machine_code({capability}, precision)['cubin'] for precision in ('ieee', 'tf32'))\n"
-    )
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it is read when a kernel is defined
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+@needs_triton
+def test_the_kernel_compiles_for_gpus():
+    """To machine code, by the compiler that triton brings along; no GPU is asked for."""
+    each = "[(80, 'ieee'), (80, 'tf32'), (90, 'ieee'), (90, 'tf32')]"
+    program = f"from lorapre_dist.core.kernels import tile\nassert all(tile.machine_code(*x)['cubin'] for x in {each})"
+    interpreted(program, TRITON_INTERPRET="0")
 
 
 def test_which_form(monkeypatch):
