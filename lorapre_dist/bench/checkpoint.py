@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lorapre_dist.checkpoint import run
+from lorapre_dist.checkpoint import loading, run
 from lorapre_dist.checkpoint.consolidate import consolidate
 from lorapre_dist.optimizers import LoRAPre
 from lorapre_dist.training.engines.presets import PRESETS
@@ -74,7 +74,7 @@ def phase(args: argparse.Namespace) -> dict[str, Any]:
             tensor.normal_()
     job = run.Job(optimizer, 1)
     if args.phase == "load":
-        return _measured(state, lambda: run.load(folder / "save", optimizer))
+        return _measured(state, lambda: loading.load(folder / "save", optimizer))
     if args.phase == "save":
         return _measured(state, lambda: run.save(job, folder, "save"))
     return _measured(state, lambda: run.save_in_background(job, folder, "background", group=None).wait())

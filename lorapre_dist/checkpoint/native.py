@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..config.param_groups import clean_name
 from ..optimizers.base import LowRankOptimizer
-from . import folder, model, run
+from . import folder, loading, model, run
 from .files import CheckpointError
 from .team import Team
 
@@ -107,7 +107,7 @@ def load(
         return None
     optimizer.bound()  # finds the layout
     _reshard(module)
-    found = run.load(
+    found = loading.load(
         directory / chosen[0],
         optimizer,
         untrained=model.untrained(module, _trained(module, optimizer)),

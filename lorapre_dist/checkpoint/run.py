@@ -1,4 +1,4 @@
-"""Save and load an optimizer with the weights it steps: whole or not at all, from any layout to any other.
+"""Save an optimizer with the weights it steps, whole or not at all; :mod:`.loading` loads it into any layout.
 
 A checkpoint's folder holds ``tensors/`` (torch.distributed.checkpoint), ``checkpoint.json`` (what they are),
 ``extra.pt`` (whatever else the caller gives; readable with ``weights_only=True``) and ``manifest.json``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,26 +17,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..config.param_groups import parameter_name
-from ..core.factors import SQUARES
-from ..core.rounding import COMPENSATION
 from ..optimizers.base import LowRankOptimizer
 from ..state.shards import (
-    MODEL,
-    OPTIMIZER,
     UNTRAINED,
     Shard,
     Untrained,
-    bring_home,
-    in_other_form,
     state_shards,
     weight_shards,
 )
-from ..state.state_dict import restore_groups, tell_converted
-from . import content, dcp, files, folder, halves, stored
+from . import content, dcp, files, folder, stored
 from .files import CheckpointError
 from .folder import Manifest
-from .resize import load_resized
 from .team import Team
 
 EXTRA = "extra.pt"
@@ -143,10 +133,11 @@ def _shards(job: Job) -> dict[str, Shard]:
     optimizer = job.optimizer
     held = [(bound.piece, bound.state) for bound in optimizer.bound()]
     assert optimizer.layout is not None
-    return {**weight_shards(optimizer.layout.units), **state_shards(held), **_keyed(job.untrained)}
+    return {**weight_shards(optimizer.layout.units), **state_shards(held), **keyed(job.untrained)}
 
 
-def _keyed(untrained: dict[str, Untrained]) -> dict[str, Shard]:
+def keyed(untrained: dict[str, Untrained]) -> dict[str, Shard]:
+    """The shards of what is not trained, by their names in a checkpoint."""
     return {UNTRAINED + name: tensor.shard for name, tensor in untrained.items()}
 
 
@@ -297,139 +288,6 @@ def newest_whole(directory: str | Path, *, group: Any = None) -> tuple[Path | No
             complaints.append(f"{directory}/{folder.LATEST} names {pointed!r}, older than {Path(path).name!r}")
         return Path(path), complaints
     return None, complaints
-
-
-def load(
-    path: str | Path,
-    optimizer: LowRankOptimizer,
-    *,
-    untrained: dict[str, Untrained] | None = None,
-    states: bool = True,
-    resize_rank: bool = False,
-    intact: bool = False,
-    check: Callable[[dict[str, Any]], None] | None = None,
-    group: Any = None,
-) -> dict[str, Any]:
-    """Load a checkpoint of any layout and world size; a collective. Returns what was saved as ``extra``.
-
-    Args:
-        untrained: tensors to fill beside those of the optimizer, by name.
-        states: False to load weights alone.
-        resize_rank: adapt factors of another rank (:func:`lorapre_dist.checkpoint.resize.resize`).
-        intact: it has been verified already.
-        check: called with ``extra`` before anything is loaded; what it raises ends the load.
-
-    Raises:
-        CheckpointError: it is damaged, or does not fit: everything that differs. Nothing has been loaded then.
-    """
-    path, team = Path(path), Team(group)
-    if not intact:
-        usable(path, group=group)
-    with team.together(f"loading checkpoint {path}"):
-        saved = content.read(path)
-        extra = read_extra(path)
-    if check is not None:
-        check(extra)
-    untrained = untrained or {}
-    present = _present(optimizer, team)
-    was = content.trained(saved)
-    if states and was.keys() != present.keys():  # as torch.optim keeps the state of what is frozen now
-        optimizer.bind_saved({parameter_name(name) for name in was})
-        present = _present(optimizer, team)
-        untrained = {n: t for n, t in untrained.items() if n not in {parameter_name(name) for name in present}}
-    with team.together(f"loading checkpoint {path}"):
-        content.complain(path, _differences(saved, present, untrained, optimizer, states, resize_rank))
-        stored.complete(path, saved, slice(team.rank, None, team.size))
-    assert optimizer.layout is not None
-    shards = {**weight_shards(optimizer.layout.units), **_keyed(untrained)}
-    fresh = {name for name in present if name not in was}
-    left = [name for name in untrained if name in was]
-    # Where the weights lie of what was frozen and is trained now, and the other way round.
-    lies = {MODEL + name: UNTRAINED + name for name in fresh} | {UNTRAINED + name: MODEL + name for name in left}
-    if left and states and team.rank == 0:
-        text = f"{len(left)} parameters were trained and are frozen now, and the optimizer does not have them: weights"
-        warnings.warn(f"{text} are loaded, optimizer state is not ({', '.join(left[:3])}, ...)", stacklevel=2)
-    changed: dict[str, dict[str, Any]] = {}
-    held = [(bound.piece, bound.state) for bound in optimizer.bound() if bound.piece.name not in fresh]
-    factors = state_shards(held)
-    # What bf16 weights lack belongs to them, and is loaded with them even where no state is.
-    change = halves.Change.between(was, present)
-    lower = {name: factors.pop(name) for name in list(factors) if name.endswith(f".{COMPENSATION}")}
-    lacking = {f"{OPTIMIZER}{name}.{COMPENSATION}" for name in change.here}
-    shards.update({name: shard for name, shard in lower.items() if name not in lacking})
-    if team.rank == 0:
-        change.say()
-    if states:
-        known = {n: e for n, e in present.items() if n not in fresh}
-        changed = {n: e for n, e in known.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
-        resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"}
-        as_saved = _as_saved(factors, dcp.shapes(path / content.TENSORS)) if changed_forms(saved, known) else factors
-        shards.update({name: shard for name, shard in as_saved.items() if name not in resized})
-    roots = {}
-    if saved["format"] == 1:
-        roots = {n: n.removesuffix(r) + s for n in shards for r, s in SQUARES.items() if n.endswith(f".{r}")}
-    lies |= roots
-    with team.together(f"loading checkpoint {path}"):
-        dcp.load(path / content.TENSORS, {lies.get(name, name): shard for name, shard in shards.items()}, group)
-    for name in roots:
-        shards[name].local.sqrt_()
-    bring_home(shards)
-    halves.load(path / content.TENSORS, change, shards, lower, group)
-    if states:
-        tell_converted(optimizer, len(changed_forms(saved, known)))
-        optimizer.state_written()
-        if changed:
-            options = {"init_std": optimizer.config.init_std, "seed": optimizer.config.seed}
-            load_resized(path / content.TENSORS, changed, factors, options, team)
-        if changed or saved["format"] == 1:
-            optimizer.settle()
-        for piece, state in held:
-            state.step = saved["parameters"][piece.name]["step"]
-        _restore_options(optimizer, saved, resize_rank)
-    return extra
-
-
-def changed_forms(saved: dict[str, Any], present: dict[str, dict[str, Any]]) -> list[str]:
-    """Matrices whose factors were saved in another form than they are kept in."""
-    return [n for n, entry in present.items() if content.forms(entry) != content.forms(saved["parameters"][n])]
-
-
-def _as_saved(shards: dict[str, Shard], saved: dict[str, Any]) -> dict[str, Shard]:
-    """Shards to load into, in the form in which each factor was saved."""
-    found = {}
-    for name, shard in shards.items():
-        entry = saved.get(name)
-        other = entry is not None and in_other_form(name, entry.properties.dtype, shard.local)
-        found[name] = shard.saved_as(tuple(entry.size), entry.properties.dtype) if other and entry else shard
-    return found
-
-
-def _differences(
-    saved: dict[str, Any],
-    present: dict[str, dict[str, Any]],
-    untrained: dict[str, Untrained],
-    optimizer: LowRankOptimizer,
-    states: bool,
-    resize_rank: bool,
-) -> list[str]:
-    """All that does not fit, in words."""
-    if not states:
-        return content.weight_differences(saved, present) + content.missing(saved, untrained)
-    found = content.differences(saved, present, untrained, len(optimizer.param_groups), resize_rank)
-    return found + content.unusable_groups(saved, optimizer) + content.missing(saved, untrained)
-
-
-def _restore_options(optimizer: LowRankOptimizer, saved: dict[str, Any], resize_rank: bool) -> None:
-    """Set the groups' options to the saved ones, but for the ranks where factors were adapted to the present ones."""
-    kept = ("rank", "rank_v") if resize_rank else ()
-    groups = [{k: v for k, v in g.items() if k not in kept} for g in saved["param_groups"]]
-    restore_groups(optimizer.param_groups, groups)
-
-
-def _present(optimizer: LowRankOptimizer, team: Team) -> dict[str, dict[str, Any]]:
-    """What the optimizers of all ranks hold, by parameter name; a collective."""
-    found = {name: entry for part in team.gather(content.parameters(optimizer)) for name, entry in part.items()}
-    return dict(sorted(found.items()))
 
 
 def read_extra(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint import content, files, folder, model, run
+from ...checkpoint import content, files, folder, loading, model, run
 from ...checkpoint.files import CheckpointError
 from ...checkpoint.team import Team
 from ...config.param_groups import clean_name
@@ -164,10 +164,10 @@ def load(
     states = load_optimizer_states and not load_module_only
     with _partitioned(engine):
         wanted = model.untrained(engine.module, _trained(engine))
-        saved = content.read(path) if (path / content.FILE).is_file() else {}  # else run.load says what is wrong
+        saved = content.read(path) if (path / content.FILE).is_file() else {}  # else loading.load says what is wrong
         if saved and (not load_module_strict or saved.get("frozen") == "excluded"):
             wanted = {n: t for n, t in wanted.items() if n in saved["parameters"]}
-        extra = run.load(
+        extra = loading.load(
             path,
             engine.basic_optimizer,
             untrained=wanted,
