@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .integrations import deepspeed  # noqa: F401
     from .integrations.deepspeed.bind import initialize
     from .optimizers import LoRAPre, LoRAPreAdafactor, LoRAPreLion, LoRAPreMuon, LoRAPreSGD
-    from .optimizers.base import NonFiniteError
+    from .optimizers.skipping import NonFiniteError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,7 +47,7 @@ __getattr__, __dir__ = lazily.attributes(
     __name__,
     {
         **dict.fromkeys(("LoRAPre", "LoRAPreAdafactor", "LoRAPreLion", "LoRAPreMuon", "LoRAPreSGD"), "optimizers"),
-        "NonFiniteError": "optimizers.base",
+        "NonFiniteError": "optimizers.skipping",
         "initialize": "integrations.deepspeed.bind",
         "deepspeed": "integrations.deepspeed",
         "reference": "reference",

@@ -1,65 +1,45 @@
-"""The optimizer that users see: validate, learn where the parameters lie, orchestrate."""
+"""What users construct, step and look at; where its parameters lie is in :mod:`.binding`."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-import warnings
-from collections.abc import Callable, Container, Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import ConfigError, LowRankConfig, others, param_groups
+from ..config import ConfigError, others, param_groups
 from ..config.checks import boolean, shown
 from ..config.options import RELEASE_UNDER_DEEPSPEED
-from ..core import batching, gauge, kernels, rounding
+from ..core import batching, gauge, rounding
 from ..core.background import Background
 from ..core.comm import Comm, all_ranks
 from ..core.exchange import Item
-from ..core.factors import Matrix, allocate
+from ..core.factors import Matrix
 from ..core.guard import Go, Skips, bounds, taken_for_granted
-from ..core.interval import RowInterval
 from ..core.rules import adamw
 from ..core.step import Rule, step
 from ..core.workspace import Workspace
 from ..layouts import detect
-from ..layouts.base import Layout, Piece, Unit, local, local_gradient
-from ..layouts.matrices import arrange
+from ..layouts.base import Layout, Unit, local, local_gradient
 from ..state.full import full_state, load_full_state
 from ..state.report import MemoryReport
-from ..state.state_dict import StatefulOptimizer, state_dtype
-from . import advise, agreement, awaiting, weights
+from . import advise, awaiting, weights
+from .binding import Bound, BoundOptimizer, is_low_rank
 from .other_rules import other_rule
-from .overlap import Overlapping
-from .release import Release, check_release
+from .release import Release
+from .skipping import Skipping
 from .tensors import (
     check_given,
     check_tensors,
     flat,
-    may_step,
     number,
     refuse_duplicates,
     send_stepped,
-    stays_on_device,
 )
-
-# ``from . import`` would give the function that the package has by the same name.
-
-
-@dataclass
-class Bound:
-    """A piece of a parameter, and the state that this rank keeps for it.
-
-    ``other``: it is a matrix to the core, but no projection, see ``config/others.py``.
-    """
-
-    piece: Piece
-    state: Matrix | adamw.Vector
-    other: bool = False
 
 
 @dataclass
@@ -76,11 +56,7 @@ class Stepped:
     largest: Tensor = field(init=False)
 
 
-class NonFiniteError(RuntimeError):
-    """Gradients were not finite in ``max_skipped`` steps in a row."""
-
-
-class LowRankOptimizer(Overlapping, StatefulOptimizer):
+class LowRankOptimizer(BoundOptimizer, Skipping):
     """What all our optimizers share: where the parameters lie, whose state this rank keeps, saving and loading it.
 
     ``params`` is the model (a ``torch.nn.Module``), ``model.named_parameters()``, or groups of such pairs; a group may
@@ -97,7 +73,6 @@ class LowRankOptimizer(Overlapping, StatefulOptimizer):
         ConfigError: a bad option, duplicate names, or no parameter that is low-rank.
     """
 
-    config_class: ClassVar[type[LowRankConfig]]
     workspace_limits: ClassVar[Workspace] = Workspace()
     #: On a CPU too, let the device decide whether a step is taken; for tests.
     _decides_on_device: ClassVar[bool] = False
@@ -221,221 +196,7 @@ class LowRankOptimizer(Overlapping, StatefulOptimizer):
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return made
 
-    # layout -----------------------------------------------------------------------------------------------------
-
-    def bind(self, layout: Layout) -> None:
-        """Take ``layout`` for where the parameters lie, and allocate the state of this rank.
-
-        Raises:
-            ConfigError: a name appears twice, or steps have been taken already.
-        """
-        if self._stepped():
-            raise ConfigError(f"cannot change the layout of a {self.config.optimizer} optimizer after its first step")
-        if self.config.release_gradients:
-            check_release(layout)
-        self.synchronize()
-        self._held, self.layout, self.awaiting_layout = {}, layout, False
-        arrange(layout, self._in_group)
-        for unit in layout.units:
-            self._bind_unit(unit)
-        refuse_duplicates([b.piece.name for bound in self._held.values() for b in bound])
-        self._settle(layout.units, fresh=True)
-        if self._overlaps():
-            try:
-                self._make_background()
-            except ConfigError:
-                self._held, self.layout = {}, None
-                raise
-
-    def _settle(self, units: Iterable[Unit], fresh: bool = False) -> None:
-        """Bring the factors of some units, new ones or (unless they are there already) loaded ones, into the gauge."""
-        for unit in units:
-            config = self.group_config(self.param_groups[unit.group])
-            matrices = [b.state for b in self._held[id(unit.tensor)] if isinstance(b.state, Matrix)]
-            # A plan has no elements, or peers without a group.
-            matrices = [m for m in matrices if m.low_rank]
-            ready = [m for m in matrices if not m.taken.is_meta and (m.peers is None or m.peers.group is not None)]
-            if config.variant == "stable" and ready:
-                gauge.settle(ready, config.resolved_damping, Comm(), fresh)  # no part of a step
-
-    def settle(self) -> None:
-        """After factors were loaded: bring those that are not in the optimizer's gauge into it; a collective."""
-        assert self.layout is not None
-        self.state_written()
-        self._settle(self.layout.units)
-
-    def _stepped(self) -> bool:
-        return any(b.state.step for bound in self._held.values() for b in bound)
-
-    def _bind_unit(self, unit: Unit) -> None:
-        config = self.group_config(self.param_groups[unit.group])
-        device = local(unit.tensor).device
-        dtype = state_dtype(unit.tensor)
-        why = kernels.problem(config.kernels, dtype, device)
-        if why is not None and device.type != "meta":
-            raise ConfigError(why)
-        weights.check(config.weights, [(piece.name, unit.tensor) for piece in unit.pieces], self.layout)
-        bound = []
-        for piece in [piece for piece in unit.pieces if piece.owned]:
-            state: Matrix | adamw.Vector
-            kept = self._settings(piece.name, piece.shape, config)
-            if kept is not None:
-                if not piece.numel and piece.peers is None:  # as in FSDP1, which shows it on every rank
-                    continue
-                shape = piece.shape[0], piece.shape[1]
-                interval = RowInterval(piece.name, shape, piece.start, piece.stop, piece.columns)
-                state = allocate(
-                    interval,
-                    piece.peers,
-                    ranks=kept.ranks,
-                    vectors=kept.vectors,
-                    optimizer=kept.optimizer,
-                    variant=kept.variant,
-                    init_std=kept.init_std,
-                    seed=kept.seed,
-                    device=device,
-                    dtype=dtype,
-                    before=piece.before,
-                    kept=kept.forms,
-                    rounding=weights.rounding(config, piece, device),
-                )
-            else:
-                state = adamw.allocate(piece.numel, device, dtype, weights.rounding(config, piece, device))
-            bound.append(Bound(piece, state, other=kept is not None and kept is not config))
-        self._held[id(unit.tensor)] = bound
-
-    def _is_low_rank(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> bool:
-        targets: Any = ".*" if name.startswith(_UNNAMED) else config.target_modules
-        if targets is None and param_groups.parameter_name(name) in self._other_layers:
-            return False
-        return param_groups.is_low_rank(name, shape, config.rank, config.resolved_rank_v, targets)
-
-    def _settings(self, name: str, shape: tuple[int, ...], config: LowRankConfig) -> LowRankConfig | None:
-        """By which settings a parameter's state is a matrix's: its group's, or those of ``others``; None: it is not."""
-        if self._is_low_rank(name, shape, config):
-            return config
-        return others.settings(name, shape, config, self._other_layers)
-
-    def _kept_as(self, name: str, shape: tuple[int, ...], group: int) -> LowRankConfig | None:
-        return self._settings(name, shape, self.group_config(self.param_groups[group]))
-
-    def _in_group(self, name: str, shape: tuple[int, ...], group: int) -> bool:
-        return self._kept_as(name, shape, group) is not None
-
-    def _named(self) -> list[tuple[str, Tensor, int]]:
-        """The parameters as given to the constructor: (name, tensor, index of its group)."""
-        found = []
-        for index, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"{_UNNAMED}{index}.{k}" for k in range(len(group["params"]))]
-            found += [(param_groups.clean_name(n), p, index) for n, p in zip(names, group["params"], strict=True)]
-        return found
-
-    def check_matches(self, named_shapes: list[tuple[str, tuple[int, ...]]], groups: list[int] | None = None) -> None:
-        """Raise a ConfigError unless one of these parameters is low-rank by its group's settings.
-
-        Args:
-            named_shapes: name and shape of every trainable parameter.
-            groups: index of the group of each; None if that is not known: any group's settings count then.
-        """
-        configs = [self.group_config(group) for group in self.param_groups]
-        if not any(config.rank for config in configs):
-            raise ConfigError("rank=0: every parameter group has it, so that none is low-rank; use torch.optim.AdamW")
-        of_group = [configs if groups is None else [configs[i]] for i in groups or range(len(named_shapes))]
-        pairs = [(n, s, c) for (n, s), some in zip(named_shapes, of_group, strict=True) for c in some if c.rank]
-        if not any(self._is_low_rank(*pair) for pair in pairs):
-            unnamed = any(n.startswith(_UNNAMED) for n, _, _ in pairs)
-            raise ConfigError(param_groups.explain_no_match_of(pairs, self.config, unnamed))
-
-    def _ensure_bound(self) -> None:
-        """Find the layout, on first use, unless one was bound; parameters that come later are bound as well."""
-        if self.awaiting_layout:
-            raise ConfigError(
-                f"this {self.config.optimizer} optimizer waits for DeepSpeed's engine to tell where its parameters lie"
-            )
-        if self.layout is not None and self.layout.replaced(self.param_groups) and not self._stepped():
-            self.layout = None  # Accelerate looks at the state first, and then puts FSDP2's shards in
-        if self.layout is None:
-            found = self._find(lambda _, p: may_step(p))
-            shapes = {piece.name: (piece.shape, unit.group) for unit in found.units for piece in unit.pieces}
-            self.check_matches([(n, s) for n, (s, _) in shapes.items()], [g for _, g in shapes.values()])
-            self.bind(found)
-            self._advise_names()
-        elif self.layout.native and not self.layout.replaced(self.param_groups):
-            tensors = (p for group in self.param_groups for p in group["params"])
-            if any(id(p) not in self._held and may_step(p) for p in tensors):
-                self._extend(self._find(lambda _, p: may_step(p)))
-
-    def bind_saved(self, names: Container[str]) -> None:
-        """Keep state for the parameters of these names, which have some saved, also where they are frozen here.
-
-        What is trained and has none comes behind them, so that they lie as they did; a collective.
-        """
-        self._ensure_bound()
-        assert self.layout is not None
-        ours = {name: id(p) in self._held for name, p, _ in self._named()}
-        if not self.layout.native or all(bound == (name in names) for name, bound in ours.items()):
-            return
-        if not self._stepped() and any(name in names for name in ours):
-            self.layout = None
-            self.bind(self._find(lambda name, _: name in names))
-        else:
-            self._extend(self._find(lambda name, _: name in names))
-        self._ensure_bound()
-
-    def _find(self, wanted: Callable[[str, Tensor], bool]) -> Layout:
-        """The layout of those wanted (by name and tensor) that are not bound yet; a collective.
-
-        Raises:
-            ConfigError: the ranks do not agree on what they have built.
-        """
-        place = detect.find(self._named())
-        if not place.alone:
-            agreement.require(agreement.of_optimizer(self, place.shapes), place.group, place.shares)
-        bound = self._held if self.layout is not None else {}
-        named = [(n, p, i) for n, p, i in self._named() if wanted(n, p) and id(p) not in bound]
-        found = detect.layout(place, named, self.shard_state, self._in_group)
-        found.native = True
-        return found
-
-    def _extend(self, added: Layout) -> None:
-        """Bind more parameters: such as came with a group, or were frozen when the layout was bound."""
-        assert self.layout is not None
-        added.numbered = self.layout.numbered
-        arrange(added, self._in_group)
-        self.layout.extend(added)
-        for unit in added.units:
-            self._bind_unit(unit)
-        self._settle(added.units, fresh=True)
-        if self._overlaps():
-            self._make_background()
-
-    def _advise_names(self) -> None:
-        """Warn if matrices are low-rank for want of a name. Who gave a group ``"rank": 0`` has chosen."""
-        shapes = {n.removeprefix(_UNNAMED): p.shape for n, p, _ in self._named() if n.startswith(_UNNAMED)}
-        low_rank = {b.piece.name for b in self.bound() if _low_rank(b.state)}
-        taken = {f"parameter {n}": s for n, s in shapes.items() if f"{_UNNAMED}{n}" in low_rank}
-        if taken and all(group["rank"] for group in self.param_groups):
-            advise.of_missing_names(self.config.optimizer, taken)
-
     # settings ---------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def _options(cls) -> set[str]:
-        return {f.name for f in fields(cls.config_class)}
-
-    @classmethod
-    def group_config(cls, group: dict[str, Any]) -> Any:
-        """The settings of a parameter group, validated: a ``config_class``.
-
-        An ``lr`` that is a 0-d tensor on an accelerator stays one, unchecked: the host would have to wait for it.
-        """
-        given = {name: group[name] for name in cls._options()}
-        lr = given["lr"]
-        if not stays_on_device(lr):
-            return cls.config_class(**given | {"lr": number(lr)})
-        config = cls.config_class(**given | {"lr": cls.config_class.lr})
-        object.__setattr__(config, "lr", lr)
-        return config
 
     @staticmethod
     def rule(config: Any) -> Rule:
@@ -561,61 +322,6 @@ class LowRankOptimizer(Overlapping, StatefulOptimizer):
         lacking = [unit for unit in units if unit.tensor.grad is None and unit.tensor.requires_grad]
         return [unit for unit in lacking if self._held[id(unit.tensor)] or self.layout.sends]
 
-    def _count(self, go: Tensor, looked: list[tuple[str, Tensor]]) -> None:
-        """Count a step; warn and, after too many in a row, raise where one was skipped.
-
-        Args:
-            looked: names of the parameters here, and bounds on their gradients' elements.
-        """
-        before, _ = self.skips.seen
-        self.skips.record(go)
-        total, in_row = self.skips.look()
-        if total > before:
-            names = [name for name, largest in looked if not largest.isfinite()] if in_row >= self.max_skipped else []
-            self._skipped(total, in_row, names)
-
-    def _skipped(self, total: int, in_row: int, names: list[str]) -> None:
-        if in_row < self.max_skipped:
-            if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-                text = f"a gradient is not finite: step skipped ({in_row} in a row, {total} all together)"
-                warnings.warn(text, stacklevel=5)
-            return
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise NonFiniteError(
-            f"gradients were not finite in {in_row} steps in a row, which were skipped; in the last one, on this rank: "
-            f"{shown or 'none'}. Nothing was changed by them: lower the lr, warm up longer or look at the data"
-        )
-
-    def engine_stepped(self, skipped: bool, names: list[str], searching: bool) -> None:
-        """DeepSpeed's engine has taken a step, or skipped it; it looks at gradients itself.
-
-        Args:
-            names: of parameters whose gradients are not finite on this rank, as far as is known.
-            searching: steps are skipped to find a loss scale, which is not the gradients' fault.
-
-        Raises:
-            NonFiniteError: as :meth:`step`.
-        """
-        self.skips.record(torch.tensor(0.0 if skipped else 1.0, dtype=torch.float64))
-        total, in_row = self.skips.look()
-        if skipped and not searching:
-            self._skipped(total, in_row, names)
-
-    @property
-    def max_skipped(self) -> int:
-        """Steps in a row that may be skipped."""
-        return min(self.group_config(group).max_skipped for group in self.param_groups)
-
-    @property
-    def skipped_steps(self) -> int:
-        """Number of steps that were skipped because a gradient was not finite; the host waits for it."""
-        return int(self.skips.total)
-
-    @property
-    def overflow(self) -> bool:
-        """Whether the last step was skipped; DeepSpeed's engine asks for it."""
-        return bool(self.skips.in_row > 0)
-
     def _pieces(self, tensor: Tensor) -> list[Stepped]:
         """What there is to step of one tensor; its gradient is zero where there is none."""
         if tensor.grad is not None and tensor.grad.is_sparse:
@@ -639,18 +345,13 @@ class LowRankOptimizer(Overlapping, StatefulOptimizer):
 
     # state ------------------------------------------------------------------------------------------------------
 
-    def bound(self) -> list[Bound]:
-        """This rank's pieces with their state, in the order in which they are stepped."""
-        self._ensure_bound()
-        return [b for bound in self._bound.values() for b in bound]
-
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """This rank's shards of the low-rank state by parameter name.
 
         ``m_B`` (rows x r), ``m_A`` (r x columns) and, where the optimizer has them, ``v_B``, ``v_A`` and ``rms_row``
         (rows). On one device they are whole. The tensors are the state itself, not copies.
         """
-        return {b.piece.name: b.state.tensors() for b in self.bound() if _low_rank(b.state)}
+        return {b.piece.name: b.state.tensors() for b in self.bound() if is_low_rank(b.state)}
 
     @torch.no_grad()
     def conditions(self) -> dict[str, dict[str, gauge.Condition]]:
@@ -700,10 +401,6 @@ class LowRankOptimizer(Overlapping, StatefulOptimizer):
         self.settle()
 
 
-def _low_rank(state: Matrix | adamw.Vector) -> bool:
-    return isinstance(state, Matrix) and state.low_rank
-
-
 def _bound_gradients(pieces: list[Stepped]) -> None:
     """Say of each piece how large its gradient is at most."""
     for device in {piece.theta.device for piece in pieces}:
@@ -712,6 +409,5 @@ def _bound_gradients(pieces: list[Stepped]) -> None:
             piece.largest = largest
 
 
-_UNNAMED = "unnamed."
 # What a copy of the optimizer takes along.
 _OWN = ("_other_layers", "config", "comm", "layout", "awaiting_layout", "shard_state", "skips", "_background", "_twins")

@@ -102,7 +102,7 @@ def test_the_parser_sees_what_is_there():
     """The other tests would pass on an empty list."""
     assert ours("lorapre_dist.core.regression") >= {"lorapre_dist.core.exchange", "lorapre_dist.core.interval"}
     assert ours("lorapre_dist.layouts.zero3") >= {"lorapre_dist.layouts.base", "lorapre_dist.core.interval"}
-    assert ours("lorapre_dist.optimizers.base") >= {
+    assert ours("lorapre_dist.optimizers.binding") >= {
         "lorapre_dist.config",
         "lorapre_dist.config.param_groups",
         "lorapre_dist.state.state_dict",

@@ -150,8 +150,9 @@ def test_which_form(monkeypatch):
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     optimizer = LoRAPre([("layers.0.q_proj.weight", torch.nn.Parameter(torch.zeros(8, 8)))], rank=2, kernels="triton")
-    with pytest.raises(ConfigError, match=r"needs fp32 state on a CUDA device, this is torch\.float32 on cpu"):
-        optimizer.memory_report()
+    for _ in range(2):  # what cannot be bound is not left half bound
+        with pytest.raises(ConfigError, match=r"needs fp32 state on a CUDA device, this is torch\.float32 on cpu"):
+            optimizer.memory_report()
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
     assert "triton is not installed" in (kernels.problem("triton", here.dtype, here.device) or "")
     with pytest.raises(ConfigError, match="kernels='fast': must be one of 'auto', 'eager'"):

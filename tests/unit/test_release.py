@@ -13,7 +13,7 @@ from torch import nn
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
 from lorapre_dist.optimizers import OPTIMIZERS
-from lorapre_dist.optimizers.base import NonFiniteError
+from lorapre_dist.optimizers.skipping import NonFiniteError
 
 from .toy import STABLE, Toy, assert_same, loss_of, train
 

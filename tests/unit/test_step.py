@@ -8,7 +8,7 @@ import torch
 from lorapre_dist.bench import launches, scaling
 from lorapre_dist.core import batching, refresh
 from lorapre_dist.core.batching import Limits, Outline
-from lorapre_dist.optimizers import OPTIMIZERS, base, momentum
+from lorapre_dist.optimizers import OPTIMIZERS, binding, momentum
 from tests.shapes import projections
 
 MODEL = "llama-60m"
@@ -57,7 +57,7 @@ def test_a_learning_rate_on_the_device_is_not_read_back(kind, monkeypatch):
     rate = torch.tensor(0.01, device="meta")
     found = launches.count(lambda: with_rate(kind, rate, "meta"))
     assert found.waits == 0 and not found.mixed
-    for module in (base, momentum):
+    for module in (binding, momentum):
         monkeypatch.setattr(module, "stays_on_device", lambda lr: isinstance(lr, torch.Tensor))
     stepped = [with_rate(kind, rate, "cpu") for rate in (0.01, torch.tensor(0.01))]
     for optimizer in stepped:

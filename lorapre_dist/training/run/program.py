@@ -117,7 +117,7 @@ def _train(settings: AnySettings, set_up: Callable[[AnySettings], Trainer], fini
     import torch.distributed as dist
 
     from lorapre_dist.checkpoint import CheckpointError
-    from lorapre_dist.optimizers.base import NonFiniteError
+    from lorapre_dist.optimizers.skipping import NonFiniteError
     from lorapre_dist.training.data.reading import ReadError
     from lorapre_dist.training.run.loop import DivergedError
 
