@@ -160,6 +160,8 @@ def plan(outlines: Sequence[Outline], limits: Limits, others: Sequence[Hashable]
 
 
 def _stacks(places: Run, kinds: list[Any], outlines: Sequence[Outline], limits: Limits) -> list[Run]:
+    if len(places) == 1:  # nothing to compare; what is alike may be long to look at
+        return [places]
     equal: dict[Hashable, Run] = defaultdict(list)
     for k in places:
         equal[kinds[k]].append(k)

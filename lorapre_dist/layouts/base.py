@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
+from ..core.comm import all_ranks
 from ..core.interval import Peers, Range
 from .geometry.shares import turn
 
@@ -160,9 +161,7 @@ class SubGroups:
         self._made: dict[tuple[int, ...], Any] = {}
         self.replicas = [dist.get_process_group_ranks(group)]
         if replicas and self.size != dist.get_world_size():
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, self.replicas[0])
-            self.replicas = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in everyone})]
+            self.replicas = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in all_ranks(self.replicas[0])})]
         if {len(ranks) for ranks in self.replicas} != {self.size} or (
             sorted(rank for ranks in self.replicas for rank in ranks) != list(range(dist.get_world_size()))
         ):

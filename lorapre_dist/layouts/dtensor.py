@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config import ConfigError
+from ..core.comm import all_ranks
 from ..core.interval import Peers, Range
 from .base import Layout, Piece, Unit, local
 
@@ -112,8 +113,7 @@ def _all_ranges(blocks: dict[str, Block]) -> dict[str, list[tuple[Range, Range |
             mine[name] = ((block.start, block.stop), block.columns)
     found: dict[str, list[tuple[Range, Range | None]]] = {}
     for group, mine in groups.values():
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
+        everyone = all_ranks(mine, group)
         for name in mine:
             found[name] = [theirs[name] for theirs in everyone]
     return found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..core.comm import all_ranks
 from .base import Layout, Piece, SubGroups, Unit
 
 Named = Iterable[tuple[str, torch.Tensor, int]]
@@ -32,9 +33,7 @@ def layout(named: Named, handles: list[Any]) -> Layout:
         handle, k = placed[id(p)]
         group = handle.process_group
         if id(group) not in everyone:
-            gathered: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(gathered, mine, group=group)
-            everyone[id(group)], subgroups[id(group)] = gathered, SubGroups(group, replicas=True)
+            everyone[id(group)], subgroups[id(group)] = all_ranks(mine, group), SubGroups(group, replicas=True)
         shape = tuple(handle.flat_param._shapes[k])
         peers = subgroups[id(group)].peers([theirs[name] for theirs in everyone[id(group)]])
         start, stop = mine[name]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch.distributed as dist
 
+from ..core.comm import all_ranks
 from ..core.interval import Peers
 from .base import Layout, Piece
 from .geometry.ranges import cut_into, expert_name, stack_parts
@@ -62,8 +62,7 @@ def _peers(stacks: dict[str, Piece]) -> dict[tuple[str, int], Peers]:
         if piece.peers is not None:
             ranks = tuple(dist.get_process_group_ranks(piece.peers.group))
             mine.append((name, piece.shape[1] * piece.shape[2], ranks, piece.peers.ranges))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = all_ranks(mine)
     made = {tuple(range(dist.get_world_size())): dist.group.WORLD}
     found = {}
     for name, inner, ranks, ranges in sorted({shared for part in everyone for shared in part}):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..core.comm import all_ranks
+
 
 def twins(groups: Iterable[Any]) -> dict[int, Any]:
     """For each process group, by its id, another one over the same ranks; a collective over all ranks.
@@ -16,10 +18,8 @@ def twins(groups: Iterable[Any]) -> dict[int, Any]:
     Every rank makes all groups of all ranks, in one order, with the backend and time limit of the first.
     """
     mine = {id(group): _described(group) for group in groups}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(mine.values()))
     made = {}
-    for ranks, backend, timeout in sorted({one for part in everyone for one in part}, key=str):
+    for ranks, backend, timeout in sorted({one for part in all_ranks(list(mine.values())) for one in part}, key=str):
         made[ranks, backend, timeout] = dist.new_group(list(ranks), backend=backend, timeout=timeout)
     return {key: made[described] for key, described in mine.items()}
 

@@ -202,8 +202,6 @@ def test_collectives_of_a_step_are_issued_in_comm_alone(name):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and node.attr in COLLECTIVES
-        # Layouts ask once, when they are bound, what the other ranks hold.
-        and not (node.attr == "all_gather_object" and name.startswith("lorapre_dist.layouts."))
         and ast.unparse(node.value).split(".")[-1] in ("dist", "distributed")
     ]
     assert not found

@@ -19,14 +19,15 @@ from lorapre_dist.optimizers import OPTIMIZERS
 CPU = torch.device("cpu")
 
 
-def trained(kind="LoRAPre", steps=4, **options):
-    parameters = [torch.nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(k))) for k in range(3)]
+def trained(kind="LoRAPre", steps=4, dtype=torch.float32, **options):
+    generators = [torch.Generator().manual_seed(k) for k in range(3)]
+    parameters = [torch.nn.Parameter(torch.randn(24, 16, generator=one).to(dtype)) for one in generators]
     named = [(f"layers.{k}.q_proj.weight", p) for k, p in enumerate(parameters)]
     optimizer = OPTIMIZERS[kind](named, lr=1e-3, rank=4, **options)
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 + step)
         for p in parameters:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
         optimizer.step()
     return parameters, optimizer
 
@@ -42,6 +43,21 @@ def test_the_same_bits(kind, variant):
     assert all(torch.equal(p, q) for p, q in zip(plain, overlapped, strict=True))
     ours, theirs = after.factors(), before.factors()
     assert all(torch.equal(t, theirs[n][k]) for n, some in ours.items() for k, t in some.items())
+
+
+@pytest.mark.parametrize("weights", ["stochastic", "kahan"])
+def test_the_same_bits_in_16_bit_weights(weights):
+    plain, before = trained(dtype=torch.bfloat16, weights=weights)
+    overlapped, after = trained(dtype=torch.bfloat16, weights=weights, overlap=True)
+    assert all(torch.equal(p, q) for p, q in zip(plain, overlapped, strict=True))
+    ours, theirs = after.factors(), before.factors()
+    assert all(torch.equal(t, theirs[n][k]) for n, some in ours.items() for k, t in some.items())
+
+
+@pytest.mark.parametrize("other", [{"release_gradients": True}, {"state_dtype": "bf16"}])
+def test_what_it_does_not_go_together_with(other):
+    with pytest.raises(ConfigError, match=f"overlap=true with {next(iter(other))}"):
+        trained(overlap=True, **other)
 
 
 @pytest.mark.parametrize(

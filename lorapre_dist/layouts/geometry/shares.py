@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,10 +56,10 @@ class Share:
     @functools.cached_property
     def numels(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Elements of each of :attr:`ranges`, or of the columns of them."""
-        start, stop = np.array(self.ranges, np.int64).T
+        start, stop = _bounds(self.ranges)
         if self.columns is None:
             return stop - start
-        first, last = np.array(self.columns, np.int64).T
+        first, last = _bounds(self.columns)
         return (stop - start) // self.shape[1] * (last - first)
 
     @property
@@ -143,6 +144,11 @@ def _experts(share: Share) -> Iterator[tuple[int, Share]]:
         at = turn(next(iter(held)), len(held), len(share.ranges))
         name, shape = expert_name(share.name, e), share.shape[1:]
         yield e, Share(name, shape, ranks, tuple(held.values()), call=share.call, turn=at, stack=True)
+
+
+def _bounds(ranges: Sequence[Range]) -> Any:
+    """Starts and stops of ``ranges``, which are as many as ranks; many times faster than a conversion of pairs."""
+    return np.fromiter(itertools.chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2).T
 
 
 def turn(first: int, members: int, ranks: int) -> int:
