@@ -31,7 +31,7 @@ from ..core.rounding import COMPENSATION
 from ..layouts.base import Layout, Unit, local
 from ..layouts.dtensor import shard_group
 from ..layouts.matrices import expert_name
-from .dtensors import Exposed, Part, elsewhere, expose
+from .dtensors import Exposed, Uneven, elsewhere, expose
 from .full import rooted, said
 
 _SHAPING = ("rank", "rank_v", "variant")
@@ -304,7 +304,7 @@ def tell_converted(optimizer: Any, count: int) -> None:
 def _finite(value: Any) -> bool:
     """Whether this rank's elements of a saved tensor are; anything else passes here."""
     held = value._local_tensor if isinstance(value, DTensor) else value
-    held = held.shard.local if isinstance(held, Part) else held
+    held = held.shard.local if isinstance(held, Uneven) else held
     return not isinstance(held, Tensor) or bool(held.isfinite().all())
 
 
