@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -32,7 +33,6 @@ class Adds(Slope):
         super().__init__(shape, seed)
         self.name, self.replicas = name, replicas
         self.weight.requires_grad_(not frozen)
-        self.register_buffer("seen", torch.full((2,), float(seed)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, self.name)
@@ -85,9 +85,9 @@ def close(engine: Any) -> None:
     dist.barrier()
 
 
-def batches(step: int, rank: int, accumulation: int, spoil: bool = False) -> Iterator[Batch]:
+def batches(step: int, rank: int, accumulation: int) -> Iterator[Batch]:
     for micro in range(accumulation):
-        yield torch.tensor([float("nan") if spoil else 0.0, step, rank, micro]), torch.zeros(())
+        yield torch.tensor([0.0, step, rank, micro]), torch.zeros(())
 
 
 def train(engine: Any, steps: range, accumulation: int) -> None:
@@ -147,3 +147,49 @@ def equality_case(
         finally:
             close(engine)
     return found
+
+
+def visit_case(
+    rank: int, world_size: int, *, stages: int, stage: int, folder: str, step: int, optimizer: str = "LoRAPre"
+) -> tuple[float, str]:
+    """As that of ``checkpoint_cases.py``, in a pipeline; gradients are the same on every data-parallel rank."""
+    config = ds_config(stage, "fp32", 1, 0.5, params_of(optimizer))
+    config["optimizer"]["type"] = optimizer
+    engine = build(stages, config, 1)
+    try:
+        if step:
+            path, client = engine.load_checkpoint(folder)
+            assert path is not None and client == {"step": step}, (path, client)
+            assert engine.global_steps == step
+        engine.train_batch(batches(step, 0, 1))
+        engine.save_checkpoint(folder, client_state={"step": step + 1}, keep_last=2)
+        return worst(everywhere(parameters(engine)), torch.load(Path(folder) / f"reference{step + 1}.pt"))
+    finally:
+        close(engine)
+
+
+def state_case(rank: int, world_size: int, *, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The whole state of a pipeline that has trained, and that of a fresh one that loads it."""
+    engine = build(2, ds_config(1, "fp32", 1, 0.0, params_of("LoRAPre")), 1)
+    train(engine, range(3), 1)
+    first = engine.basic_optimizer.full_state_dict()
+    close(engine)
+    engine = build(1, ds_config(1, "fp32", 1, 0.0, params_of("LoRAPre")), 1)
+    engine.basic_optimizer.load_full_state_dict(first)
+    second = engine.basic_optimizer.full_state_dict()
+    close(engine)
+    return first, second
+
+
+def skipping_case(rank: int, world_size: int, *, stage: int) -> tuple[int, bool]:
+    """A gradient of one parameter, on one stage alone, is not finite: no stage takes the step."""
+    engine = build(2, ds_config(stage, "fp32", 1, 0.0, params_of("LoRAPre")), 1)
+    before = {n: p.clone() for n, p in parameters(engine).items()}
+    spoilt = {n: p for n, p in engine.module.named_parameters() if p.requires_grad and "tied" not in n}
+    if engine.mpu.get_data_parallel_rank() == 0 and engine.is_last_stage():
+        next(iter(spoilt.values())).register_hook(lambda grad: grad * float("nan"))
+    train(engine, range(1), 1)
+    same = all(torch.equal(p, before[n]) for n, p in parameters(engine).items())
+    skipped = engine.basic_optimizer.skipped_steps
+    close(engine)
+    return skipped, same
