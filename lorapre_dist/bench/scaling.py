@@ -32,8 +32,8 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.core import regression
 from lorapre_dist.core.comm import Comm
 from lorapre_dist.core.interval import Peers
-from lorapre_dist.layouts.base import Layout, Piece, SubGroups, Unit
-from lorapre_dist.layouts.zero12 import flat_group
+from lorapre_dist.layouts import zero12
+from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
 from lorapre_dist.optimizers.awaiting import building_under_engine
 
@@ -234,8 +234,8 @@ def chained(index: int, size: int, delay: float, each: int = 10) -> dict[str, fl
     flat = torch.nn.Parameter(torch.randn(min(part, count * p * q - index * part)))
     with building_under_engine():
         optimizer = OPTIMIZERS["LoRAPre"]([flat], lr=1e-3, rank=2)
-    unit = flat_group(flat, 0, placed, part, SubGroups(dist.group.WORLD))
-    optimizer.bind(Layout("ZeRO-2", [unit], size, lists_all=False))
+    units = zero12.units([zero12.Buffer(flat, placed, part, dist.group.WORLD)])
+    optimizer.bind(Layout("ZeRO-2", units, size, lists_all=False))
     optimizer.workspace = replace(optimizer.workspace, bucket=1, block=p * q * 4)  # no stacks, a block a matrix
     slept = [0.0]
     blocks = regression.blocks

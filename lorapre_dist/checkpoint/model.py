@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -16,22 +16,28 @@ from ..state.shards import Shard, Untrained, flat_shard
 from .team import Team
 
 
-def untrained(module: torch.nn.Module, trained: Container[str], frozen: bool = True) -> dict[str, Untrained]:
+def untrained(
+    module: torch.nn.Module,
+    trained: Container[str],
+    frozen: bool = True,
+    named: Callable[[str], str] = clean_name,
+) -> dict[str, Untrained]:
     """This rank's part of every frozen parameter (unless ``frozen`` is False) and persistent buffer, by name.
 
     Args:
         trained: names of the parameters that are stepped, on any rank.
+        named: gives a tensor's name in the checkpoint from that in ``module``.
     """
     found = {}
     for name, p in module.named_parameters():
-        name = clean_name(name)
+        name = named(name)
         if name not in trained and frozen:
             shape = tuple(getattr(p, "ds_shape", p.shape))
             found[name] = Untrained(shape, _held(name, p, torch.Size(shape).numel()))
     persistent = set(module.state_dict().keys())
     for name, buffer in module.named_buffers():
         if name in persistent or clean_name(name) in persistent:
-            found[clean_name(name)] = Untrained(tuple(buffer.shape), Shard((buffer.numel(),), 0, buffer.view(-1)))
+            found[named(name)] = Untrained(tuple(buffer.shape), Shard((buffer.numel(),), 0, buffer.view(-1)))
     return found
 
 
@@ -49,12 +55,12 @@ def _held(name: str, p: Any, numel: int) -> Shard:
     return Shard((numel,), 0, p.detach().view(-1))
 
 
-def aliases(module: torch.nn.Module) -> dict[str, str]:
-    """Names of tied parameters and the name under which each is saved."""
+def aliases(module: torch.nn.Module, named: Callable[[str], str] = clean_name) -> dict[str, str]:
+    """Names of tied parameters and the name under which each is saved; ``named`` as in :func:`untrained`."""
     first: dict[int, str] = {}
     found = {}
     for name, p in module.named_parameters(remove_duplicate=False):
-        name = clean_name(name)
+        name = named(name)
         if first.setdefault(id(p), name) != name:
             found[name] = first[id(p)]
     return found

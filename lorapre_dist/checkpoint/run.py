@@ -153,13 +153,14 @@ def _begin(job: Job, shards: dict[str, Shard], directory: Path, tag: str, keep_l
         if team.rank == 0:
             folder.start(directory, tag)
     held = team.gather(content.parameters(job.optimizer))
+    untrained = _merged(team.gather({name: tuple(tensor.shape) for name, tensor in job.untrained.items()}))
+    aliases = _merged(team.gather(job.aliases))
     with _cleaned_up(path, team), team.together(f"saving checkpoint {directory / tag}"):
         if not path.is_dir():
             raise CheckpointError(f"{directory} must be on storage that all ranks share")
         if team.rank == 0:
-            untrained = {name: tensor.shape for name, tensor in job.untrained.items()}
             described = content.describe(
-                job.optimizer, held, untrained, step=job.step, aliases=job.aliases, frozen=job.frozen
+                job.optimizer, held, untrained, step=job.step, aliases=aliases, frozen=job.frozen
             )
             described.write(path)
             (path / EXTRA).write_bytes(_readable(job.extra))
@@ -167,6 +168,11 @@ def _begin(job: Job, shards: dict[str, Shard], directory: Path, tag: str, keep_l
         with _cleaned_up(path, team), team.together(f"saving checkpoint {directory / tag}"):
             job.also(path)
     return path
+
+
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all ranks have: stages of a pipeline have different tensors."""
+    return {name: entry for part in parts for name, entry in part.items()}
 
 
 def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

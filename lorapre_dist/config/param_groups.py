@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import ConfigError, check_expression
@@ -176,13 +176,14 @@ def explain_no_match_of(pairs: list[tuple[str, Any, Any]], default: Any, unnamed
     return explain_no_match(shapes.items(), config.rank, targets, config.resolved_rank_v)
 
 
-def layer_kinds(model: Any) -> dict[str, str]:
+def layer_kinds(model: Any, named: Callable[[str], str] = clean_name) -> dict[str, str]:
     """Which parameters of ``model`` belong, by the types of their layers, to no projection, and to what instead.
 
     What a name does not tell. Frozen and tied parameters are there too.
 
     Args:
         model: a ``torch.nn.Module``, wrapped or not.
+        named: gives a parameter's name from that in ``model``.
 
     Returns:
         ``"embedding"``, ``"convolution"``, ``"norm"`` or ``"head"`` by name of the parameter.
@@ -206,7 +207,7 @@ def layer_kinds(model: Any) -> dict[str, str]:
         for kind in [kind for kind, true in kinds.items() if true]:
             # weight_norm puts a kernel deeper, and a norm may wrap a block.
             for own, _ in module.named_parameters(recurse=kind != "norm"):
-                found[clean_name(f"{name}.{own}" if name else own)] = kind
+                found[named(f"{name}.{own}" if name else own)] = kind
     return found
 
 

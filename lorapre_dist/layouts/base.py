@@ -27,6 +27,8 @@ class Piece:
         before: number of matrices, of their columns and of their elements ahead of this one in the layout, for one that
             is shared; the same on every rank that does.
         owned: whether this rank keeps state and takes the step; if not, others do, and under DDP send the result.
+        replica: ranks beside the peers step the same, with gradients that are the same, and save it: of a weight that
+            stages of a pipeline have tied, the first one's.
         parameter: the parameter itself, if it is split by columns.
     """
 
@@ -38,6 +40,7 @@ class Piece:
     peers: Peers | None = None
     columns: Range | None = None
     owned: bool = True
+    replica: bool = False
     before: tuple[int, int, int] = (0, 0, 0)
     parameter: Any = field(default=None, compare=False, repr=False)
 
@@ -82,7 +85,9 @@ class Layout:
         world_size: ranks over which the optimizer state is spread (1: every rank has all of it).
         sends: what ranks of ``group`` send to all others after a step, in an order that is the same on every rank.
         native: found out by the optimizer itself, not told by an engine.
-        spread_over: groups of ranks that hold different gradients, all of which have to be finite.
+        spread_over: groups of ranks with other gradients of the same parameters, all of which have to be finite.
+        beyond: groups that lead, one after the other, to the ranks that have the model's other parameters, such as the
+            other stages of a pipeline: a step is taken by all or none.
         checks_gradients: an engine steps with finite gradients only, on all ranks alike.
         lists_all: its units have every parameter, also those of which this rank holds nothing.
         numbered: matrices so far, their columns and their elements (:attr:`Piece.before` of the next one).
@@ -95,6 +100,7 @@ class Layout:
     group: Any = None
     native: bool = False
     spread_over: list[Any] = field(default_factory=list)
+    beyond: list[Any] = field(default_factory=list)
     checks_gradients: bool = False
     lists_all: bool = True
     numbered: tuple[int, int, int] = (0, 0, 0)
@@ -119,7 +125,7 @@ class Layout:
     def groups(self) -> list[Any]:
         """All process groups that it knows."""
         peers = [piece.peers.group for unit in self.units for piece in unit.pieces if piece.peers is not None]
-        return [group for group in (self.group, *self.spread_over, *peers) if group is not None]
+        return [group for group in (self.group, *self.spread_over, *self.beyond, *peers) if group is not None]
 
     def replaced(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a tensor of it is in none of an optimizer's groups any more, or on another device."""

@@ -49,7 +49,8 @@ def _experts(piece: Piece, peers: dict[tuple[str, int], Peers]) -> Iterator[tupl
     for e, (start, stop) in cut_into(piece.start, piece.stop, inner):
         at = piece.offset + e * inner + start - piece.start
         shared = peers.get((piece.name, e))
-        yield e, Piece(expert_name(piece.name, e), piece.shape[1:], start, stop, at, shared, owned=piece.owned)
+        name, shape = expert_name(piece.name, e), piece.shape[1:]
+        yield e, replace(piece, name=name, shape=shape, start=start, stop=stop, offset=at, peers=shared)
 
 
 def _peers(stacks: dict[str, Piece]) -> dict[tuple[str, int], Peers]:

@@ -1,59 +1,90 @@
-"""DeepSpeed ZeRO-1/2 and its BF16 optimizer: a flat buffer per parameter group, cut into equal parts."""
+"""DeepSpeed ZeRO-1/2 and its BF16 optimizer: a flat buffer per parameter group, cut into equal parts.
+
+A buffer is cut over the ranks of its data-parallel group, which may be any ranks: under a pipeline each stage has a
+group of its own, and experts have others than the rest of a model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .base import Layout, Piece, SubGroups, Unit
+from ..core.interval import Peers
+from . import groups
+from .base import Layout, Piece, Unit
 from .geometry.ranges import holders
+from .geometry.shares import turn
 
 Placed = Iterable[tuple[str, tuple[int, ...], int]]  # name, shape, offset in the group's flat buffer
 
 
-def flat_group(flat: torch.Tensor, group_index: int, placed: Placed, partition_size: int, groups: SubGroups) -> Unit:
-    """The unit of one flat buffer, of which every rank steps ``partition_size`` consecutive elements (``flat``)."""
-    pieces = []
-    for name, shape, offset in placed:
-        numel = torch.Size(shape).numel()
-        held = holders(offset, offset + numel, partition_size)
-        ranges = [held.get(k, (0, 0)) for k in range(groups.size)]
-        start, stop = ranges[groups.rank]
-        peers = groups.peers(ranges) if len(shape) in (2, 3) else None
-        if start < stop:
-            at = offset + start - groups.rank * partition_size
-            pieces.append(Piece(name, shape, start, stop, at, peers))
-    return Unit(flat, group_index, pieces)
+@dataclass(frozen=True)
+class Buffer:
+    """A flat buffer, of which each rank of ``group`` steps ``partition_size`` consecutive elements (``flat``)."""
+
+    flat: torch.Tensor
+    placed: Placed
+    partition_size: int
+    group: Any
+
+
+def units(buffers: list[Buffer]) -> list[Unit]:
+    """The unit of each buffer, in order of parameter groups; a collective over all ranks, which may differ in these."""
+    shared: dict[groups.Ranks, Any] = {}
+    found = []
+    for index, buffer in enumerate(buffers):
+        members, rank = dist.get_process_group_ranks(buffer.group), dist.get_rank(buffer.group)
+        shared[tuple(members)] = buffer.group
+        pieces = []
+        for name, shape, offset in buffer.placed:
+            held = holders(offset, offset + torch.Size(shape).numel(), buffer.partition_size)
+            if rank not in held:
+                continue
+            at = offset + held[rank][0] - rank * buffer.partition_size
+            ranks, peers = tuple(members[k] for k in held), None
+            if len(held) > 1 and len(shape) in (2, 3):
+                order = turn(min(held), len(held), len(members))
+                peers = Peers(ranks, tuple(held.values()), list(held).index(rank), turn=order)
+            pieces.append(Piece(name, shape, *held[rank], at, peers))
+        found.append(Unit(buffer.flat, index, pieces))
+    every = [piece for unit in found for piece in unit.pieces]
+    shared |= groups.over(piece.peers.group for piece in every if piece.peers and piece.peers.group not in shared)
+    for unit in found:
+        unit.pieces = [
+            piece
+            if piece.peers is None
+            else replace(piece, peers=replace(piece.peers, group=shared[piece.peers.group]))
+            for piece in unit.pieces
+        ]
+    return found
 
 
 def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
     """The layout of a ``DeepSpeedZeroOptimizer`` (stages 1 and 2)."""
-    made = Layout(f"ZeRO-{2 if zero.partition_gradients else 1}", lists_all=False)
-    subgroups: dict[int, SubGroups] = {}
+    buffers = []
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):
-        group = zero.real_dp_process_group[i]
-        groups = subgroups.setdefault(id(group), SubGroups(group))
         params, offsets = zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i]
         placed = [(names[p], tuple(p.shape), at) for p, at in zip(params, offsets, strict=True)]
-        made.units.append(flat_group(flat, i, placed, zero.partition_size[i], groups))
-        made.world_size = max(made.world_size, dist.get_world_size(group))
-    return made
+        buffers.append(Buffer(flat, placed, zero.partition_size[i], zero.real_dp_process_group[i]))
+    return _of(f"ZeRO-{2 if zero.partition_gradients else 1}", buffers)
 
 
 def bf16_layout(bf16: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
     """The layout of a ``BF16_Optimizer`` (what DeepSpeed makes of ZeRO-1 with bf16 weights and fp32 gradients)."""
-    made = Layout("ZeRO-1 (bf16)", lists_all=False)
-    subgroups: dict[int, SubGroups] = {}
+    buffers = []
     for i, flat in enumerate(bf16.fp32_groups_flat_partition):
-        group = bf16.real_dp_process_group[i]
-        groups = subgroups.setdefault(id(group), SubGroups(group))
         placed, at = [], 0
         for p in bf16.bf16_groups[i]:
             placed.append((names[p], tuple(p.shape), at))
             at += p.numel()
-        made.units.append(flat_group(flat, i, placed, flat.numel(), groups))
-        made.world_size = max(made.world_size, dist.get_world_size(group))
-    return made
+        buffers.append(Buffer(flat, placed, flat.numel(), bf16.real_dp_process_group[i]))
+    return _of("ZeRO-1 (bf16)", buffers)
+
+
+def _of(name: str, buffers: list[Buffer]) -> Layout:
+    size = max((dist.get_world_size(buffer.group) for buffer in buffers), default=1)
+    return Layout(name, units(buffers), size, lists_all=False)

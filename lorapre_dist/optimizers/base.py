@@ -109,17 +109,20 @@ class LowRankOptimizer(BoundOptimizer, Skipping):
         self._release = Release(self) if self.config.release_gradients else None
         advise.of_small_steps(self.config)
 
-    def learn_types(self, model: nn.Module) -> None:
+    def learn_types(self, model: nn.Module, named: Callable[[str], str] = param_groups.clean_name) -> None:
         """Let the types of a model's layers say what their names do not: which ones are no projections.
 
         For optimizers that are built of groups: with the model itself, and under DeepSpeed, it is done already.
+
+        Args:
+            named: gives a parameter's name from that in ``model``.
 
         Raises:
             ConfigError: steps have been taken.
         """
         if self._stepped():
             raise ConfigError("learn_types: must come before the first step")
-        self._other_layers = param_groups.layer_kinds(model)
+        self._other_layers = param_groups.layer_kinds(model, named)
         self.layout, self._held = None, {}
 
     def low_rank_names(self, model: nn.Module) -> set[str]:
@@ -304,6 +307,8 @@ class LowRankOptimizer(BoundOptimizer, Skipping):
             said[0] += (~largest.isfinite()).sum().to(home)
         for group in self.layout.spread_over:
             self.comm.all_reduce(said, group, "finite")()
+        for group in self.layout.beyond:
+            self.comm.all_reduce(said[:1], group, "finite")()
         elsewhere = self._without_gradient(units)
         if elsewhere:  # this rank has to wait for what others say; those that have all gradients need not know
             counts = dict(zip(map(id, units), said[1:].tolist(), strict=True))

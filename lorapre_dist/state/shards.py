@@ -55,6 +55,10 @@ class Shard:
         """The part that this rank writes; replicas all name the same part."""
         return self.local.narrow(self.dim, self.skip, self.local.shape[self.dim] - self.skip)
 
+    def leave_to_others(self) -> None:
+        """Write nothing of it: ranks beside those that share it do."""
+        self.skip = self.local.shape[self.dim]
+
     def offsets(self, skip: int = 0) -> torch.Size:
         """Where ``local``, without ``skip`` elements, begins in the whole tensor."""
         return torch.Size(self.start + skip if d == self.dim else 0 for d in range(len(self.shape)))
@@ -165,6 +169,9 @@ def weight_shards(units: Iterable[Unit]) -> dict[str, Shard]:
             # What is not contiguous is no flat buffer: whole slices of dim 0 lie in it.
             home = None if tensor.is_contiguous() else tensor[offset // inner : end // inner]
             found[MODEL + name] = Shard(shapes[name], start, flat[offset:end], home=home)
+        for piece in unit.pieces:
+            if piece.replica:
+                found[MODEL + piece.name].leave_to_others()
     return found
 
 
@@ -181,6 +188,8 @@ def state_shards(held: Iterable[tuple[Any, Any]]) -> dict[str, Shard]:
     found = {}
     for piece, state in held:
         shards = {**(matrix_shards(state) if isinstance(state, Matrix) else {}), **_element_shards(piece, state)}
+        for shard in shards.values() if piece.replica else ():
+            shard.leave_to_others()
         found.update({f"{OPTIMIZER}{piece.name}.{key}": shard for key, shard in shards.items()})
     return found
 

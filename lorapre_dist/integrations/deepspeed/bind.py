@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,22 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
 from ...config import ConfigError, LowRankConfig, ds_json, shipped
 from ...config.checks import shown
-from ...config.param_groups import clean_name, shape_of
+from ...config.param_groups import shape_of
+from ...core.comm import all_ranks
 from ...layouts import whole, zero3, zero12
 from ...layouts.base import Layout
 from ...optimizers import OPTIMIZERS, LowRankOptimizer, agreement
 from ...optimizers.awaiting import building_under_engine
 from . import checkpoint as checkpoints
-from . import fixes, keys, weights
+from . import fixes, keys, names, ranks, weights
 
 
 def _above(limit: int) -> Callable[[Any], bool]:
@@ -59,7 +63,6 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("torch_autocast.enabled", True, "its gradient scaler steps the optimizer behind DeepSpeed; use bf16 or fp16"),
     ("sparse_gradients", True, "LoRAPre needs dense gradients"),
     ("checkpoint.load_universal", True, "universal checkpoints carry AdamW's state only"),
-    ("pipeline.stages", _above(1), "pipeline parallelism is not supported"),
 )
 
 # Where in the JSON, what all ranks must have alike; what names folders and hosts may differ.
@@ -161,23 +164,31 @@ def engine_layout(engine: Any) -> Layout:
     Raises:
         ConfigError: DeepSpeed wrapped the optimizer in a way that is not understood.
     """
-    names = {p: clean_name(name) for p, name in engine.param_names.items()}
-    wrapper = engine.optimizer
-    if wrapper is engine.basic_optimizer:
+    called = names.of_parameters(engine)
+    made = _layout(engine.optimizer, engine.basic_optimizer, called)
+    made.beyond = ranks.beyond(engine)
+    replicas = {name for p, name in called.items() if getattr(p, "ds_pipe_replicated", False)}
+    for unit in made.units if replicas else ():
+        unit.pieces = [replace(piece, replica=piece.name in replicas) for piece in unit.pieces]
+    return made
+
+
+def _layout(wrapper: Any, optimizer: torch.optim.Optimizer, named: dict[torch.nn.Parameter, str]) -> Layout:
+    if wrapper is optimizer:
         groups = [[p for p in g["params"] if p.requires_grad] for g in wrapper.param_groups]
-        return whole.layout([(names[p], p, i) for i, group in enumerate(groups) for p in group], "ZeRO-0")
+        return whole.layout([(named[p], p, i) for i, group in enumerate(groups) for p in group], "ZeRO-0")
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        return zero3.layout(wrapper, names)
+        return zero3.layout(wrapper, named)
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
-        return zero12.layout(wrapper, names)
+        return zero12.layout(wrapper, named)
     if isinstance(wrapper, BF16_Optimizer):
-        return zero12.bf16_layout(wrapper, names)
+        return zero12.bf16_layout(wrapper, named)
     if isinstance(wrapper, FP16_UnfusedOptimizer):
         pairs = [
             zip(low, high, strict=True) for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
         ]
-        named = [(names[low], high, i) for i, group in enumerate(pairs) for low, high in group]
-        return whole.layout(named, "ZeRO-0 (fp32 master)")
+        masters = [(named[low], high, i) for i, group in enumerate(pairs) for low, high in group]
+        return whole.layout(masters, "ZeRO-0 (fp32 master)")
     raise ConfigError(f"LoRAPre does not know DeepSpeed's {type(wrapper).__name__}; use ZeRO stage 0, 1, 2 or 3")
 
 
@@ -186,15 +197,18 @@ def _agreeing(configure: Any) -> Any:
 
     @functools.wraps(configure)
     def agree_and_configure(engine: Any, model: Any) -> Any:
-        if engine.optimizer_name() in OPTIMIZERS and engine.mpu is None and not engine.pipeline_parallelism:
-            agreement.require(_engine_facts(engine, model))
+        if engine.optimizer_name() in OPTIMIZERS:
+            agreement.require(_engine_facts(engine))
+            called = names.naming(model)
+            parameters = [(called(name), p, None) for name, p in model.named_parameters()]
+            agreement.require(agreement.of_parameters(parameters), shares=ranks.sharing(engine))
         return configure(engine, model)
 
     return agree_and_configure
 
 
-def _engine_facts(engine: Any, model: Any) -> agreement.Facts:
-    """What has to be the same on all ranks of an engine: settings that change the step, and the model."""
+def _engine_facts(engine: Any) -> agreement.Facts:
+    """What has to be the same on all ranks of an engine beside the model: settings that change the step."""
     facts = agreement.of_program(engine.optimizer_name())
     facts["the version of deepspeed"] = ds.__version__
     given = engine._config._param_dict
@@ -202,7 +216,7 @@ def _engine_facts(engine: Any, model: Any) -> agreement.Facts:
     facts["optimizer.params"] = shown(sorted((engine.optimizer_params() or {}).items()))
     if isinstance(engine.client_optimizer, LowRankOptimizer):
         facts |= agreement.of_settings(engine.client_optimizer)
-    return facts | agreement.of_parameters([(clean_name(name), p, None) for name, p in model.named_parameters()])
+    return facts
 
 
 def _group_facts(engine: Any, optimizer: LowRankOptimizer | None, given: list[Any]) -> agreement.Facts:
@@ -233,16 +247,16 @@ def _binding(configure: Any) -> Any:
         elif client_optimizer is None and _meant((config.get("optimizer") or {}).get("type")):
             check_config(config)
         if engine.optimizer_name() in OPTIMIZERS:
-            agreement.require(_group_facts(engine, client_optimizer, model_parameters))
+            agreement.require(_group_facts(engine, client_optimizer, model_parameters), shares=ranks.sharing(engine))
         with building_under_engine():
             result = configure(engine, client_optimizer, model_parameters)
         optimizer = engine.basic_optimizer
         if isinstance(optimizer, LowRankOptimizer):
-            trainable = {p: name for p, name in engine.param_names.items() if p.requires_grad}
+            trainable = {p: name for p, name in names.of_parameters(engine).items() if p.requires_grad}
             if engine.optimizer_name() not in OPTIMIZERS:  # the caller's function has built it
                 agreement.require(agreement.of_settings(optimizer))
-            optimizer.learn_types(engine.module)
-            optimizer.check_matches([(n, shape_of(p)) for p, n in trainable.items()])
+            optimizer.learn_types(engine.module, names.naming(engine.module))
+            _check_matches(engine, optimizer, trainable)
             optimizer.bind(engine_layout(engine))
             _mend(engine, trainable)
             checkpoints.install(engine)
@@ -251,8 +265,21 @@ def _binding(configure: Any) -> Any:
     return configure_and_bind
 
 
+def _check_matches(engine: Any, optimizer: LowRankOptimizer, names: dict[Any, str]) -> None:
+    """One of the parameters must be low-rank, of those of all stages of a pipeline."""
+    shapes = {name: shape_of(p) for p, name in names.items()}
+    if ranks.sharing(engine) is not None:
+        kinds = optimizer._other_layers
+        for theirs, their_kinds in all_ranks((shapes, kinds)):
+            shapes, kinds = shapes | theirs, kinds | their_kinds
+        optimizer._other_layers = kinds
+    optimizer.check_matches(list(shapes.items()))
+
+
 def _mend(engine: Any, names: dict[Any, str]) -> None:
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
+    if wrapper is optimizer and optimizer.layout.beyond:
+        fixes.clip_by_all_stages(engine, optimizer.layout.beyond, functools.partial(_counts, engine))
     if wrapper is not optimizer:
         optimizer.layout.checks_gradients = True
         searching = engine.fp16_enabled() and bool(engine.dynamic_loss_scale())
@@ -263,6 +290,13 @@ def _mend(engine: Any, names: dict[Any, str]) -> None:
         fixes.scale_loss(engine)
     if engine.fp16_enabled() and engine.dynamic_loss_scale():
         fixes.grow_loss_scale_after_step(wrapper)
+
+
+def _counts(engine: Any, parameter: Any) -> bool:
+    """Whether a parameter's gradient counts on this rank in a norm over model-parallel ranks."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return is_model_parallel_parameter(parameter) or bwc_tensor_model_parallel_rank(engine.mpu) == 0
 
 
 def _lookup(config: Mapping[str, Any], path: str) -> Any:

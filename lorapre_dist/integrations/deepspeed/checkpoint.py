@@ -19,8 +19,9 @@ import torch
 from ...checkpoint import content, files, folder, loading, model, run
 from ...checkpoint.files import CheckpointError
 from ...checkpoint.team import Team
-from ...config.param_groups import clean_name
 from ...optimizers.base import LowRankOptimizer
+from ...state.shards import Untrained
+from . import names
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -84,8 +85,8 @@ def save(
         job = run.Job(
             engine.basic_optimizer,
             engine.global_steps,
-            model.untrained(engine.module, _trained(engine), frozen=not exclude_frozen_parameters),
-            model.aliases(engine.module),
+            _untrained(engine, frozen=not exclude_frozen_parameters),
+            model.aliases(engine.module, names.naming(engine.module)),
             {"engine": _state(engine), "client_state": client_state or {}},
             "excluded" if exclude_frozen_parameters else "saved",
             functools.partial(_more_files, engine, exclude_frozen_parameters, not background, also),
@@ -163,7 +164,7 @@ def load(
         raise CheckpointError("custom_load_fn is not supported with LoRAPre")
     states = load_optimizer_states and not load_module_only
     with _partitioned(engine):
-        wanted = model.untrained(engine.module, _trained(engine))
+        wanted = _untrained(engine)
         saved = content.read(path) if (path / content.FILE).is_file() else None  # else loading.load says what is wrong
         if saved and (not load_module_strict or saved.frozen == "excluded"):
             wanted = {n: t for n, t in wanted.items() if n in saved.parameters}
@@ -182,9 +183,10 @@ def load(
     return str(path), extra["client_state"]
 
 
-def _trained(engine: Any) -> set[str]:
-    """Names of all parameters that any rank steps."""
-    return {clean_name(name) for p, name in engine.param_names.items() if p.requires_grad}
+def _untrained(engine: Any, frozen: bool = True) -> dict[str, Untrained]:
+    """What of the model is not stepped."""
+    trained = {name for p, name in names.of_parameters(engine).items() if p.requires_grad}
+    return model.untrained(engine.module, trained, frozen, names.naming(engine.module))
 
 
 def _state(engine: Any) -> dict[str, Any]:

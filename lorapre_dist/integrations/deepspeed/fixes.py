@@ -7,8 +7,12 @@ AdamW forgives all of it (it does not care about a gradient's scale), and so it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+
+from ...core.comm import Comm
 
 
 def forget_gradients(zero: Any) -> None:
@@ -71,6 +75,29 @@ def scale_loss(engine: Any) -> None:
         return scale(loss.float() * wrapper.loss_scale)
 
     engine.backward, engine.scale = scaled_backward, scaled
+
+
+def clip_by_all_stages(engine: Any, beyond: list[Any], counts: Callable[[Any], bool]) -> None:
+    """Clip in ZeRO-0 with fp32 by the norm of all stages' gradients; DeepSpeed takes that of the first stage's alone.
+
+    Args:
+        beyond: groups of the ranks that hold the other parameters.
+        counts: whether this rank is the one of those that counts a parameter.
+    """
+
+    def clip() -> None:
+        comm = Comm()  # no part of a step
+        own = [p for p in engine.module.parameters() if p.grad is not None]
+        norms = [p.grad.norm(dtype=torch.float64) for p in own if counts(p)]
+        total = torch.stack([torch.zeros((), dtype=torch.float64, device=engine.device), *norms]).square().sum()
+        for group in beyond:
+            comm.all_reduce(total, group, "gradient norm")()
+        engine._global_grad_norm = norm = total.sqrt()
+        factor = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+        for p in own:
+            p.grad.mul_(factor.to(p.grad.dtype))
+
+    engine.clip_fp32_gradients = clip
 
 
 def skip_non_finite(wrapper: Any, optimizer: Any, names: dict[Any, str], searching: bool) -> None:

@@ -1,0 +1,71 @@
+"""What parameters are called: as the model calls them, or in a pipeline as the model calls them that is no pipeline.
+
+DeepSpeed's ``PipelineModule`` calls a parameter by the number of its layer among all layers (``"3.up_proj.weight"``)
+or by the key of what is tied (``"tied_modules.embed.weight"``), which is the same on any number of stages. With
+:func:`name_layers` it has the plain model's name, and a checkpoint goes on without a pipeline, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ...config import ConfigError
+from ...config.param_groups import clean_name
+
+_NAMES = "_lorapre_names"
+
+
+def name_layers(module: Any, names: Mapping[str, str]) -> None:
+    """Call the parameters of a ``PipelineModule`` as a plain model does; to be called before the engine is built.
+
+    Args:
+        module: of this rank's stage.
+        names: the beginnings of names, of parts that are whole, with what stands there in the plain model, for all
+            layers: ``{"tied_modules.embed": "model.embed_tokens", "1": "model.layers.0", ...}``. The longest that fits
+            a name counts.
+
+    Raises:
+        ConfigError: a number or key is none of this pipeline's, or two parameters of this stage get one name.
+    """
+    layers = {str(k) for k in range(len(getattr(module, "_layer_specs", ())))}
+    for given, plain in names.items():
+        first = str(given).split(".")[0]
+        if not (isinstance(given, str) and isinstance(plain, str)) or first not in layers | {"tied_modules"}:
+            raise ConfigError(
+                f"name_layers: {given!r}: must begin with the number of one of the {len(layers)} layers, or with "
+                f"'tied_modules.KEY', and stand for the beginning of a name"
+            )
+    setattr(module, _NAMES, dict(names))
+    named = naming(module)
+    found: dict[str, str] = {}
+    for own, _ in module.named_parameters():
+        if found.setdefault(named(own), own) != own:
+            raise ConfigError(f"name_layers: {own!r} and {found[named(own)]!r} would both be called {named(own)!r}")
+
+
+def naming(module: Any) -> Callable[[str], str]:
+    """How what ``module`` calls a tensor is called."""
+    names: dict[str, str] = getattr(module, _NAMES, {})
+
+    def named(name: str) -> str:
+        name = clean_name(name)
+        for begin in _beginnings(name):
+            if begin in names:
+                return names[begin] + name[len(begin) :]
+        return name
+
+    return named
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    """The name, and it without its last parts."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def of_parameters(engine: Any) -> dict[Any, str]:
+    """The names of an engine's parameters."""
+    named = naming(engine.module)
+    return {p: named(name) for p, name in engine.param_names.items()}
