@@ -23,6 +23,8 @@ from ...config import extras
 extras.need("deepspeed")
 
 import deepspeed as ds
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -279,6 +281,10 @@ def _check_matches(engine: Any, optimizer: LowRankOptimizer, names: dict[Any, st
 def _mend(engine: Any, names: dict[Any, str]) -> None:
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
     if wrapper is optimizer and optimizer.layout.beyond:
+        if len(ranks.of_experts(engine)) > 1 and engine.gradient_clipping():
+            raise ConfigError(
+                "gradient_clipping with experts of several ep_size is not supported under ZeRO stage 0: use stage 1"
+            )
         fixes.clip_by_all_stages(engine, optimizer.layout.beyond, functools.partial(_counts, engine))
     if wrapper is not optimizer:
         optimizer.layout.checks_gradients = True
@@ -293,8 +299,11 @@ def _mend(engine: Any, names: dict[Any, str]) -> None:
 
 
 def _counts(engine: Any, parameter: Any) -> bool:
-    """Whether a parameter's gradient counts on this rank in a norm over model-parallel ranks."""
+    """Whether a parameter's gradient counts on this rank in a norm over all model- and expert-parallel ranks."""
     if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    experts = ranks.of_experts(engine)
+    if not is_moe_param(parameter) and any(dist.get_rank(group) for group in experts):
         return False
     return is_model_parallel_parameter(parameter) or bwc_tensor_model_parallel_rank(engine.mpu) == 0
 

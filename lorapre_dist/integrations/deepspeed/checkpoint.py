@@ -264,6 +264,7 @@ def _more_files(
         wrapper = engine.optimizer
         wrapper.state_dict = dict
         try:
-            engine._save_checkpoint(str(path.parent), path.name, exclude_frozen_parameters=exclude_frozen)
+            write = engine._save_moe_checkpoint if engine.has_moe_layers else engine._save_checkpoint
+            write(str(path.parent), path.name, exclude_frozen_parameters=exclude_frozen)
         finally:
             del wrapper.state_dict

@@ -1,8 +1,11 @@
-"""What parameters are called: as the model calls them, or in a pipeline as the model calls them that is no pipeline.
+"""What parameters are called, on each rank so that no two of the whole model have one name.
 
 DeepSpeed's ``PipelineModule`` calls a parameter by the number of its layer among all layers (``"3.up_proj.weight"``)
 or by the key of what is tied (``"tied_modules.embed.weight"``), which is the same on any number of stages. With
 :func:`name_layers` it has the plain model's name, and a checkpoint goes on without a pipeline, and back.
+
+A rank's experts (``deepspeed.moe.layer.MoE``) are numbered by DeepSpeed from 0 on every rank; here by their place among
+all experts, which is the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch.distributed as dist
+
 from ...config import ConfigError
 from ...config.param_groups import clean_name
 
 _NAMES = "_lorapre_names"
+_EXPERTS = "experts.deepspeed_experts"
 
 
 def name_layers(module: Any, names: Mapping[str, str]) -> None:
@@ -45,17 +51,28 @@ def name_layers(module: Any, names: Mapping[str, str]) -> None:
 
 
 def naming(module: Any) -> Callable[[str], str]:
-    """How what ``module`` calls a tensor is called."""
+    """How what ``module`` calls a tensor is called; of experts once the engine has made their groups."""
     names: dict[str, str] = getattr(module, _NAMES, {})
+    first = {clean_name(f"{name}.{_EXPERTS}"): layer for name, layer in expert_layers(module)}
 
     def named(name: str) -> str:
         name = clean_name(name)
+        for begin, layer in first.items():
+            if name.startswith(f"{begin}."):
+                local, _, rest = name.removeprefix(f"{begin}.").partition(".")
+                name = f"{begin}.{dist.get_rank(layer.ep_group) * layer.num_local_experts + int(local)}.{rest}"
         for begin in _beginnings(name):
             if begin in names:
                 return names[begin] + name[len(begin) :]
         return name
 
     return named
+
+
+def expert_layers(module: Any) -> list[tuple[str, Any]]:
+    """Each layer of experts, by its name, whose ranks DeepSpeed has told it: ``ep_group`` and ``num_local_experts``."""
+    named = [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "num_local_experts")]
+    return [(name, layer) for name, layer in named if getattr(layer, "ep_group", None) is not None]
 
 
 def _beginnings(name: str) -> Iterator[str]:

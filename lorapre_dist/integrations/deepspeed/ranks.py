@@ -6,6 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .names import expert_layers
+
 
 def sharing(engine: Any) -> list[int] | None:
     """The ranks that have this one's parameters; None: all of the world."""
@@ -17,5 +19,10 @@ def sharing(engine: Any) -> list[int] | None:
 
 def beyond(engine: Any) -> list[Any]:
     """Groups of ranks that step together and have other parameters."""
-    group = engine.mpu.get_model_parallel_group() if engine.mpu is not None else None
-    return [group] if group is not None and dist.get_world_size(group) > 1 else []
+    groups = [] if engine.mpu is None else [engine.mpu.get_model_parallel_group()]
+    return [group for group in (*groups, *of_experts(engine)) if dist.get_world_size(group) > 1]
+
+
+def of_experts(engine: Any) -> list[Any]:
+    """Groups of ranks that have other experts each, one for each ``ep_size``."""
+    return list(dict.fromkeys(layer.ep_group for _, layer in expert_layers(engine.module)))
