@@ -36,6 +36,7 @@ def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):
         group = zero.real_dp_process_group[i]
         groups = subgroups.setdefault(id(group), SubGroups(group))
+        made.known[groups.ranks] = group
         params, offsets = zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i]
         placed = [(names[p], tuple(p.shape), at) for p, at in zip(params, offsets, strict=True)]
         made.units.append(flat_group(flat, i, placed, zero.partition_size[i], groups))
@@ -50,6 +51,7 @@ def bf16_layout(bf16: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
     for i, flat in enumerate(bf16.fp32_groups_flat_partition):
         group = bf16.real_dp_process_group[i]
         groups = subgroups.setdefault(id(group), SubGroups(group))
+        made.known[groups.ranks] = group
         placed, at = [], 0
         for p in bf16.bf16_groups[i]:
             placed.append((names[p], tuple(p.shape), at))

@@ -304,6 +304,8 @@ class LowRankOptimizer(BoundOptimizer, Skipping):
             said[0] += (~largest.isfinite()).sum().to(home)
         for group in self.layout.spread_over:
             self.comm.all_reduce(said, group, "finite")()
+        for group in self.layout.beyond:  # who has other parameters
+            self.comm.all_reduce(said[:1], group, "finite")()
         elsewhere = self._without_gradient(units)
         if elsewhere:  # this rank has to wait for what others say; those that have all gradients need not know
             counts = dict(zip(map(id, units), said[1:].tolist(), strict=True))
