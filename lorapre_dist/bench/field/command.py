@@ -11,7 +11,7 @@ from lorapre_dist.bench.options import bench_parser
 from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.training.run.settings import default_cache
 
-from . import plan, pool
+from . import plan, pool, report
 from .registry import CONTENDERS, contender
 from .setting import PRECISIONS, Setting, Training
 from .store import NAME, Record, Store
@@ -29,6 +29,12 @@ def main(argv: list[str]) -> None:
     store = Store(Path(args.out) / NAME)
     if not args.report:
         fill(store, args.rows, protocol, args)
+    found = report.rows(store, protocol, args.rows)
+    text = report.page(found, protocol)
+    (store.path.parent / "field.md").write_text(text, encoding="utf-8")
+    (store.path.parent / "field.csv").write_text(report.as_csv(found), encoding="utf-8")
+    report.figure(found).savefig(store.path.parent / "field.svg")
+    print(text)
 
 
 def fill(store: Store, rows: list[str], protocol: plan.Protocol, args: argparse.Namespace) -> None:

@@ -52,6 +52,7 @@ class Contender:
         share: the rank is the model's hidden size divided by this; None: no rank.
         package: the distribution that has it; None: torch, or this project.
         modules: what is imported of it, all of which must be there.
+        origin: where it comes from, where that is no distribution.
         iterates_in_bf16: it orthogonalises in bf16, for which CPUs have no fast products: there, it does in fp32.
     """
 
@@ -61,6 +62,7 @@ class Contender:
     share: int | None = None
     package: str | None = None
     modules: tuple[str, ...] = ()
+    origin: str = "torch"
     iterates_in_bf16: bool = False
 
     def rank(self, model: nn.Module) -> int:

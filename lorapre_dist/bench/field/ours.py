@@ -21,7 +21,7 @@ def lorapre(name: str, share: int) -> Contender:
         given = {"betas": BETAS, "eps": EPS, "scale": 1.0} | options
         return OPTIMIZERS[name]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **given)
 
-    return Contender(name, build, LRS, share)
+    return Contender(name, build, LRS, share, origin="lorapre_dist")
 
 
 def paper(share: int) -> Contender:
@@ -31,7 +31,7 @@ def paper(share: int) -> Contender:
         given = {"betas": BETAS, "eps": EPS, "scale": 1.0, "variant": "paper"} | options
         return OPTIMIZERS["LoRAPre"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **given)
 
-    return Contender("LoRAPre, paper variant", build, (0.00005, 0.0001, 0.0002, 0.0004), share)
+    return Contender("LoRAPre, paper variant", build, (0.00005, 0.0001, 0.0002, 0.0004), share, origin="lorapre_dist")
 
 
 def muon(share: int) -> Contender:
@@ -40,7 +40,7 @@ def muon(share: int) -> Contender:
     def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
         return OPTIMIZERS["LoRAPreMuon"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **options)
 
-    return Contender("LoRAPreMuon", build, (*MUON_LRS, 0.04), share)
+    return Contender("LoRAPreMuon", build, (*MUON_LRS, 0.04), share, origin="lorapre_dist")
 
 
 def lion(share: int) -> Contender:
@@ -49,4 +49,4 @@ def lion(share: int) -> Contender:
     def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
         return OPTIMIZERS["LoRAPreLion"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **options)
 
-    return Contender("LoRAPreLion", build, (0.0001, 0.0002, 0.0004, 0.0008), share)
+    return Contender("LoRAPreLion", build, (0.0001, 0.0002, 0.0004, 0.0008), share, origin="lorapre_dist")

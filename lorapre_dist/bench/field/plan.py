@@ -123,5 +123,5 @@ def missing(contender: str, own: tuple[float, ...], protocol: Protocol, get: Get
 
 
 def round_of(setting: Setting, protocol: Protocol) -> int:
-    """Which of the rounds over all contenders a run belongs to: the search and the first seed, then seed by seed."""
-    return 0 if setting.steps == protocol.screen_steps else protocol.seeds.index(setting.seed)
+    """Which of the rounds over all contenders a run belongs to: first the searches, then seed by seed."""
+    return 0 if setting == protocol.screen(setting.contender, setting.lr) else 1 + protocol.seeds.index(setting.seed)

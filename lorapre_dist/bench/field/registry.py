@@ -11,6 +11,7 @@ from lorapre_dist.config import ConfigError
 
 from . import ours, packages
 from .contender import Contender
+from .relatives import RELATIVES
 
 CONTENDERS: dict[str, Contender] = {
     "adamw": packages.TORCH["adamw"],
@@ -20,6 +21,7 @@ CONTENDERS: dict[str, Contender] = {
     "lorapre-muon-32": ours.muon(32),
     "muon": packages.TORCH["muon"],
     **packages.PACKAGES,
+    **RELATIVES,
     "adafactor": packages.TORCH["adafactor"],
     "lorapre-adafactor-8": ours.lorapre("LoRAPreAdafactor", 8),
     "lorapre-lion-8": ours.lion(8),
