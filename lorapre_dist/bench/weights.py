@@ -1,4 +1,4 @@
-"""Validation loss of ``llama-tiny`` with weights kept in 16 bits in each way, against fp32 master weights.
+"""Validation loss of ``llama-tiny`` with weights or optimizer state kept in fewer bits, against fp32 master weights.
 
     python -m lorapre_dist.bench weights --steps 1000 --seeds 0 1 2 --json weights.json
 
@@ -12,6 +12,15 @@ rows differ in what the optimizer keeps alone:
     kahan       bf16 weights, and the 16 bits that they lack
     nearest     bf16 weights, rounded to the nearest
     fp32        fp32 weights, nothing rounded
+
+and of fp32 weights, of which nothing is rounded but
+
+    bf16_state  factors in bf16
+    8bit_state  factors in 8 bits
+    tables      embedding and head with low-rank momenta
+    adafactor   embedding and head with Adafactor's second moment, and no first
+
+A run whose figures are in the file of ``--json`` already, with the same settings, is not made again.
 """
 
 from __future__ import annotations
@@ -74,6 +83,11 @@ def keeping(weights: str, dtype: torch.dtype) -> Callable[[nn.Module, float], Op
     return build
 
 
+def with_options(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
+    """Builder of an optimizer with these options."""
+    return lambda model, lr: LoRAPre(param_groups(model), **_options(lr), **options)
+
+
 def _options(lr: float) -> dict[str, Any]:
     return {"lr": BASE_LR, "betas": BETAS, "eps": EPS, "scale": lr / BASE_LR, "rank": RANK}
 
@@ -85,6 +99,10 @@ ROWS = {
     "kahan": Row("bf16, kahan", keeping("kahan", torch.bfloat16), LRS),
     "nearest": Row("bf16, rounded to the nearest", keeping("master", torch.bfloat16), LRS),
     "fp32": Row("fp32, nothing rounded", lambda model, lr: LoRAPre(param_groups(model), **_options(lr)), LRS),
+    "bf16_state": Row("fp32, factors in bf16", with_options(state_dtype="bf16"), LRS),
+    "8bit_state": Row("fp32, factors in 8 bits", with_options(state_dtype="8bit"), LRS),
+    "tables": Row("fp32, embeddings low-rank", with_options(embeddings="low_rank"), LRS),
+    "adafactor": Row("fp32, others under Adafactor", with_options(other_state="adafactor"), LRS),
 }
 
 
