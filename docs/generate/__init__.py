@@ -5,16 +5,17 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from . import command_line, results
+from . import command_line, results, walk
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 
 
 def make_all(out: Path) -> None:
-    """Write option lists, tables of results and figures under ``out``."""
+    """Write option lists, tables of results, the walk of a gradient and figures under ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     command_line.write(out / "command_line")
     results.write(out / "results")
+    walk.write(out / "walk.md")
     draw_all(out / "figures")
 
 

@@ -26,7 +26,7 @@ from lorapre_dist import reference
 from lorapre_dist.config import ConfigError, LoRAPreMuonConfig
 from lorapre_dist.core.interval import Peers, column_block
 from lorapre_dist.core.linalg import gram
-from lorapre_dist.core.rules.muon.forms import cost
+from lorapre_dist.core.rules.muon.cuts import cost
 from lorapre_dist.core.rules.muon.newton_schulz import NewtonSchulz, polynomial
 from lorapre_dist.core.sizes import SAMPLES, packed_numel
 from lorapre_dist.core.workspace import Workspace

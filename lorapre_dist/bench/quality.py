@@ -98,12 +98,12 @@ def prepare(args: argparse.Namespace) -> Task:
 
 def _settings(args: argparse.Namespace) -> Settings:
     options = {
-        "model": "llama-tiny",
+        "model": getattr(args, "model", "llama-tiny"),
         "dataset": args.dataset,
         "data_cache": args.data_cache,
         "seq_len": args.seq_len,
         "max_steps": args.steps,
-        "warmup_steps": min(WARMUP, args.steps),
+        "warmup_steps": min(getattr(args, "warmup", WARMUP), args.steps),
         "eval_batches": 0,
         "seed": args.seed,
     }
@@ -151,9 +151,9 @@ def held_out_loss(model: nn.Module, held_out: np.ndarray, batch: int) -> float:
     from lorapre_dist.training.run.evaluation import sequence_losses
 
     model.eval()
-    total = 0.0
+    total, device = 0.0, next(model.parameters()).device
     for start in range(0, len(held_out), batch):
-        tokens = torch.from_numpy(held_out[start : start + batch].astype(np.int64))
+        tokens = torch.from_numpy(held_out[start : start + batch].astype(np.int64)).to(device)
         total += sequence_losses(model(input_ids=tokens).logits, tokens).sum().item()
     mean = total / (len(held_out) * (held_out.shape[1] - 1))
     return mean if math.isfinite(mean) else math.inf

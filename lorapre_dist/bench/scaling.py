@@ -234,7 +234,7 @@ def chained(index: int, size: int, delay: float, each: int = 10) -> dict[str, fl
     flat = torch.nn.Parameter(torch.randn(min(part, count * p * q - index * part)))
     with building_under_engine():
         optimizer = OPTIMIZERS["LoRAPre"]([flat], lr=1e-3, rank=2)
-    units = zero12.units([zero12.Buffer(flat, placed, part, dist.group.WORLD)])
+    units = [zero12.unit(zero12.Buffer(flat, placed, part, dist.group.WORLD), 0)]
     optimizer.bind(Layout("ZeRO-2", units, size, lists_all=False))
     optimizer.workspace = replace(optimizer.workspace, bucket=1, block=p * q * 4)  # no stacks, a block a matrix
     slept = [0.0]

@@ -9,9 +9,7 @@ One process, no ``torch.distributed``; no more than one part of one tensor is in
         ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` in the parameter's shape
     optimizer.json
         {"format": 1, "step": n, "layout": "ZeRO-2", "world_size": 4, "aliases": {...}, "param_groups": [...],
-         "parameters": {NAME: {"kind": "lorapre", "optimizer": "LoRAPre", "variant": "stable", "rank": r, "rank_v": s,
-                               "vectors": ["rms_row"], "shape": [p, q], "step": n}
-                              | {"kind": "adamw", "shape": [...], "step": n}}}
+         "parameters": {NAME: an entry for each trained one, see ``entries.py``}}
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from ..config.param_groups import parameter_name
 from ..layouts.matrices import expert_name
 from ..state.shards import MODEL, OPTIMIZER, UNTRAINED
 from . import content, folder, run, stored
+from .content import Content
 from .files import CheckpointError
 from .safetensors_files import Entry, write
 
@@ -102,7 +101,7 @@ def consolidate(
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, partial / name)
         entries = list(_weights(shapes, tensors, DTYPES[dtype]))
-        entries += _untied(partial, described.get("aliases", {}), entries)
+        entries += _untied(partial, described.aliases, entries)
         write(partial, "model", entries)
         result.weights, result.bytes = len(entries), (sum(e.bytes for e in entries), 0)
         _note(result, described, partial, entries)
@@ -173,7 +172,7 @@ def _weights(
                 yield Entry(whole, (len(experts), *shape), to, source)
 
 
-def _untied(partial: Path, aliases: dict[str, str], entries: list[Entry]) -> list[Entry]:
+def _untied(partial: Path, aliases: Mapping[str, str], entries: list[Entry]) -> list[Entry]:
     """Tied tensors under their other names too, where config.json says that the model does not tie them itself."""
     config = _json(partial / CONFIG)
     if config.get("tie_word_embeddings") is not False:
@@ -189,13 +188,14 @@ def _states(shapes: dict[str, tuple[int, ...]], tensors: dict[str, stored.Stored
             yield Entry(name.removeprefix(OPTIMIZER), shape, tensors[name].dtype, tensors[name])
 
 
-def _summary(described: dict[str, Any]) -> dict[str, Any]:
-    trained = {n: entry for n, entry in described["parameters"].items() if entry["kind"] != "untrained"}
-    kept = {key: described[key] for key in ("step", "layout", "world_size", "aliases", "param_groups")}
+def _summary(described: Content) -> dict[str, Any]:
+    content = described.to_json()
+    kept = {key: content[key] for key in ("step", "layout", "world_size", "aliases", "param_groups")}
+    trained = {name: entry.to_json() for name, entry in described.trained.items()}
     return {"format": FORMAT, **kept, "parameters": trained}
 
 
-def _note(result: Result, described: dict[str, Any], partial: Path, entries: list[Entry]) -> None:
+def _note(result: Result, described: Content, partial: Path, entries: list[Entry]) -> None:
     """Say in ``config.json`` what type the weights have, and in the result's notes what is missing."""
     if (partial / CONFIG).is_file():
         sizes: Counter[torch.dtype] = Counter()
@@ -211,7 +211,7 @@ def _note(result: Result, described: dict[str, Any], partial: Path, entries: lis
             f"no {CONFIG}: the checkpoint holds none; give one with --config, or copy it to {result.out} "
             "before from_pretrained"
         )
-    if described.get("frozen") == "excluded":
+    if described.frozen == "excluded":
         result.notes.append("frozen parameters were left out when the checkpoint was saved, and are not there")
 
 

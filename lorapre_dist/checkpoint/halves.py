@@ -7,7 +7,7 @@ both halves become fp32 weights; where bf16 alone is kept, what the upper half s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 
 from ..core.rounding import COMPENSATION, joined, split
 from ..state.shards import MODEL, OPTIMIZER, Shard, bring_home
-from . import content, dcp
+from . import dcp
+from .entries import Trained
 
 #: Elements of weights that are brought from one form to the other at a time.
 BATCH = 32 << 20
@@ -31,16 +32,16 @@ class Change:
         there: the other way round.
     """
 
-    here: dict[str, list[int]]
-    there: dict[str, list[int]]
+    here: dict[str, tuple[int, ...]]
+    there: dict[str, tuple[int, ...]]
 
     @classmethod
-    def between(cls, saved: dict[str, dict[str, Any]], present: dict[str, dict[str, Any]]) -> Change:
+    def between(cls, saved: Mapping[str, Trained], present: Mapping[str, Trained]) -> Change:
         """From what was saved of trained parameters to what is kept of them now; names that only one side has apart."""
-        common = {n: (content.compensated(saved[n]), content.compensated(e)) for n, e in present.items() if n in saved}
+        common = {n: (saved[n].compensated, e.compensated) for n, e in present.items() if n in saved}
         return cls(
-            {n: present[n]["shape"] for n, halves in common.items() if halves == (False, True)},
-            {n: present[n]["shape"] for n, halves in common.items() if halves == (True, False)},
+            {n: present[n].shape for n, halves in common.items() if halves == (False, True)},
+            {n: present[n].shape for n, halves in common.items() if halves == (True, False)},
         )
 
     def say(self) -> None:
@@ -101,7 +102,7 @@ def _lower(name: str) -> str:
     return f"{OPTIMIZER}{name}.{COMPENSATION}"
 
 
-def _batches(shapes: dict[str, list[int]]) -> Iterator[list[str]]:
+def _batches(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, shape in sorted(shapes.items()):

@@ -11,6 +11,7 @@ from typing import Any
 from ..config.arguments import readable
 from ..state.shards import OPTIMIZER
 from . import content, folder, run, stored
+from .entries import RANKS
 from .files import CheckpointError, shown
 from .folder import Manifest
 
@@ -42,24 +43,18 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> dict[str, Any]:
     described = content.read(path)
-    parameters = described["parameters"]
-    held = Counter(
-        (e.get("optimizer", "LoRAPre"), e["variant"], *content.ranks(e))
-        for e in parameters.values()
-        if e["kind"] == "lorapre"
-    )
-    counts = Counter(entry["kind"] for entry in parameters.values())
+    plain = described.to_json()
+    held = Counter((e.optimizer, e.variant, e.ranks["m"], e.ranks.get("v")) for e in described.low_rank.values())
+    counts = Counter(entry.kind for entry in described.parameters.values())
     return {
-        **{key: described[key] for key in ("step", "layout", "world_size")},
-        "lr": [group.get("lr") for group in described["param_groups"]],
+        **{key: plain[key] for key in ("step", "layout", "world_size")},
+        "lr": [group.get("lr") for group in described.param_groups],
         "ranks": [
             {"optimizer": o, "variant": v, "rank": r, "rank_v": s, "tensors": n}
             for (o, v, r, s), n in sorted(held.items(), key=str)
         ],
         "count": {kind: counts[kind] for kind in KINDS},
-        "aliases": described.get("aliases", {}),
-        "frozen": described.get("frozen", "saved"),
-        "parameters": parameters,
+        **{key: plain[key] for key in ("aliases", "frozen", "parameters")},
     }
 
 
@@ -90,7 +85,8 @@ def overview(directory: Path) -> list[dict[str, Any]]:
         line["bytes"] = sum((path / name).lstat().st_size for name in folder.files_in(path))
         with contextlib.suppress(Exception):  # anything may be in a damaged file; ``problems`` names it
             line["step"] = Manifest.read(path).step
-            line.update({key: content.read(path)[key] for key in ("step", "layout", "world_size")})
+            plain = content.read(path).to_json()
+            line.update({key: plain[key] for key in ("step", "layout", "world_size")})
         found.append(line)
     return found
 
@@ -146,7 +142,7 @@ def _file_lines(files: dict[str, int]) -> list[str]:
 def _tensor_lines(parameters: dict[str, dict[str, Any]]) -> list[str]:
     rows = [("tensor", "kind", "shape", "rank", "step")]
     for name, entry in parameters.items():
-        rank = ", ".join(str(r) for r in content.ranks(entry) if r is not None) or "-"
+        rank = ", ".join(str(entry[key]) for key in RANKS.values() if key in entry) or "-"
         shape = " x ".join(map(str, entry["shape"])) or "scalar"
         rows.append((name, KINDS[entry["kind"]], shape, rank, str(entry.get("step", "-"))))
     return columns(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from ..state.shards import (
     weight_shards,
 )
 from ..state.state_dict import restore_groups, tell_converted
-from . import content, dcp, halves, stored
+from . import content, dcp, fit, halves, stored
+from .content import Content
+from .entries import LowRank, Trained
 from .resize import load_resized
 from .run import keyed, read_extra, usable
 from .team import Team
@@ -76,25 +78,25 @@ def load(
 
 def _fitting(
     path: Path,
-    saved: dict[str, Any],
+    saved: Content,
     optimizer: LowRankOptimizer,
     untrained: dict[str, Untrained],
     states: bool,
     resize_rank: bool,
     team: Team,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Untrained]]:
+) -> tuple[dict[str, Trained], dict[str, Untrained]]:
     """What the optimizer holds, and the tensors to fill beside it; nothing has been loaded yet.
 
     Raises:
         CheckpointError: what was saved does not fit it, or is not whole.
     """
-    present, was = _present(optimizer, team), content.trained(saved)
+    present, was = _present(optimizer, team), saved.trained
     if states and was.keys() != present.keys():  # as torch.optim keeps the state of what is frozen now
         optimizer.bind_saved({parameter_name(name) for name in was})
         present = _present(optimizer, team)
         untrained = {n: t for n, t in untrained.items() if n not in {parameter_name(name) for name in present}}
     with team.together(f"loading checkpoint {path}"):
-        content.complain(path, _differences(saved, present, untrained, optimizer, states, resize_rank))
+        fit.complain(path, _differences(saved, present, untrained, optimizer, states, resize_rank))
         stored.complete(path, saved, slice(team.rank, None, team.size))
     return present, untrained
 
@@ -118,14 +120,14 @@ class _Target:
     factors: dict[str, Shard]
     lower: dict[str, Shard]
     change: halves.Change
-    changed: dict[str, dict[str, Any]]
+    changed: dict[str, LowRank]
     converted: int
 
 
 def _target(
     path: Path,
-    saved: dict[str, Any],
-    present: dict[str, dict[str, Any]],
+    saved: Content,
+    present: dict[str, Trained],
     untrained: dict[str, Untrained],
     optimizer: LowRankOptimizer,
     states: bool,
@@ -133,7 +135,7 @@ def _target(
 ) -> _Target:
     """Where a checkpoint's tensors go."""
     assert optimizer.layout is not None
-    was = content.trained(saved)
+    was = saved.trained
     shards = {**weight_shards(optimizer.layout.units), **keyed(untrained)}
     fresh = {name for name in present if name not in was}
     left = [name for name in untrained if name in was]
@@ -151,23 +153,23 @@ def _target(
     shards.update({name: shard for name, shard in lower.items() if name not in lacking})
     if team.rank == 0:
         change.say()
-    changed: dict[str, dict[str, Any]] = {}
+    changed: dict[str, LowRank] = {}
     converted = 0
     if states:
-        known = {n: e for n, e in present.items() if n not in fresh}
-        changed = {n: e for n, e in known.items() if content.ranks(e) != content.ranks(saved["parameters"][n])}
-        converted = len(changed_forms(saved, known))
+        both = _low_rank(was, present)
+        changed = {name: now for name, (then, now) in both.items() if then.ranks != now.ranks}
+        converted = sum(then.forms != now.forms for then, now in both.values())
         resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"}
         as_saved = _as_saved(factors, dcp.shapes(path / content.TENSORS)) if converted else factors
         shards.update({name: shard for name, shard in as_saved.items() if name not in resized})
     roots = {}
-    if saved["format"] == 1:
+    if saved.format == 1:
         roots = {n: n.removesuffix(r) + s for n in shards for r, s in SQUARES.items() if n.endswith(f".{r}")}
     return _Target(shards, lies | roots, roots, held, factors, lower, change, changed, converted)
 
 
 def _finish(
-    path: Path, saved: dict[str, Any], to: _Target, optimizer: LowRankOptimizer, resize_rank: bool, team: Team
+    path: Path, saved: Content, to: _Target, optimizer: LowRankOptimizer, resize_rank: bool, team: Team
 ) -> None:
     """Once the state is loaded: what was saved otherwise than it is kept, steps and options."""
     tell_converted(optimizer, to.converted)
@@ -175,16 +177,22 @@ def _finish(
     if to.changed:
         options = {"init_std": optimizer.config.init_std, "seed": optimizer.config.seed}
         load_resized(path / content.TENSORS, to.changed, to.factors, options, team)
-    if to.changed or saved["format"] == 1:
+    if to.changed or saved.format == 1:
         optimizer.settle()
+    was = saved.trained
     for piece, state in to.held:
-        state.step = saved["parameters"][piece.name]["step"]
+        state.step = was[piece.name].step
     _restore_options(optimizer, saved, resize_rank)
 
 
-def changed_forms(saved: dict[str, Any], present: dict[str, dict[str, Any]]) -> list[str]:
-    """Matrices whose factors were saved in another form than they are kept in."""
-    return [n for n, entry in present.items() if content.forms(entry) != content.forms(saved["parameters"][n])]
+def _low_rank(was: Mapping[str, Trained], present: Mapping[str, Trained]) -> dict[str, tuple[LowRank, LowRank]]:
+    """What was saved of each matrix with factors, and what is kept of it."""
+    found = {}
+    for name, now in present.items():
+        then = was.get(name)
+        if isinstance(now, LowRank) and isinstance(then, LowRank):
+            found[name] = then, now
+    return found
 
 
 def _as_saved(shards: dict[str, Shard], saved: dict[str, Any]) -> dict[str, Shard]:
@@ -198,8 +206,8 @@ def _as_saved(shards: dict[str, Shard], saved: dict[str, Any]) -> dict[str, Shar
 
 
 def _differences(
-    saved: dict[str, Any],
-    present: dict[str, dict[str, Any]],
+    saved: Content,
+    present: dict[str, Trained],
     untrained: dict[str, Untrained],
     optimizer: LowRankOptimizer,
     states: bool,
@@ -207,19 +215,19 @@ def _differences(
 ) -> list[str]:
     """All that does not fit, in words."""
     if not states:
-        return content.weight_differences(saved, present) + content.missing(saved, untrained)
-    found = content.differences(saved, present, untrained, len(optimizer.param_groups), resize_rank)
-    return found + content.unusable_groups(saved, optimizer) + content.missing(saved, untrained)
+        return fit.weight_differences(saved, present) + fit.missing(saved, untrained)
+    found = fit.differences(saved, present, untrained, len(optimizer.param_groups), resize_rank)
+    return found + fit.unusable_groups(saved, optimizer) + fit.missing(saved, untrained)
 
 
-def _restore_options(optimizer: LowRankOptimizer, saved: dict[str, Any], resize_rank: bool) -> None:
+def _restore_options(optimizer: LowRankOptimizer, saved: Content, resize_rank: bool) -> None:
     """Set the groups' options to the saved ones, but for the ranks where factors were adapted to the present ones."""
     kept = ("rank", "rank_v") if resize_rank else ()
-    groups = [{k: v for k, v in g.items() if k not in kept} for g in saved["param_groups"]]
+    groups = [{k: v for k, v in g.items() if k not in kept} for g in saved.param_groups]
     restore_groups(optimizer.param_groups, groups)
 
 
-def _present(optimizer: LowRankOptimizer, team: Team) -> dict[str, dict[str, Any]]:
+def _present(optimizer: LowRankOptimizer, team: Team) -> dict[str, Trained]:
     """What the optimizers of all ranks hold, by parameter name; a collective."""
     found = {name: entry for part in team.gather(content.parameters(optimizer)) for name, entry in part.items()}
     return dict(sorted(found.items()))

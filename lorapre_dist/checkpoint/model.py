@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from ..config import ConfigError
 from ..config.param_groups import clean_name
 from ..layouts.base import local
-from ..layouts.dtensor import block
+from ..layouts.dtensor import piece, spread
 from ..state.shards import Shard, Untrained, flat_shard
 from .team import Team
 
@@ -48,8 +48,8 @@ def _held(name: str, p: Any, numel: int) -> Shard:
         start = min(numel, Team(p.ds_process_group).rank * part)
         return Shard((numel,), start, p.ds_tensor.data.view(-1)[: max(0, min(part, numel - start))])
     if isinstance(p, DTensor):
-        held = block(name, p)
-        return Shard((numel,), held.start, local(p).detach().view(-1)) if held.columns is None else flat_shard(p)
+        held = piece(name, p, spread(name, p))
+        return flat_shard(p) if held.split_inside else Shard((numel,), held.start, local(p).detach().view(-1))
     if getattr(p, "_fsdp_flattened", False):
         raise ConfigError(f"{name}: frozen parameters under FSDP1 cannot be saved; use FSDP2")
     return Shard((numel,), 0, p.detach().view(-1))

@@ -13,7 +13,7 @@ from ..core.factors import initial_A
 from ..core.quantized import converted, widened
 from ..state.shards import OPTIMIZER, Shard, vector_dim
 from . import dcp
-from .content import RANKS
+from .entries import LowRank
 from .team import Team
 
 
@@ -37,7 +37,7 @@ def resize(B: Tensor, A: Tensor, rank: int, fresh: Tensor) -> tuple[Tensor, Tens
 
 
 def load_resized(
-    folder: Path, changed: dict[str, dict[str, Any]], shards: dict[str, Shard], options: dict[str, Any], team: Team
+    folder: Path, changed: dict[str, LowRank], shards: dict[str, Shard], options: dict[str, Any], team: Team
 ) -> None:
     """Fill the factors of ``changed`` (name to its entry in ``checkpoint.json`` here) from a checkpoint of other ranks.
 
@@ -48,9 +48,9 @@ def load_resized(
     """
     saved = dcp.shapes(folder)
     for name, now in changed.items():
-        for moment, rank in [(moment, now[key]) for moment, key in RANKS.items() if key in now]:
+        for moment, rank in now.ranks.items():
             entries = [saved[f"{OPTIMIZER}{name}.{moment}_{factor}"] for factor in "BA"]
-            p, q = now["shape"]
+            p, q = now.shape
             dtype = torch.promote_types(entries[0].properties.dtype, torch.float32)
             new = [torch.empty(p, rank, dtype=dtype), torch.empty(rank, q, dtype=dtype)]
             with team.together(f"changing the rank of {name}"):

@@ -153,17 +153,16 @@ def _begin(job: Job, shards: dict[str, Shard], directory: Path, tag: str, keep_l
         if team.rank == 0:
             folder.start(directory, tag)
     held = team.gather(content.parameters(job.optimizer))
-    untrained = _merged(
-        team.gather({n: {"kind": "untrained", "shape": list(t.shape)} for n, t in job.untrained.items()})
-    )
+    untrained = _merged(team.gather({name: tuple(tensor.shape) for name, tensor in job.untrained.items()}))
     aliases = _merged(team.gather(job.aliases))
     with _cleaned_up(path, team), team.together(f"saving checkpoint {directory / tag}"):
         if not path.is_dir():
             raise CheckpointError(f"{directory} must be on storage that all ranks share")
         if team.rank == 0:
-            described = content.describe(job.optimizer, held, step=job.step, aliases=aliases, frozen=job.frozen)
-            described["parameters"].update(untrained)
-            folder.write_json(path / content.FILE, described)
+            described = content.describe(
+                job.optimizer, held, untrained, step=job.step, aliases=aliases, frozen=job.frozen
+            )
+            described.write(path)
             (path / EXTRA).write_bytes(_readable(job.extra))
     if job.also is not None:
         with _cleaned_up(path, team), team.together(f"saving checkpoint {directory / tag}"):

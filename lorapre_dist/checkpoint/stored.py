@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..core.factors import state_shapes
 from ..core.rounding import COMPENSATION
 from ..state.shards import MODEL, OPTIMIZER, UNTRAINED
 from . import content, dcp, files, folder
+from .entries import Entry, LowRank, Trained
 from .files import CheckpointError
 from .folder import Manifest
 
@@ -94,25 +95,26 @@ def tensors(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def expected(parameters: dict[str, dict[str, Any]]) -> dict[str, tuple[int, ...]]:
+def expected(parameters: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
     """Real shape of every tensor that a checkpoint with these ``parameters`` must hold, by its name there."""
     found: dict[str, tuple[int, ...]] = {}
     for name, entry in parameters.items():
-        shape = tuple(entry["shape"])
-        found[(UNTRAINED if entry["kind"] == "untrained" else MODEL) + name] = shape
-        if entry["kind"] == "lorapre":
-            ranks = {moment: entry[key] for moment, key in content.RANKS.items() if key in entry}
-            whole = state_shapes((shape[0], shape[1]), ranks, content.vectors(entry), content.forms(entry))
-            found.update({f"{OPTIMIZER}{name}.{key}": size for key, size in whole.items()})
-        elif entry["kind"] == "adamw":
-            found[f"{OPTIMIZER}{name}.exp_avg"] = found[f"{OPTIMIZER}{name}.exp_avg_sq"] = shape
-        if content.compensated(entry):
-            found[f"{OPTIMIZER}{name}.{COMPENSATION}"] = (*shape, 2)
+        if not isinstance(entry, Trained):
+            found[UNTRAINED + name] = entry.shape
+            continue
+        state: dict[str, tuple[int, ...]] = {"exp_avg": entry.shape, "exp_avg_sq": entry.shape}
+        if isinstance(entry, LowRank):
+            p, q = entry.shape
+            state = state_shapes((p, q), entry.ranks, entry.vectors, entry.forms)
+        if entry.compensated:
+            state[COMPENSATION] = (*entry.shape, 2)
+        found[MODEL + name] = entry.shape
+        found.update({f"{OPTIMIZER}{name}.{key}": shape for key, shape in state.items()})
     return found
 
 
 def complete(
-    path: Path, described: dict[str, Any], share: slice = slice(None)
+    path: Path, described: content.Content, share: slice = slice(None)
 ) -> tuple[dict[str, StoredTensor], dict[str, tuple[int, ...]]]:
     """Every tensor of checkpoint ``path`` (:func:`tensors`), and their real shapes (:func:`expected`).
 
@@ -123,7 +125,7 @@ def complete(
     Raises:
         CheckpointError: some are not there in full.
     """
-    found, shapes = tensors(path), expected(described["parameters"])
+    found, shapes = tensors(path), expected(described.parameters)
     if missing := incomplete(found, shapes):
         raise CheckpointError(f"checkpoint {path} is damaged: " + "; ".join(missing[:8]))
     parts = [part for name in sorted(found) for part in found[name].parts]
@@ -169,7 +171,7 @@ def problems(path: Path) -> list[str]:
         manifest = Manifest.read(path)
         found = folder.damage(path, manifest)
         if not found:
-            found = incomplete(tensors(path), expected(content.read(path)["parameters"])) or not_finite(path)
+            found = incomplete(tensors(path), expected(content.read(path).parameters)) or not_finite(path)
     except (CheckpointError, OSError) as error:
         return [str(error).removeprefix(f"checkpoint {path} ").removeprefix(f"checkpoint {path}: ")]
     return found
@@ -180,7 +182,7 @@ def not_finite(path: Path, share: slice = slice(None)) -> list[str]:
 
     Since format 2 none is saved, and nothing is read.
     """
-    if not (path / content.FILE).is_file() or content.read(path)["format"] > 1:
+    if not (path / content.FILE).is_file() or content.read(path).format > 1:
         return []
     parts = [(name, part) for name, tensor in sorted(tensors(path).items()) for part in tensor.parts]
     return list(dict.fromkeys(f"{name} is not finite" for name, p in parts[share] if not p.read().isfinite().all()))

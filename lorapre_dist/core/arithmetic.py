@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from . import batching
 from .batching import Limits, owned
 from .interval import RowInterval, Segment, column_block
-from .rules.muon import forms
+from .rules.muon import cuts
 from .rules.needs import Needs
 from .sizes import ROWS, is_striped, stripes
 from .traffic import Held, by_group
@@ -156,9 +156,9 @@ def _orthogonal(runs: list[list[Held]], iterations: tuple[int, ...], limits: Lim
     for shared in by_group(runs):
         peers = shared[0].peers
         assert peers is not None
-        plans = forms.plan([(m.interval.shape, m.peers, m.outline.itemsize) for m in shared], iterations, limits.block)
+        plans = cuts.plan([(m.interval.shape, m.peers, m.outline.itemsize) for m in shared], iterations, limits.block)
         for m, plan in zip(shared, plans, strict=True):
-            target = forms.target(plan.form, m.peers or peers, m.interval.shape, plan.owner, peers.index)
+            target = cuts.target(plan.form, m.peers or peers, m.interval.shape, plan.owner, peers.index)
             owns = plan.owner == peers.index
             work.add(
                 _iterated(plan.form, m.interval.shape, target.shape, owns, iterations, kind, 1, m.outline.itemsize)
@@ -177,7 +177,7 @@ def _iterated(
     itemsize: int,
 ) -> Work:
     """Grams of this rank's X, the iterations if it ``owns`` them, and products with X."""
-    n, (rows, columns) = forms.side(form, shape), X
+    n, (rows, columns) = cuts.side(form, shape), X
     inner = rows * columns // n
     flops = number = 0
     squares = ITERATION_PASSES * sum(iterations) * owns

@@ -3,7 +3,7 @@
 On accelerators work is queued on a stream of its own, by the thread that trains: in the order in which that does so,
 which is the same on all ranks, and nothing waits on the host. On a CPU, where a collective or a solve would hold up who
 calls it, one thread does the work in the order in which it was given. Either way collectives go over process groups
-that nothing else uses (:mod:`lorapre_dist.layouts.twins`), so that they and those of training cannot be taken for each
+that nothing else uses (:mod:`lorapre_dist.layouts.groups`), so that they and those of training cannot be taken for each
 other, nor wait for each other.
 
 What the work changes must not be looked at before :meth:`Background.wait`, which also raises what went wrong.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from . import batching
 from .batching import Limits, Outline, evenly_dealt, owned
 from .interval import Peers, RowInterval
-from .rules.muon import forms
+from .rules.muon import cuts
 from .rules.needs import Needs
 from .sizes import SAMPLES, packed_numel
 
@@ -161,17 +161,17 @@ def _dealt(groups: list[list[Held]], limits: Limits, *names: str) -> Iterator[Co
 def _orthogonalise(shared: list[Held], iterations: tuple[int, ...], limits: Limits, kind: str) -> Iterator[Collective]:
     """What moves to make the updates of some matrices orthogonal (``rules/muon/orthogonal.py``)."""
     peers, size = _first(shared), shared[0].outline.itemsize
-    plans = forms.plan([(m.interval.shape, m.peers, size) for m in shared], iterations, limits.block)
+    plans = cuts.plan([(m.interval.shape, m.peers, size) for m in shared], iterations, limits.block)
     lines = []
     for m, plan in zip(shared, plans, strict=True):
         if plan.moved:
             lying, owner = _first([m]), plan.owner if plan.form == "whole" else 0
-            lines.append(forms.moving(m.interval.shape, lying.ranges, lying.columns, plan.form, owner))
+            lines.append(cuts.moving(m.interval.shape, lying.ranges, lying.columns, plan.form, owner))
     for back, name in enumerate(("move m", "return update")):
         if lines:
             each = tuple(size * sum(of) for of in zip(*(line[back] for line in lines), strict=True))
             yield Collective(name, peers, 0, each=each)
-    rest = [(forms.side(plan.form, m.interval.shape), plan) for m, plan in zip(shared, plans, strict=True)]
+    rest = [(cuts.side(plan.form, m.interval.shape), plan) for m, plan in zip(shared, plans, strict=True)]
     rest = [(side, plan) for side, plan in rest if plan.form != "whole"]
     if not rest:
         return

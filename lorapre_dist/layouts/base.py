@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,26 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
-from ..core.comm import all_ranks
 from ..core.interval import Peers, Range
+from .geometry.ranges import Box
 from .geometry.shares import turn
+
+#: Ranks of the world, in order: what stands for a process group until :func:`.groups.connect` finds or makes it.
+Ranks = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The ranks over which a tensor is spread, and the box of it that each of them holds."""
+
+    ranks: Ranks
+    boxes: tuple[Box, ...]
+    index: int
+
+    @property
+    def own(self) -> Box:
+        """The box of this rank."""
+        return self.boxes[self.index]
 
 
 @dataclass(frozen=True)
@@ -24,12 +42,14 @@ class Piece:
         shape: of the whole parameter.
         peers: the ranks that share the matrix (or stack of them), or None if this rank holds all of it.
         columns: of a matrix split by columns: those held here, of the whole rows from ``start`` to ``stop``.
+        spread: of a tensor of three dimensions or more whose slices of dim 0 are split: how it lies. ``start`` and
+            ``stop`` are those of the slices then.
         before: number of matrices, of their columns and of their elements ahead of this one in the layout, for one that
             is shared; the same on every rank that does.
         owned: whether this rank keeps state and takes the step; if not, others do, and under DDP send the result.
         replica: ranks beside the peers step the same, with gradients that are the same, and save it: of a weight that
             stages of a pipeline have tied, the first one's.
-        parameter: the parameter itself, if it is split by columns.
+        parameter: the parameter itself, if it is split by columns, or in slices' parts.
     """
 
     name: str
@@ -43,10 +63,18 @@ class Piece:
     replica: bool = False
     before: tuple[int, int, int] = (0, 0, 0)
     parameter: Any = field(default=None, compare=False, repr=False)
+    spread: Spread | None = None
+
+    @property
+    def split_inside(self) -> bool:
+        """Whether its elements here are no run of the parameter's."""
+        return self.columns is not None or self.spread is not None
 
     @property
     def numel(self) -> int:
         """Number of elements held here."""
+        if self.spread is not None:
+            return math.prod(high - low for low, high in self.spread.own)
         if self.columns is None:
             return self.stop - self.start
         return (self.stop - self.start) // self.shape[1] * (self.columns[1] - self.columns[0])
@@ -64,11 +92,16 @@ class Send:
 
 @dataclass
 class Unit:
-    """One tensor that appears in ``param_groups``, its group's index, and the pieces in it."""
+    """One tensor that appears in ``param_groups``, its group's index, and the pieces in it.
+
+    Attributes:
+        over: the process group over which a stack of matrices is spread; the matrices have groups of their own.
+    """
 
     tensor: torch.Tensor
     group: int
     pieces: list[Piece]
+    over: Any = None
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,9 +118,12 @@ class Layout:
         world_size: ranks over which the optimizer state is spread (1: every rank has all of it).
         sends: what ranks of ``group`` send to all others after a step, in an order that is the same on every rank.
         native: found out by the optimizer itself, not told by an engine.
-        spread_over: groups of ranks with other gradients of the same parameters, all of which have to be finite.
+        spread_over: groups of ranks that hold different gradients of some parameters, all of which have to be finite.
         beyond: groups that lead, one after the other, to the ranks that have the model's other parameters, such as the
             other stages of a pipeline: a step is taken by all or none.
+        joint: other ranks of the world bind their layouts at the same time; None: if it is spread over several.
+        together: the process group whose ranks bind theirs at the same time, if those of the world do not.
+        known: process groups that there are, by their ranks.
         checks_gradients: an engine steps with finite gradients only, on all ranks alike.
         lists_all: its units have every parameter, also those of which this rank holds nothing.
         numbered: matrices so far, their columns and their elements (:attr:`Piece.before` of the next one).
@@ -101,6 +137,9 @@ class Layout:
     native: bool = False
     spread_over: list[Any] = field(default_factory=list)
     beyond: list[Any] = field(default_factory=list)
+    joint: bool | None = None
+    together: Any = None
+    known: dict[Ranks, Any] = field(default_factory=dict)
     checks_gradients: bool = False
     lists_all: bool = True
     numbered: tuple[int, int, int] = (0, 0, 0)
@@ -118,14 +157,23 @@ class Layout:
             )
         self.units += added.units
         self.sends += added.sends
-        self.spread_over += [group for group in added.spread_over if all(group is not g for g in self.spread_over)]
+        for ours, theirs in ((self.spread_over, added.spread_over), (self.beyond, added.beyond)):
+            ours += [group for group in theirs if all(group is not g for g in ours)]
         self.world_size = max(self.world_size, added.world_size)
         self.numbered = added.numbered
+        self.known |= added.known
 
     def groups(self) -> list[Any]:
         """All process groups that it knows."""
         peers = [piece.peers.group for unit in self.units for piece in unit.pieces if piece.peers is not None]
-        return [group for group in (self.group, *self.spread_over, *self.beyond, *peers) if group is not None]
+        over = [unit.over for unit in self.units]
+        every = (self.group, self.together, *self.spread_over, *self.beyond, *peers, *over, *self.known.values())
+        return [group for group in every if group is not None]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether binding it is a collective over the world."""
+        return dist.is_initialized() and (self.world_size > 1 if self.joint is None else self.joint)
 
     def replaced(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a tensor of it is in none of an optimizer's groups any more, or on another device."""
@@ -151,49 +199,23 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class SubGroups:
-    """Process groups over runs of consecutive ranks of ``group``, each made once.
+    """The ranks of ``group`` that hold parts of a parameter: mostly few, and consecutive."""
 
-    Args:
-        replicas: the world may consist of several groups of one size that hold the same, as in hybrid sharding.
-
-    Raises:
-        ConfigError: ``group`` is not the whole world, nor one of such groups.
-    """
-
-    def __init__(self, group: Any, replicas: bool = False) -> None:
-        self.group = group
+    def __init__(self, group: Any) -> None:
+        self.ranks = tuple(dist.get_process_group_ranks(group))
         self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self._made: dict[tuple[int, ...], Any] = {}
-        self.replicas = [dist.get_process_group_ranks(group)]
-        if replicas and self.size != dist.get_world_size():
-            self.replicas = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in all_ranks(self.replicas[0])})]
-        if {len(ranks) for ranks in self.replicas} != {self.size} or (
-            sorted(rank for ranks in self.replicas for rank in ranks) != list(range(dist.get_world_size()))
-        ):
-            raise ConfigError(
-                f"parameters are partitioned over {self.size} of {dist.get_world_size()} ranks: "
-                "LoRAPre supports plain data parallelism over all ranks"
-            )
+        self.size = len(self.ranks)
 
     def peers(self, ranges: Sequence[Range]) -> Peers | None:
         """The holders of a parameter whose interval on rank k is ``ranges[k]``; None if this rank shares nothing.
 
-        Collective: every rank has to ask for the same parameters in the same order. (Making groups with
-        ``use_local_synchronization`` instead deadlocks in gloo when a rank is in two groups.)
+        Their process group is made when the layout is bound.
         """
         holders = tuple(k for k, (start, stop) in enumerate(ranges) if start < stop)
-        if len(holders) < 2:
+        if len(holders) < 2 or self.rank not in holders:
             return None
         if len(holders) == self.size:
-            return Peers(self.group, tuple(ranges), self.rank)
-        if holders not in self._made:
-            for ranks in self.replicas:  # every rank makes all of them, and keeps its own
-                made = dist.new_group([ranks[k] for k in holders])
-                if dist.get_rank() in ranks:
-                    self._made[holders] = made
-        if self.rank not in holders:
-            return None
+            return Peers(self.ranks, tuple(ranges), self.rank)
         held = tuple(ranges[k] for k in holders)
         at = turn(holders[0], len(holders), self.size)
-        return Peers(self._made[holders], held, holders.index(self.rank), turn=at)
+        return Peers(tuple(self.ranks[k] for k in holders), held, holders.index(self.rank), turn=at)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import device_mesh
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
@@ -18,6 +19,9 @@ from .matrices import LowRank
 
 Named = Iterable[tuple[str, torch.Tensor, int]]
 
+#: Classes of the stages of pipelines.
+_STAGES = ("PipelineStage", "_PipelineStage")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -25,19 +29,23 @@ class Place:
 
     Attributes:
         kind: ``"DTensor"``, ``"FSDP1"``, ``"DDP"`` or ``"one device"``.
-        alone: no other rank has a part in it.
+        alone: no other rank has a part in the model.
         group: whose ranks bind their layouts together; None: all of the world.
         shares: ranks of the group with which this one shares parameters; None: all.
+        beyond: see :attr:`lorapre_dist.layouts.base.Layout.beyond`.
         shapes: of whole parameters by name.
         handles: of FSDP1's flat parameters.
+        copies: the process group of DistributedDataParallel.
     """
 
     kind: str
     alone: bool = True
     group: Any = None
     shares: frozenset[int] | None = None
+    beyond: tuple[Any, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     handles: tuple[Any, ...] = ()
+    copies: Any = None
 
 
 def find(named: Named) -> Place:
@@ -46,19 +54,30 @@ def find(named: Named) -> Place:
     shapes = {n: tuple(p.shape) for n, p, _ in named}
     if not (dist.is_available() and dist.is_initialized()):
         return Place("one device", shapes=shapes)
+    ours = {id(p): n for n, p, _ in named}
     meshes = {id(p.device_mesh): p.device_mesh for _, p, _ in named if isinstance(p, DTensor)}
+    beyond, shares = _pipelines(ours), frozenset([dist.get_rank()])
     if meshes:
         shares = frozenset(rank for mesh in meshes.values() for rank in mesh.mesh.flatten().tolist())
-        return Place("DTensor", len(shares) < 2, shares=shares, shapes=shapes)
-    ours = {id(p): n for n, p, _ in named}
+        beyond = tuple(_beyond(meshes.values(), shares)) or beyond
+        alike = all(mesh.ndim == 1 and mesh.size() == len(shares) for mesh in meshes.values())
+        if alike and not beyond and len(shares) < dist.get_world_size():
+            # Of several groups side by side each binds by itself.
+            return Place("DTensor", len(shares) < 2, next(iter(meshes.values())).get_group(), shapes=shapes)
+        return Place("DTensor", False, shares=shares, beyond=beyond, shapes=shapes)
     if any(getattr(p, "_fsdp_flattened", False) for _, p, _ in named):
         living = _living("FlatParamHandle")
         handles = tuple(h for h in living if any(id(p) in ours for p in h.flat_param._params or ()))
-        return Place("FSDP1", False, None, _fsdp1_ranks(handles), shapes | fsdp1.shapes(ours, handles), handles)
+        shapes |= fsdp1.shapes(ours, handles)
+        return Place("FSDP1", False, None, _fsdp1_ranks(handles), beyond, shapes, handles)
     module = data_parallel(named)
     if module is not None:
-        return Place("DDP", False, module.process_group, shapes=shapes)
-    return Place("one device", shapes=shapes)
+        group = module.process_group
+        if not beyond:
+            return Place("DDP", False, group, shapes=shapes, copies=group)
+        shares = frozenset(dist.get_process_group_ranks(group))
+        return Place("DDP", False, None, shares, beyond, shapes, copies=group)
+    return Place("one device", not beyond, shares=shares, beyond=beyond, shapes=shapes)
 
 
 def data_parallel(named: Named) -> Any:
@@ -81,13 +100,20 @@ def layout(place: Place, named: Named, shard_state: bool, is_low_rank: LowRank) 
     Raises:
         ConfigError: a placement that is not understood.
     """
+    found = _layout(place, named, shard_state, is_low_rank)
+    found.native, found.beyond = True, list(place.beyond)
+    found.joint, found.together = not place.alone and place.group is None, place.group
+    return found
+
+
+def _layout(place: Place, named: Named, shard_state: bool, is_low_rank: LowRank) -> Layout:
     if place.kind == "DTensor":
         return dtensor.layout(named)
     if place.kind == "FSDP1":
         return fsdp1.layout(named, list(place.handles))
     if place.kind == "DDP":
         if shard_state:
-            return ddp.layout(named, place.group, is_low_rank)
+            return ddp.layout(named, place.copies, is_low_rank)
         return whole.layout(named, "DDP, replicated state")
     return whole.layout(named)
 
@@ -96,6 +122,36 @@ def check(groups: list[dict[str, Any]]) -> None:
     """Raise a ConfigError where the parameters of an optimizer's groups hide their matrices."""
     if any(getattr(p, "_is_flat_param", False) for group in groups for p in group["params"]):
         raise ConfigError("FSDP1 hides the matrices in flat parameters; wrap the model with use_orig_params=True")
+
+
+def _pipelines(ours: Container[int]) -> tuple[Any, ...]:
+    """The groups of the pipelines of which some of our parameters, by their ids, are a stage."""
+    groups = [stage.group or dist.group.WORLD for name in _STAGES for stage in _living(name) if _has(stage, ours)]
+    return tuple({id(group): group for group in groups if dist.get_world_size(group) > 1}.values())
+
+
+def _has(stage: Any, ours: Container[int]) -> bool:
+    return any(id(p) in ours for p in stage.submod.parameters())
+
+
+def _beyond(meshes: Iterable[Any], shares: frozenset[int]) -> Iterator[Any]:
+    """Groups that lead to the ranks of the meshes of which these are parts, unless they have no further ones."""
+    roots = {id(root): root for root in map(_root, meshes)}
+    for root in roots.values():
+        ranks = root.mesh.flatten().tolist()
+        if set(ranks) <= shares:
+            continue
+        if len(ranks) == dist.get_world_size():
+            yield dist.group.WORLD
+        else:
+            yield from (root.get_group(d) for d in range(root.ndim) if root.size(d) > 1)
+
+
+def _root(mesh: Any) -> Any:
+    """The mesh of which another one is a part."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    return device_mesh._mesh_resources.get_root_mesh(mesh)  # before PyTorch 2.10
 
 
 def _fsdp1_ranks(handles: tuple[Any, ...]) -> frozenset[int]:

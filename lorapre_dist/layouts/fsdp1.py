@@ -33,13 +33,14 @@ def layout(named: Named, handles: list[Any]) -> Layout:
         handle, k = placed[id(p)]
         group = handle.process_group
         if id(group) not in everyone:
-            everyone[id(group)], subgroups[id(group)] = all_ranks(mine, group), SubGroups(group, replicas=True)
+            everyone[id(group)], subgroups[id(group)] = all_ranks(mine, group), SubGroups(group)
         shape = tuple(handle.flat_param._shapes[k])
         peers = subgroups[id(group)].peers([theirs[name] for theirs in everyone[id(group)]])
         start, stop = mine[name]
         made.world_size = max(made.world_size, dist.get_world_size(group))
         made.units.append(Unit(p, index, [Piece(name, shape, start, stop, 0, peers, owned=start < stop)]))
-    made.spread_over = [groups.group for groups in subgroups.values() if groups.size > 1]
+        made.known[subgroups[id(group)].ranks] = group
+    made.spread_over = [group for ranks, group in made.known.items() if len(ranks) > 1]
     return made
 
 

@@ -6,15 +6,13 @@ few, and mostly one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import torch.distributed as dist
-
-from ..core.comm import all_ranks
 from ..core.interval import Peers
-from .base import Layout, Piece
-from .geometry.ranges import cut_into, expert_name, stack_parts
+from .base import Layout, Piece, Spread
+from .geometry.ranges import cut_into, expert_name, matrix_parts, stack_boxes, stack_parts
 from .geometry.shares import Numbering, turn
 
 #: Of a parameter's name, its shape, and the index of its group.
@@ -22,58 +20,61 @@ LowRank = Callable[[str, tuple[int, ...], int], bool]
 
 
 def arrange(layout: Layout, is_low_rank: LowRank) -> None:
-    """Take the low-rank stacks apart and number the matrices, in place; a collective if the layout is sharded."""
-    stacks = {
-        piece.name: piece
-        for unit in layout.units
-        for piece in unit.pieces
-        if len(piece.shape) == 3 and is_low_rank(piece.name, piece.shape, unit.group)
-    }
-    peers = _peers(stacks) if layout.world_size > 1 and dist.is_initialized() else {}  # a plan of ranks has no group
+    """Take the low-rank stacks apart and number the matrices, in place. Peers of their matrices are ranks, no groups.
+
+    Of any other tensor that is spread there is but one group to find.
+    """
     counted = Numbering(layout.lists_all, layout.numbered)
     for unit in layout.units:
-        pieces = []
+        pieces, over = [], None
         for piece in unit.pieces:
             size, parts = 1, [(0, piece)]
-            if piece.name in stacks:
-                size, parts = piece.shape[0], list(_experts(piece, peers))
+            if len(piece.shape) == 3 and is_low_rank(piece.name, piece.shape, unit.group):
+                size, parts, over = piece.shape[0], list(_experts(piece)), unit.over
             ahead = counted.ahead(piece.shape, size)
             pieces += [replace(part, before=ahead(e)) for e, part in parts]
-        unit.pieces = pieces
+        unit.pieces, unit.over = pieces, over
     layout.numbered = counted.so_far
 
 
-def _experts(piece: Piece, peers: dict[tuple[str, int], Peers]) -> Iterator[tuple[int, Piece]]:
+def _experts(piece: Piece) -> Iterator[tuple[int, Piece]]:
     """The matrices of a stack of which this rank holds a part."""
-    inner = piece.shape[1] * piece.shape[2]
+    if piece.spread is not None:
+        yield from _boxed_experts(piece, piece.spread)
+        return
+    shape, inner = piece.shape[1:], math.prod(piece.shape[1:])
+    shared = piece.peers
+    held = {} if shared is None else stack_parts(inner, range(len(shared.ranges)), shared.ranges)
     for e, (start, stop) in cut_into(piece.start, piece.stop, inner):
         at = piece.offset + e * inner + start - piece.start
-        shared = peers.get((piece.name, e))
-        name, shape = expert_name(piece.name, e), piece.shape[1:]
-        yield e, replace(piece, name=name, shape=shape, start=start, stop=stop, offset=at, peers=shared)
+        peers = None if shared is None else _peers(shared, held[e])
+        name = expert_name(piece.name, e)
+        yield e, replace(piece, name=name, shape=shape, start=start, stop=stop, offset=at, peers=peers)
 
 
-def _peers(stacks: dict[str, Piece]) -> dict[tuple[str, int], Peers]:
-    """The holders of every matrix that this rank shares, by stack and index; a collective over all ranks.
+def _peers(of_stack: Peers, held: dict[int, tuple[int, int]]) -> Peers | None:
+    """The ranks that hold a part of a matrix, ``held`` by each one's place among those of its stack."""
+    if len(held) < 2 or of_stack.group is None:  # a plan of ranks has no groups
+        return None
+    members, first = tuple(of_stack.group[k] for k in held), next(iter(held))
+    at = turn(first, len(held), len(of_stack.ranges))
+    return Peers(members, tuple(held.values()), list(held).index(of_stack.index), turn=at)
 
-    Every rank makes every group, in one order; those that hold nothing of a stack hear of it from the others.
-    """
-    mine = []
-    for name, piece in stacks.items():
-        if piece.peers is not None:
-            ranks = tuple(dist.get_process_group_ranks(piece.peers.group))
-            mine.append((name, piece.shape[1] * piece.shape[2], ranks, piece.peers.ranges))
-    everyone = all_ranks(mine)
-    made = {tuple(range(dist.get_world_size())): dist.group.WORLD}
-    found = {}
-    for name, inner, ranks, ranges in sorted({shared for part in everyone for shared in part}):
-        for e, held in stack_parts(inner, ranks, ranges).items():
-            members, intervals = tuple(held), tuple(held.values())
-            if len(members) < 2:
-                continue
-            if members not in made:
-                made[members] = dist.new_group(members)
-            if dist.get_rank() in members:
-                index, first = members.index(dist.get_rank()), ranks.index(members[0])
-                found[name, e] = Peers(made[members], intervals, index, turn=turn(first, len(members), len(ranks)))
-    return found
+
+def _boxed_experts(piece: Piece, spread: Spread) -> Iterator[tuple[int, Piece]]:
+    """The same of a stack whose matrices are split as well: into rows, columns or both."""
+    shape = piece.shape[1], piece.shape[2]
+    low, high = spread.own[0]
+    for e in range(low, high):
+        held = stack_boxes(spread.boxes, e)
+        if spread.index not in held:
+            continue
+        index, rows_and_columns = list(held).index(spread.index), matrix_parts(shape, list(held.values()))
+        rows, columns = rows_and_columns
+        at = turn(next(iter(held)), len(held), len(spread.ranks))
+        ranks = tuple(spread.ranks[k] for k in held)
+        peers = Peers(ranks, rows, index, columns, at) if len(held) > 1 else None
+        own = None if columns is None else columns[index]
+        offset = (e - low) * piece.numel // (high - low)
+        name, parameter = expert_name(piece.name, e), None if own is None else piece.parameter
+        yield e, Piece(name, shape, *rows[index], offset, peers, own, owned=piece.owned, parameter=parameter)

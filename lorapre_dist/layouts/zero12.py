@@ -7,14 +7,13 @@ group of its own, and experts have others than the rest of a model.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..core.interval import Peers
-from . import groups
 from .base import Layout, Piece, Unit
 from .geometry.ranges import holders
 from .geometry.shares import turn
@@ -32,35 +31,21 @@ class Buffer:
     group: Any
 
 
-def units(buffers: list[Buffer]) -> list[Unit]:
-    """The unit of each buffer, in order of parameter groups; a collective over all ranks, which may differ in these."""
-    shared: dict[groups.Ranks, Any] = {}
-    found = []
-    for index, buffer in enumerate(buffers):
-        members, rank = dist.get_process_group_ranks(buffer.group), dist.get_rank(buffer.group)
-        shared[tuple(members)] = buffer.group
-        pieces = []
-        for name, shape, offset in buffer.placed:
-            held = holders(offset, offset + torch.Size(shape).numel(), buffer.partition_size)
-            if rank not in held:
-                continue
-            at = offset + held[rank][0] - rank * buffer.partition_size
-            ranks, peers = tuple(members[k] for k in held), None
-            if len(held) > 1 and len(shape) in (2, 3):
-                order = turn(min(held), len(held), len(members))
-                peers = Peers(ranks, tuple(held.values()), list(held).index(rank), turn=order)
-            pieces.append(Piece(name, shape, *held[rank], at, peers))
-        found.append(Unit(buffer.flat, index, pieces))
-    every = [piece for unit in found for piece in unit.pieces]
-    shared |= groups.over(piece.peers.group for piece in every if piece.peers and piece.peers.group not in shared)
-    for unit in found:
-        unit.pieces = [
-            piece
-            if piece.peers is None
-            else replace(piece, peers=replace(piece.peers, group=shared[piece.peers.group]))
-            for piece in unit.pieces
-        ]
-    return found
+def unit(buffer: Buffer, index: int) -> Unit:
+    """Of a buffer; ``index`` is that of its parameter group."""
+    members, rank = tuple(dist.get_process_group_ranks(buffer.group)), dist.get_rank(buffer.group)
+    pieces = []
+    for name, shape, offset in buffer.placed:
+        held = holders(offset, offset + torch.Size(shape).numel(), buffer.partition_size)
+        if rank not in held:
+            continue
+        at, peers = offset + held[rank][0] - rank * buffer.partition_size, None
+        if len(held) > 1 and len(shape) in (2, 3):
+            order = turn(min(held), len(held), len(members))
+            ranks = tuple(members[k] for k in held)
+            peers = Peers(ranks, tuple(held.values()), list(held).index(rank), turn=order)
+        pieces.append(Piece(name, shape, *held[rank], at, peers))
+    return Unit(buffer.flat, index, pieces)
 
 
 def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
@@ -86,5 +71,7 @@ def bf16_layout(bf16: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
 
 
 def _of(name: str, buffers: list[Buffer]) -> Layout:
-    size = max((dist.get_world_size(buffer.group) for buffer in buffers), default=1)
-    return Layout(name, units(buffers), size, lists_all=False)
+    made = Layout(name, [unit(buffer, k) for k, buffer in enumerate(buffers)], lists_all=False)
+    made.known = {tuple(dist.get_process_group_ranks(buffer.group)): buffer.group for buffer in buffers}
+    made.world_size = max(map(len, made.known), default=1)
+    return made

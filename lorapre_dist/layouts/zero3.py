@@ -17,12 +17,13 @@ def layout(zero: Any, names: dict[torch.nn.Parameter, str]) -> Layout:
     made = Layout("ZeRO-3")
     for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
         group = zero.sub_group_process_groups[i]
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        ranks, rank = tuple(dist.get_process_group_ranks(group)), dist.get_rank(group)
+        size, made.known[ranks] = len(ranks), group
         pieces, offset = [], 0
         for p in zero.fp16_groups[i]:
             part, numel = p.partition_numel(), p.ds_numel
             ranges = equal_ranges(numel, size)
-            peers = Peers(group, ranges, rank) if size > 1 and len(p.ds_shape) in (2, 3) else None
+            peers = Peers(ranks, ranges, rank) if size > 1 and len(p.ds_shape) in (2, 3) else None
             pieces.append(Piece(names[p], tuple(p.ds_shape), *ranges[rank], offset, peers))
             offset += part
         made.units.append(Unit(flat, zero.sub_group_to_group_id[i], pieces))

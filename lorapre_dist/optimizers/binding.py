@@ -16,6 +16,7 @@ from ..core.interval import RowInterval
 from ..core.rules import adamw
 from ..layouts import detect
 from ..layouts.base import Layout, Piece, Unit, local
+from ..layouts.groups import connect
 from ..layouts.matrices import arrange
 from ..state.state_dict import StatefulOptimizer, state_dtype
 from . import advise, agreement, weights
@@ -75,6 +76,7 @@ class BoundOptimizer(Overlapping, StatefulOptimizer):
         self._held, self.layout, self.awaiting_layout = {}, layout, False
         try:
             arrange(layout, self._in_group)
+            connect(layout)
             for unit in layout.units:
                 self._bind_unit(unit)
             refuse_duplicates([b.piece.name for bound in self._held.values() for b in bound])
@@ -231,15 +233,15 @@ class BoundOptimizer(Overlapping, StatefulOptimizer):
             agreement.require(agreement.of_optimizer(self, place.shapes), place.group, place.shares)
         bound = self._held if self.layout is not None else {}
         named = [(n, p, i) for n, p, i in self._named() if wanted(n, p) and id(p) not in bound]
-        found = detect.layout(place, named, self.shard_state, self._in_group)
-        found.native = True
-        return found
+        return detect.layout(place, named, self.shard_state, self._in_group)
 
     def _extend(self, added: Layout) -> None:
         """Bind more parameters: such as came with a group, or were frozen when the layout was bound."""
         assert self.layout is not None
         added.numbered = self.layout.numbered
+        added.known |= self.layout.known
         arrange(added, self._in_group)
+        connect(added)
         self.layout.extend(added)
         for unit in added.units:
             self._bind_unit(unit)

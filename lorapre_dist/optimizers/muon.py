@@ -13,7 +13,7 @@ from ..config import LoRAPreMuonConfig
 from ..core import batching
 from ..core.factors import Matrix
 from ..core.rules.momentum import Momentum
-from ..core.rules.muon import forms
+from ..core.rules.muon import cuts
 from ..core.rules.muon.newton_schulz import NewtonSchulz
 from ..core.rules.needs import MUON_SIZES
 from ..core.step import Rule
@@ -82,8 +82,8 @@ class LoRAPreMuon(MomentumOptimizer):
             [matrix.outline for matrix in matrices],
             self.workspace,
             kind,
-            forms.PER_ELEMENT * matrices[0].dtype.itemsize,
-            [forms.transient_bytes(m.interval.shape, m.peers, m.dtype.itemsize, segments, limit) for m in matrices],
+            cuts.PER_ELEMENT * matrices[0].dtype.itemsize,
+            [cuts.transient_bytes(m.interval.shape, m.peers, m.dtype.itemsize, segments, limit) for m in matrices],
         )
 
     @staticmethod

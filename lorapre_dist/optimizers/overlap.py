@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from ..config import ConfigError
@@ -21,7 +20,7 @@ from ..core.factors import Matrix
 from ..core.step import Behind
 from ..core.workspace import Workspace
 from ..layouts.base import Layout
-from ..layouts.twins import twins
+from ..layouts.groups import twins
 from .tensors import may_step
 
 
@@ -86,19 +85,20 @@ class Overlapping:
         self._check_limit(self.layout)
         if self._background is None:
             self._background = Background()
-        # Under DDP a matrix lies on one rank; a plan of ranks has no groups.
-        if self.layout.world_size > 1 and self.layout.group is None and dist.is_initialized():
-            pieces = [piece for unit in self.layout.units for piece in unit.pieces]
-            shared = {id(piece.peers.group): piece.peers.group for piece in pieces if piece.peers is not None}
-            self._twins = {**self._twins, **twins(g for key, g in shared.items() if key not in self._twins)}
+        pieces = [piece for unit in self.layout.units for piece in unit.pieces]
+        shared = {id(piece.peers.group): piece.peers.group for piece in pieces if piece.peers is not None}
+        # A plan of ranks has no groups.
+        lacking = [group for key, group in shared.items() if key not in self._twins and group is not None]
+        if self.layout.is_joint or lacking:
+            self._twins = {**self._twins, **twins(lacking)}
 
     def _check_limit(self, layout: Layout) -> None:
         limits = [g["overlap_limit"] for g in self.param_groups if g["overlap"] and g["overlap_limit"] is not None]
         if not limits:
             return
         kept = [self.overlap_bytes()]
-        if layout.world_size > 1 and dist.is_initialized():
-            kept = all_ranks(kept[0], layout.group)
+        if layout.is_joint or layout.together is not None:
+            kept = all_ranks(kept[0], layout.together)
         if max(kept) > min(limits):
             raise ConfigError(
                 f"overlap=True keeps {max(kept)} bytes on rank {kept.index(max(kept))} beside the optimizer's state, "

@@ -13,7 +13,7 @@ from lorapre_dist.core.arithmetic import Work
 from lorapre_dist.core.batching import Limits
 from lorapre_dist.core.interval import Peers, Range, RowInterval, column_block
 from lorapre_dist.core.rules import needs as rules
-from lorapre_dist.core.rules.muon import forms as muon_forms
+from lorapre_dist.core.rules.muon import cuts as muon_cuts
 from lorapre_dist.core.rules.needs import Needs
 from lorapre_dist.core.spec import Axis
 from lorapre_dist.core.traffic import Held
@@ -105,7 +105,7 @@ def workspace_bytes(matrices: list[Held], needs: Needs, kind: str) -> int:
     """Bound on what a step on a rank's matrices allocates for itself."""
     more, limit = None, needs.sizes.block_on(kind)
     if needs.iterations:
-        more = [muon_forms.transient_bytes(m.interval.shape, m.peers, FP32, needs.iterations, limit) for m in matrices]
+        more = [muon_cuts.transient_bytes(m.interval.shape, m.peers, FP32, needs.iterations, limit) for m in matrices]
     outlines = [m.outline for m in matrices]
     return batching.workspace_bytes(outlines, needs.sizes, kind, needs.per_element * FP32, more) if matrices else 0
 

@@ -2,7 +2,7 @@
 
 What every rank has whole is a plain tensor, what is spread over ranks a DTensor: ``m_B`` in rows, ``m_A`` in columns,
 AdamW's as the parameter. Where the ranks' parts are no chunks of one size (a matrix that one rank of DDP keeps, rows
-cut between ranks) the DTensor's local tensor is a :class:`Part`.
+cut between ranks) the DTensor's local tensor is a :class:`Uneven`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Ranks:
         return self
 
 
-class Part(Tensor):
+class Uneven(Tensor):
     """The local tensor of a DTensor, whose ranks hold other elements than its placement says.
 
     Storage sees what really is here, by DCP's protocol. Before any other operation, the elements are moved to where the
@@ -58,9 +58,9 @@ class Part(Tensor):
     ranks: _Ranks
 
     @staticmethod
-    def __new__(cls, shard: Shard, size: tuple[int, ...], group: Any = None) -> Part:
+    def __new__(cls, shard: Shard, size: tuple[int, ...], group: Any = None) -> Uneven:
         """A part of which DTensor takes the local shape to be ``size``."""
-        part: Part = Tensor._make_wrapper_subclass(cls, size, dtype=shard.local.dtype, device=shard.local.device)
+        part: Uneven = Tensor._make_wrapper_subclass(cls, size, dtype=shard.local.dtype, device=shard.local.device)
         part.shard, part.ranks = shard, _Ranks(group)
         return part
 
@@ -73,9 +73,9 @@ class Part(Tensor):
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return self.shard.__get_tensor_shard__(index)
 
-    def _of(self, elements: Tensor) -> Part:
+    def _of(self, elements: Tensor) -> Uneven:
         s = self.shard
-        return Part(Shard(s.shape, s.start, elements, s.dim, s.skip), tuple(self.shape), self.ranks.group)
+        return Uneven(Shard(s.shape, s.start, elements, s.dim, s.skip), tuple(self.shape), self.ranks.group)
 
     def chunk(self) -> Tensor:  # type: ignore[override]
         """The elements that the placement says are here; a collective."""
@@ -101,14 +101,14 @@ class Part(Tensor):
             return args[0]._of(args[0].shard.local.new_empty(args[0].shard.local.shape, **kwargs))
         if func in _COPY:
             return args[0]._of(func(args[0].shard.local, *args[1:], **kwargs))
-        if func._schema.is_mutable and isinstance(args[0], Part):
+        if func._schema.is_mutable and isinstance(args[0], Uneven):
             raise ConfigError(
                 "this layout's state cannot be loaded with broadcast_from_rank0: give every rank the full state"
             )
-        args, kwargs = tree_map_only(Part, Part.chunk, (args, kwargs))
+        args, kwargs = tree_map_only(Uneven, Uneven.chunk, (args, kwargs))
         return func(*args, **kwargs)
 
-    def __deepcopy__(self, memo: Any) -> Part:
+    def __deepcopy__(self, memo: Any) -> Uneven:
         return self._of(copy.deepcopy(self.shard.local, memo))
 
     def __reduce_ex__(self, _: Any) -> Any:
@@ -116,11 +116,12 @@ class Part(Tensor):
         return _part, (s.shape, s.start, s.local, s.dim, s.skip, tuple(self.shape))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Part({self.shard})"
+        return f"Uneven({self.shard})"
 
 
-def _part(shape: Any, start: int, elements: Tensor, dim: int, skip: int, size: Any) -> Part:
-    return Part(Shard(tuple(shape), start, elements, dim, skip), tuple(size))
+# The name stands in files that torch.save has written.
+def _part(shape: Any, start: int, elements: Tensor, dim: int, skip: int, size: Any) -> Uneven:
+    return Uneven(Shard(tuple(shape), start, elements, dim, skip), tuple(size))
 
 
 torch.serialization.add_safe_globals([_part])
@@ -157,7 +158,7 @@ class Exposed:
         if isinstance(value, DTensor):
             if isinstance(self.tensor, DTensor) and value.device_mesh.shape == self.tensor.device_mesh.shape:
                 theirs, ours = value._local_tensor, self.tensor._local_tensor
-                if not isinstance(theirs, Part) or (isinstance(ours, Part) and _place(theirs) == _place(ours)):
+                if not isinstance(theirs, Uneven) or (isinstance(ours, Uneven) and _place(theirs) == _place(ours)):
                     return None
             return "is another rank's, or was split otherwise: torch.distributed.checkpoint would reshard it"
         return None
@@ -179,19 +180,19 @@ class Exposed:
             return value
         part = here._local_tensor
         if isinstance(value, DTensor):
-            if isinstance(value._local_tensor, Part):
+            if isinstance(value._local_tensor, Uneven):
                 return value._local_tensor.shard.local
-            if not isinstance(part, Part) and value.placements == here.placements:
+            if not isinstance(part, Uneven) and value.placements == here.placements:
                 return value._local_tensor
             value = value.full_tensor()
-        if isinstance(part, Part):
+        if isinstance(part, Uneven):
             s = part.shard
             return value.narrow(s.dim, s.start, s.local.shape[s.dim])
         moved = value.to(here.device_mesh.device_type)
         return distribute_tensor(moved, here.device_mesh, here.placements, src_data_rank=None)._local_tensor
 
 
-def _place(part: Part) -> tuple[Any, ...]:
+def _place(part: Uneven) -> tuple[Any, ...]:
     s = part.shard
     return tuple(s.shape), s.start, s.dim, s.skip, tuple(s.local.shape)
 
@@ -294,7 +295,7 @@ def spread(shard: Shard, group: Any = None, placement: Any = None) -> DTensor:
         placement = Split(shard.dim)
         first, last = column_block(shard.shape[shard.dim], mesh.size(), mesh.get_local_rank())
         size = tuple(last - first if d == shard.dim else n for d, n in enumerate(shard.shape))
-        elements = Part(shard, size, group)
+        elements = Uneven(shard, size, group)
     shape = torch.Size(shard.shape)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(elements, mesh, [placement], run_check=False, shape=shape, stride=stride)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,22 +20,6 @@ from .shards import OPTIMIZER, Shard, bring_home, in_other_form, state_shards, v
 
 #: State with something for each element of the parameter: whole, it has the parameter's shape.
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", COMPENSATION)
-
-
-@dataclass(frozen=True)
-class Extent:
-    """One rank's shard of a tensor: ``[start, start + length)`` along ``dim``, of which it owns all but ``skip``."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    dim: int
-    start: int
-    length: int
-    skip: int
-
-    def part(self, length: int) -> tuple[int, ...]:
-        """Shape of a run of ``length`` along ``dim``."""
-        return tuple(length if d == self.dim else size for d, size in enumerate(self.shape))
 
 
 def full_state(held: list[tuple[Any, Any]], group: Any = None) -> dict[str, dict[str, Any]]:
@@ -115,19 +99,19 @@ def rooted(entry: dict[str, Any]) -> dict[str, Any]:
 
 def gather(shards: dict[str, Shard], group: Any = None) -> Iterator[tuple[str, Tensor | None]]:
     """Every tensor by name, whole, in host memory of rank 0, and None elsewhere; a collective over ``group``."""
-    for name, extents in _extents(shards, group).items():
-        first = next(iter(extents.values()))
-        whole = torch.empty(first.shape, dtype=first.dtype) if _rank(group) == 0 else None
+    for name, holders in _holders(shards, group).items():
+        first = next(iter(holders.values()))
+        whole = torch.empty(first.shape, dtype=first.local.dtype) if _rank(group) == 0 else None
         covered: set[tuple[int, int]] = set()
-        for rank, extent in sorted(extents.items()):
-            start, length = extent.start + extent.skip, extent.length - extent.skip
-            if length <= 0 or (start, length) in covered:  # empty, or a replica of what a lower rank has
+        for rank, theirs in sorted(holders.items()):
+            run = theirs.start + theirs.skip, theirs.owned.shape[theirs.dim]
+            if run[1] <= 0 or run in covered:  # empty, or a replica of what a lower rank has
                 continue
-            covered.add((start, length))
+            covered.add(run)
             part = shards[name].owned if rank == _rank(group) else None
-            part = _move(part, rank, 0, extent.part(length), extent.dtype, group)
+            part = _move(part, rank, 0, theirs.owned, group)
             if whole is not None and part is not None:
-                whole.narrow(extent.dim, start, length).copy_(part)
+                whole.narrow(theirs.dim, *run).copy_(part)
         yield name, whole
 
 
@@ -137,30 +121,31 @@ def scatter(shards: dict[str, Shard], whole: dict[str, Tensor], group: Any = Non
     Raises:
         ConfigError: on every rank: names or shapes that differ. Nothing has been changed then.
     """
-    found = _extents(shards, group)
+    found = _holders(shards, group)
     whole = {name: _in_form(name, tensor, found.get(name)) for name, tensor in whole.items()}
-    problems = _differences({n: next(iter(e.values())).shape for n, e in found.items()}, whole)
+    problems = _differences({n: next(iter(h.values())).shape for n, h in found.items()}, whole)
     problems = all_ranks(problems if _rank(group) == 0 else None, group)[0]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ConfigError("the full state does not fit: " + "; ".join(problems[:3]) + more)
-    for name, extents in found.items():
-        for rank, extent in sorted(extents.items()):
-            if not extent.length:
+    for name, holders in found.items():
+        for rank, theirs in sorted(holders.items()):
+            length = theirs.local.shape[theirs.dim]
+            if not length:
                 continue
-            source = whole[name].narrow(extent.dim, extent.start, extent.length) if _rank(group) == 0 else None
-            source = source.to(extent.dtype) if source is not None else None
-            part = _move(source, 0, rank, extent.part(extent.length), extent.dtype, group)
+            source = whole[name].narrow(theirs.dim, theirs.start, length) if _rank(group) == 0 else None
+            source = source.to(theirs.local.dtype) if source is not None else None
+            part = _move(source, 0, rank, theirs.local, group)
             if part is not None:
                 shards[name].local.copy_(part)
 
 
-def _in_form(name: str, tensor: Tensor, extents: dict[int, Extent] | None) -> Tensor:
+def _in_form(name: str, tensor: Tensor, holders: dict[int, Shard] | None) -> Tensor:
     """A factor as its holders keep it; anything else as it is."""
-    if not extents:
+    if not holders:
         return tensor
-    first = next(iter(extents.values()))
-    like = torch.empty(0, dtype=first.dtype)
+    first = next(iter(holders.values()))
+    like = torch.empty(0, dtype=first.local.dtype)
     if not in_other_form(name, tensor.dtype, like) or tensor.ndim != 2:
         return tensor
     return converted(tensor, like, vector_dim(first.dim))
@@ -177,20 +162,18 @@ def _differences(wanted: dict[str, tuple[int, ...]], given: dict[str, Tensor]) -
     return found
 
 
-def _extents(shards: dict[str, Shard], group: Any) -> dict[str, dict[int, Extent]]:
-    """Every holder's extent of each tensor, tensors in an order that is the same on every rank."""
-    mine = {n: Extent(s.shape, s.local.dtype, s.dim, s.start, s.local.shape[s.dim], s.skip) for n, s in shards.items()}
-    found: dict[str, dict[int, Extent]] = {}
-    for rank, extents in enumerate(all_ranks(mine, group)):
-        for name, extent in extents.items():
-            found.setdefault(name, {})[rank] = extent
+def _holders(shards: dict[str, Shard], group: Any) -> dict[str, dict[int, Shard]]:
+    """Every rank's shard of each tensor, without elements, tensors in an order that is the same on every rank."""
+    mine = {name: replace(shard, local=shard.local.to("meta"), home=None) for name, shard in shards.items()}
+    found: dict[str, dict[int, Shard]] = {}
+    for rank, theirs in enumerate(all_ranks(mine, group)):
+        for name, shard in theirs.items():
+            found.setdefault(name, {})[rank] = shard
     return dict(sorted(found.items()))
 
 
-def _move(
-    part: Tensor | None, source: int, target: int, shape: tuple[int, ...], dtype: torch.dtype, group: Any
-) -> Tensor | None:
-    """``part`` of rank ``source`` on rank ``target``; None elsewhere."""
+def _move(part: Tensor | None, source: int, target: int, like: Tensor, group: Any) -> Tensor | None:
+    """``part`` of rank ``source``, of the form of ``like``, on rank ``target``; None elsewhere."""
     rank = _rank(group)
     if source == target:
         return part if rank == source else None
@@ -202,7 +185,7 @@ def _move(
         dist.send(part.to(device).contiguous(), dist.get_global_rank(world, target), group=group)
     if rank != target:
         return None
-    received = torch.empty(shape, dtype=dtype, device=device)
+    received = torch.empty(like.shape, dtype=like.dtype, device=device)
     dist.recv(received, dist.get_global_rank(world, source), group=group)
     return received
 

@@ -217,7 +217,7 @@ def elementwise(state: Any) -> dict[str, Tensor]:
 
 
 def _element_shards(piece: Any, state: Any) -> dict[str, Shard]:
-    if piece.columns is not None:
+    if piece.split_inside:
         return {key: flat_shard(like(piece.parameter, tensor)) for key, tensor in elementwise(state).items()}
     numel = torch.Size(piece.shape).numel()
     return {key: Shard((numel, *tensor.shape[1:]), piece.start, tensor) for key, tensor in elementwise(state).items()}

@@ -29,9 +29,8 @@ from ..config.param_groups import clean_name, parameter_name
 from ..core.comm import all_ranks
 from ..core.rounding import COMPENSATION
 from ..layouts.base import Layout, Unit, local
-from ..layouts.dtensor import shard_group
 from ..layouts.matrices import expert_name
-from .dtensors import Exposed, Part, elsewhere, expose
+from .dtensors import Exposed, Uneven, elsewhere, expose
 from .full import rooted, said
 
 _SHAPING = ("rank", "rank_v", "variant")
@@ -97,7 +96,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         p, held = unit.tensor, {bound.piece.name: bound for bound in self._bound[id(unit.tensor)]}
         group, shapes = self.layout.group, {piece.name: piece.shape for piece in unit.pieces}
         if isinstance(p, DTensor) and self._is_stack(unit):
-            group, shapes = shard_group(p), self._experts(p)
+            group, shapes = unit.over, self._experts(p)
         if group is None:
             return {name: expose(unit, b.piece, b.state, self.layout, None) for name, b in held.items()}
         kind = {"dtype": state_dtype(p), "device": local(p).device}
@@ -277,7 +276,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
             found += [f"{name}: {key} is not finite" for key in keys if not _finite(entry.get(key))]
             loads.append((states.get(name), keys, entry))
     found += [f"{name}: saved, but not a parameter here" for name in sorted(unknown)]
-    for group in optimizer.layout.spread_over:  # what is wrong on one rank is loaded on none
+    for group in (*optimizer.layout.spread_over, *optimizer.layout.beyond):  # what is wrong on one is loaded on none
         found = list(dict.fromkeys(problem for theirs in all_ranks(found, group) for problem in theirs))
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
@@ -304,7 +303,7 @@ def tell_converted(optimizer: Any, count: int) -> None:
 def _finite(value: Any) -> bool:
     """Whether this rank's elements of a saved tensor are; anything else passes here."""
     held = value._local_tensor if isinstance(value, DTensor) else value
-    held = held.shard.local if isinstance(held, Part) else held
+    held = held.shard.local if isinstance(held, Uneven) else held
     return not isinstance(held, Tensor) or bool(held.isfinite().all())
 
 

@@ -17,11 +17,13 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lorapre_dist import LoRAPre
 from lorapre_dist.config import ConfigError
+from lorapre_dist.core.comm import all_ranks
 from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizers import OPTIMIZERS
 from tests import oracle
@@ -29,7 +31,7 @@ from tests.shapes import projections
 
 # Odd shapes; with three or four ranks some hold one row, or nothing, of the small ones.
 SHAPES = {"q_proj": (24, 12), "up_proj": (37, 12), "down_proj": (12, 37), "o_proj": (7, 13), "k_proj": (3, 40)}
-EXPERTS = (5, 9, 8)
+EXPERTS = (5, 10, 8)  # of which FSDP2 splits even sides alone, but for the first
 OPTIONS: dict[str, dict[str, Any]] = {
     "LoRAPre": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
     "LoRAPreMuon": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "adamw_lr": 0.005, "adamw_weight_decay": 0.01},
@@ -37,6 +39,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRAPreLion": {"lr": 0.002, "rank": 2, "weight_decay": 0.05},
     "LoRAPreAdafactor": {"lr": 0.01, "rank": 2, "weight_decay": 0.05, "betas": (0.9, 0.99)},
 }
+
+
+class Experts(nn.Module):
+    """A stack of matrices; under expert parallelism each rank sees the loss of its own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        experts = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(9)) / 8
+        self.experts = nn.Parameter(experts.to(dtype))
+
+    def forward(self, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        experts = self.experts
+        if isinstance(experts, DTensor):
+            mesh = experts.device_mesh
+            slope, experts = slope.chunk(mesh.size(), 1)[mesh.get_local_rank()], experts.to_local()
+        out = torch.einsum("epq,bq->bep", experts, x)
+        return ((out * slope) + 0.05 * out.square()).sum((1, 2))
 
 
 class Net(nn.Module):
@@ -53,13 +72,11 @@ class Net(nn.Module):
                 layer.bias.copy_(torch.randn(p, generator=generator) / 8)
             self.layers[name] = layer
         self.norm = nn.LayerNorm(5, dtype=dtype)
-        experts = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(9)) / 8
-        self.mlp = nn.ParameterDict({"experts": nn.Parameter(experts.to(dtype))})
+        self.mlp = Experts(dtype)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         total = self.norm(batch["norm"]).square().sum()
-        out = torch.einsum("epq,bq->bep", self.mlp["experts"], batch["experts"])
-        total = total + (out * batch["experts.slope"]).sum() + 0.05 * out.square().sum()
+        total = total + self.mlp(batch["experts"], batch["experts.slope"]).sum()
         for name, layer in self.layers.items():
             out = layer(batch[name])
             out = out.full_tensor() if isinstance(out, DTensor) else out
@@ -76,6 +93,71 @@ def batch_of(step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         batch[name] = torch.randn(6, q, generator=generator)
         batch[f"{name}.slope"] = torch.randn(6, p, generator=generator)
     return {name: value.to(dtype) for name, value in batch.items()}
+
+
+class Stage(Net):
+    """Some of the layers: a stage of a pipeline, which hands on the batch and, in the last column, each one's loss."""
+
+    def __init__(self, dtype: torch.dtype, index: int, count: int) -> None:
+        super().__init__(dtype)
+        for k, name in enumerate(SHAPES):
+            if k % count != index:
+                del self.layers[name]
+        if index:
+            del self.norm
+        if index != count - 1:
+            del self.mlp
+        self.index, self.last = index, index == count - 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = dict(zip(_WIDTHS, x.split([*_WIDTHS.values(), 1], 1), strict=False))
+        total = x[:, -1]
+        if hasattr(self, "norm"):
+            total = total + self.norm(parts["norm"]).square().sum(1) * parts["mask"][:, 0]
+        if hasattr(self, "mlp"):
+            slope = parts["experts.slope"].unflatten(1, EXPERTS[:2])
+            total = total + self.mlp(parts["experts"], slope)
+        for name, layer in self.layers.items():
+            out = layer(parts[name])
+            total = total + (out * parts[f"{name}.slope"]).sum(1) + 0.05 * out.square().sum(1)
+        return torch.cat([x[:, :-1], total[:, None]], 1)
+
+
+_WIDTHS = {"norm": 5, "mask": 1, "experts": EXPERTS[2], "experts.slope": EXPERTS[0] * EXPERTS[1]}
+for _name, (_p, _q) in SHAPES.items():
+    _WIDTHS |= {_name: _q, f"{_name}.slope": _p}
+
+
+def in_rows(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A batch as one row each; the norm sees the first ones alone."""
+    rows, seen = len(batch["experts"]), len(batch["norm"])
+    mask = torch.zeros(rows, 1).index_fill_(0, torch.arange(seen), 1.0)
+    norm = torch.cat([batch["norm"], batch["norm"].new_zeros(rows - seen, 5)])
+    parts = {**batch, "norm": norm, "mask": mask.to(norm), "experts.slope": batch["experts.slope"].flatten(1)}
+    return torch.cat([*(parts[name] for name in _WIDTHS), norm.new_zeros(rows, 1)], 1)
+
+
+def backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """The gradients of a batch; of a pipeline's stage in three micro-batches."""
+    if not isinstance(model, Stage):
+        model(batch).backward()
+        return
+    given = (in_rows(batch),) if model.index == 0 else ()
+    target = {"target": torch.zeros(len(batch["experts"]))} if model.last else {}
+    model.schedule.step(*given, **target)
+
+
+def staged(mesh: DeviceMesh, dtype: torch.dtype) -> Stage:
+    """This rank's stage of a pipeline along the dimension "pp" of a mesh, with what is inside it on the others."""
+    count, index = mesh["pp"].size(), mesh.get_local_rank("pp")
+    model: Any = Stage(dtype, index, count)
+    if "tp" in mesh.mesh_dim_names:
+        model = tensor_parallel(model, mesh["tp"])
+    if "dp" in mesh.mesh_dim_names:
+        shard(model, mesh["dp"])
+    stage = PipelineStage(model, index, count, torch.device("cpu"), group=mesh.get_group("pp"))
+    model.schedule = Schedule1F1B(stage, 3, loss_fn=lambda out, _: out[:, -1].sum(), scale_grads=False)
+    return model
 
 
 _references: dict[str, dict[str, torch.Tensor]] = {}
@@ -111,8 +193,17 @@ def mesh_of(world_size: int, *names: str) -> DeviceMesh:
 def tensor_parallel(model: Net, mesh: DeviceMesh) -> Net:
     rows, columns = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
     return parallelize_module(
-        model, mesh, {f"layers.{n}": columns if n in ("o_proj", "down_proj") else rows for n in SHAPES}
+        model, mesh, {f"layers.{n}": columns if n in ("o_proj", "down_proj") else rows for n in model.layers}
     )
+
+
+def expert_parallel(model: Net, world_size: int, dim: int) -> Net:
+    """Experts over two ranks, and each rank's split along a dimension over the others; all else over all ranks."""
+    mesh = init_device_mesh("cpu", (world_size // 2, 2), mesh_dim_names=("efsdp", "ep"))
+    experts = distribute_tensor(model.mlp.experts.detach(), mesh["ep"], [Shard(0)])
+    model.mlp.experts = nn.Parameter(experts)
+    fully_shard(model.mlp, mesh=mesh["efsdp"], shard_placement_fn=lambda _: Shard(dim))
+    return shard(model, mesh_of(world_size, "dp"))
 
 
 def shard(model: Net, mesh: DeviceMesh, **options: Any) -> Net:
@@ -132,6 +223,12 @@ def wrapped(layout: str, model: Net, world_size: int) -> nn.Module:
     if layout == "tp+fsdp2":
         mesh = mesh_of(world_size, "dp", "tp")
         return shard(tensor_parallel(model, mesh["tp"]), mesh["dp"])
+    if layout.startswith("ep+fsdp2"):
+        return expert_parallel(model, world_size, int(layout[-1]))
+    if layout in ("pp", "pp+fsdp2", "tp+pp+fsdp2"):
+        names = ("pp", "dp", "tp")[: layout.count("+") + 1]
+        shape = {1: (2,), 2: (2, world_size // 2), 3: (2, world_size // 4, 2)}[len(names)]
+        return staged(init_device_mesh("cpu", shape, mesh_dim_names=names), model.norm.weight.dtype)
     if layout.startswith("ddp"):
         return nn.parallel.DistributedDataParallel(model)
     strategy = ShardingStrategy.SHARD_GRAD_OP if layout == "fsdp1 grad_op" else ShardingStrategy.FULL_SHARD
@@ -156,6 +253,10 @@ def full_parameters(layout: str, model: nn.Module) -> dict[str, torch.Tensor]:
             n.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
             for n, p in model.named_parameters()
         }
+    if isinstance(model, Stage):
+        stages = all_ranks(named)
+        named = {n: p for stage in stages for n, p in stage.items()}
+        assert sum(len(stage) for stage in stages[:: len(stages) // 2]) == len(named)  # of none twice
     return named
 
 
@@ -178,7 +279,7 @@ def equality_case(
         stepper.workspace = replace(stepper.workspace, block=block)
     for step in range(steps):
         stepper.zero_grad()
-        model(batch_of(step, dtype)).backward()
+        backward(model, batch_of(step, dtype))
         stepper.step()
     got, want = full_parameters(layout, model), dense_path(steps, optimizer, settings)
     assert got.keys() == want.keys(), (got.keys(), want.keys())

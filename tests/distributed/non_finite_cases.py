@@ -11,7 +11,7 @@ from lorapre_dist import NonFiniteError
 from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizers import OPTIMIZERS
 
-from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped
+from .native_cases import OPTIONS, Net, backward, batch_of, full_parameters, wrapped
 
 
 def everything(layout: str, model: Any, optimizer: Any) -> dict[Any, torch.Tensor]:
@@ -36,7 +36,7 @@ def skip_case(
         for step in range(5):
             if bad_at is None and step == 2:
                 continue
-            backward(model, stepper, step, dtype)
+            _backward(model, stepper, step, dtype)
             if step == bad_at:
                 poison(model, layout, rank, world_size)
                 before = everything(layout, model, stepper)
@@ -52,9 +52,9 @@ def skip_case(
     return {"changed": changed, "differs": differs, "skipped": skipped, "said": refusal(model, stepper, layout, rank)}
 
 
-def backward(model: Any, optimizer: Any, step: int, dtype: torch.dtype) -> None:
+def _backward(model: Any, optimizer: Any, step: int, dtype: torch.dtype) -> None:
     optimizer.zero_grad()
-    model(batch_of(step, dtype)).backward()
+    backward(model, batch_of(step, dtype))
 
 
 def poison(model: Any, layout: str, rank: int, world_size: int) -> None:
@@ -71,7 +71,7 @@ def poison(model: Any, layout: str, rank: int, world_size: int) -> None:
 def refusal(model: Any, optimizer: Any, layout: str, rank: int) -> str:
     try:
         for _ in range(2):
-            backward(model, optimizer, 0, next(model.parameters()).dtype)
+            _backward(model, optimizer, 0, next(model.parameters()).dtype)
             poison(model, layout, rank, torch.distributed.get_world_size())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -26,7 +26,7 @@ from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.optimizers.base import LowRankOptimizer
 from tests import oracle
 
-from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped
+from .native_cases import OPTIONS, Net, backward, batch_of, full_parameters, wrapped
 
 # A matrix under AdamW, split by columns under tensor parallelism.
 ADAMW = "o_proj"
@@ -63,7 +63,7 @@ def built(layout: str, world_size: int, optimizer: str = "LoRAPre") -> tuple[nn.
 def train(model: nn.Module, optimizer: LowRankOptimizer, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
-        model(batch_of(step, torch.float64)).backward()
+        backward(model, batch_of(step, torch.float64))
         optimizer.step()
 
 

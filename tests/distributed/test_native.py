@@ -20,6 +20,12 @@ WORLDS = {
     "ddp replicated": (2, 3),
     "tp": (2, 3, 4),
     "tp+fsdp2": (4,),
+    "pp": (2,),
+    "pp+fsdp2": (4,),
+    "ep+fsdp2 0": (4,),
+    "ep+fsdp2 1": (4,),
+    "ep+fsdp2 2": (4,),
+    "tp+pp+fsdp2": (8,),
 }
 CASES = [(layout, world) for layout, worlds in WORLDS.items() for world in worlds]
 
@@ -36,6 +42,9 @@ def test_parameters_match_reference_in_fp64(layout, world):
         *[("LoRAPreMuon", *where) for where in [("fsdp2", 3), ("hsdp", 4), ("fsdp1", 3), ("ddp", 2), ("tp", 3)]],
         *[(name, "tp+fsdp2", 4) for name in OPTIONS if name != "LoRAPre"],
         *[(name, "fsdp1", 2) for name in OPTIONS if name not in ("LoRAPre", "LoRAPreMuon")],
+        *[(name, "pp+fsdp2", 4) for name in OPTIONS if name != "LoRAPre"],
+        *[(name, f"ep+fsdp2 {dim}", 4) for name in OPTIONS for dim in (0, 1, 2) if name != "LoRAPre"],
+        *[(name, "tp+pp+fsdp2", 8) for name in OPTIONS if name != "LoRAPre"],
     ],
 )
 def test_other_optimizers_match_reference_in_fp64(layout, world, optimizer):
@@ -45,7 +54,10 @@ def test_other_optimizers_match_reference_in_fp64(layout, world, optimizer):
         assert result["error"] <= 1e-10, (result["name"], result["error"])
 
 
-@pytest.mark.parametrize("layout, world", [("fsdp2", 3), ("fsdp1", 3), ("ddp", 4), ("tp", 3), ("tp+fsdp2", 4)])
+FP32 = [("fsdp2", 3), ("fsdp1", 3), ("ddp", 4), ("tp", 3), ("tp+fsdp2", 4), ("pp+fsdp2", 4), ("ep+fsdp2 2", 4)]
+
+
+@pytest.mark.parametrize("layout, world", FP32)
 @pytest.mark.parametrize("options", [{}, {"variant": "paper", "damping": 1e-3}], ids=["stable", "paper"])
 def test_parameters_match_reference_in_fp32(layout, world, options):
     """The printed damping amplifies rounding where a gradient is nearly low-rank, as it is here: hence another one."""

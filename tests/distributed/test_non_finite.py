@@ -12,7 +12,7 @@ from .harness import run_ranks
 from .non_finite_cases import skip_case
 
 LAYOUTS = [("fsdp2", 2), ("hsdp", 4), ("fsdp1", 2), ("fsdp1 hybrid", 4), ("ddp", 2), ("ddp replicated", 2), ("tp", 2)]
-LAYOUTS += [("tp+fsdp2", 4)]
+LAYOUTS += [("tp+fsdp2", 4), ("pp", 2), ("pp+fsdp2", 4), ("ep+fsdp2 1", 4), ("tp+pp+fsdp2", 8)]
 
 
 def check(results):

@@ -21,7 +21,7 @@ PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted(DOCS.glob("[a-z]*
 FENCED = re.compile(r"^(`{3,}).*?^\1$", re.MULTILINE | re.DOTALL)
 
 sys.path.insert(0, str(DOCS))
-from generate import command_line, results  # noqa: E402
+from generate import command_line, results, walk  # noqa: E402
 
 
 def prose(page: Path) -> str:
@@ -174,3 +174,13 @@ def test_documented_messages_are_in_the_source() -> None:
 def test_a_message_that_is_not_in_the_source_is_found() -> None:
     assert not messages.is_in_source("rank=…: must be a prime number")
     assert messages.is_in_source("rank=0: every parameter group has it, …")
+
+
+def test_the_walk_of_a_gradient_goes_through_the_step_in_order() -> None:
+    """Of functions, each below the one that calls it; no property or setting is among them."""
+    calls = list(walk.walk())
+    assert all(calls[k][0] <= calls[k - 1][0] + 1 for k in range(1, len(calls)))
+    places = [name for _, _, name, _ in calls]
+    phases = ["LowRankOptimizer.step", "step", "gather", "Adam.update_block", "reduce", "refresh_columns", "regauge"]
+    assert [name for name in places if name in phases] == phases
+    assert all((Path(lorapre_dist.__file__).parent / file).is_file() for _, file, _, _ in calls)

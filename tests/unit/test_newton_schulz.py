@@ -13,7 +13,7 @@ from lorapre_dist.core.comm import Comm
 from lorapre_dist.core.factors import allocate
 from lorapre_dist.core.guard import Size
 from lorapre_dist.core.interval import Peers, RowInterval
-from lorapre_dist.core.rules.muon import forms, orthogonal
+from lorapre_dist.core.rules.muon import cuts, orthogonal
 from lorapre_dist.core.rules.muon.newton_schulz import NewtonSchulz
 from lorapre_dist.core.transfer import Rectangle, Transfer
 from lorapre_dist.layouts.geometry.ranges import equal_ranges
@@ -109,9 +109,9 @@ def test_packed_symmetric_matrices(n):
 def test_the_cost_model_by_hand():
     """512 x 1376 on 4 ranks: elements sent per rank, and flops."""
     packed = sizes.packed_numel
-    rows = forms.cost("rows", (512, 1376), 4, [3, 2], moved=False)
-    columns = forms.cost("columns", (512, 1376), 4, [3, 2], moved=True)
-    gather = forms.cost("gather", (512, 1376), 4, [3, 2], moved=False)
+    rows = cuts.cost("rows", (512, 1376), 4, [3, 2], moved=False)
+    columns = cuts.cost("columns", (512, 1376), 4, [3, 2], moved=True)
+    gather = cuts.cost("gather", (512, 1376), 4, [3, 2], moved=False)
     assert rows.elements == 2 * 3 / 4 * packed(1376) * 2
     assert columns.elements == 2 * 3 / 4 * 512 * 1376 / 4 + 2 * 3 / 4 * packed(512) * 2
     assert gather.elements == 3 / 4 * 512 * 1376
@@ -120,7 +120,7 @@ def test_the_cost_model_by_hand():
 
 def test_the_form_follows_shape_and_layout():
     def choose(shape, ranks, split="rows", limit=0):
-        return forms.choose(shape, ranks, [3, 2], split, 4, limit)
+        return cuts.choose(shape, ranks, [3, 2], split, 4, limit)
 
     assert choose((1376, 512), 4) == choose((512, 512), 4) == "rows"
     assert choose((512, 1376), 4) == choose((2048, 5504), 4) == "columns"
@@ -150,7 +150,7 @@ def test_a_transfer_moves_every_element_once_and_back(form, ranges, columns):
     for k, (start, stop) in enumerate(ranges):
         peers = Peers(None, ranges, k, columns)
         held = matrix(shape, peers, start, stop, columns and columns[k])
-        routes.append(Transfer(held, forms.targets(form, peers, shape, owner=1)))
+        routes.append(Transfer(held, cuts.targets(form, peers, shape, owner=1)))
         parts = [x[s.row : s.row + s.rows, s.col : s.col_stop].reshape(-1) for s in held.interval.segments()]
         pieces.append(torch.cat(parts) if parts else x.new_empty(0))
     blocks = [torch.full(route.mine.shape, math.nan) for route in routes]

@@ -22,7 +22,7 @@ from ..exchange import Work
 from ..linalg import addmm
 from ..regression import Block, Regression
 from ..workspace import Workspace
-from .muon import forms, orthogonal
+from .muon import cuts, orthogonal
 from .muon.newton_schulz import NewtonSchulz
 from .needs import MOMENTUM
 
@@ -52,7 +52,7 @@ class Momentum:
     @property
     def per_element(self) -> int:
         """What making ``u`` orthogonal takes."""
-        return forms.PER_ELEMENT if self.orthogonal else 0
+        return cuts.PER_ELEMENT if self.orthogonal else 0
 
     def sum_boundary(self, work: Work, workspace: Workspace) -> None:
         """Nothing but ``Y`` is summed."""

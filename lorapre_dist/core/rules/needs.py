@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..sizes import Sizes
-from .muon import forms
+from .muon import cuts
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Needs:
     @property
     def per_element(self) -> int:
         """Numbers per element of a matrix that are kept from the first block to the end of the bucket."""
-        return forms.PER_ELEMENT if self.iterations else 0
+        return cuts.PER_ELEMENT if self.iterations else 0
 
 
 ADAM = Needs(2, passes=43, block_calls=48, stack_calls=43, wave_calls=142)
@@ -48,7 +48,7 @@ MUON_SIZES = Sizes(bucket=256 << 20, accelerator_bucket=256 << 20)
 
 def of_muon(ns_steps: int) -> Needs:
     """Momentum whose update is made orthogonal in so many iterations."""
-    return Needs(iterations=tuple(forms.segments(ns_steps)), sizes=MUON_SIZES)
+    return Needs(iterations=tuple(cuts.segments(ns_steps)), sizes=MUON_SIZES)
 
 
 _OF: dict[str, Callable[[Any], Needs]] = {

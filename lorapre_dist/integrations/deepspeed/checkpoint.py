@@ -165,9 +165,9 @@ def load(
     states = load_optimizer_states and not load_module_only
     with _partitioned(engine):
         wanted = _untrained(engine)
-        saved = content.read(path) if (path / content.FILE).is_file() else {}  # else loading.load says what is wrong
-        if saved and (not load_module_strict or saved.get("frozen") == "excluded"):
-            wanted = {n: t for n, t in wanted.items() if n in saved["parameters"]}
+        saved = content.read(path) if (path / content.FILE).is_file() else None  # else loading.load says what is wrong
+        if saved and (not load_module_strict or saved.frozen == "excluded"):
+            wanted = {n: t for n, t in wanted.items() if n in saved.parameters}
         extra = loading.load(
             path,
             engine.basic_optimizer,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ...core.interval import Range
+
+#: From where to where along each dimension of a tensor.
+Box = tuple[Range, ...]
 
 
 @functools.lru_cache(maxsize=64)  # the same few sizes come again and again, and there may be thousands of ranks
@@ -60,3 +63,31 @@ def stack_parts(inner: int, ranks: Iterable[int], ranges: Iterable[Range]) -> di
         for e, part in cut_into(start, stop, inner):
             found.setdefault(e, {})[rank] = part
     return dict(sorted(found.items()))
+
+
+def are_grid(shape: Sequence[int], boxes: Iterable[Box]) -> bool:
+    """Whether boxes, empty ones apart, cut each dimension of a tensor into intervals that tile it."""
+    full = [box for box in boxes if all(low < high for low, high in box)]
+    for dim, size in enumerate(shape):
+        at = 0
+        for low, high in sorted({box[dim] for box in full}):
+            if low != at:
+                return False
+            at = high
+        if full and at != size:
+            return False
+    return True
+
+
+def matrix_parts(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[tuple[Range, ...], tuple[Range, ...] | None]:
+    """What boxes hold of a p x q matrix: whole rows, as elements, and of these the columns (None: all of them)."""
+    _, q = shape
+    rows = tuple((low * q, high * q) for (low, high), _ in boxes)
+    columns = tuple(columns for _, columns in boxes)
+    return rows, None if set(columns) == {(0, q)} else columns
+
+
+def stack_boxes(boxes: Sequence[Box], e: int) -> dict[int, Box]:
+    """Of matrix ``e`` of a stack (matrices x p x q) that lies so: which boxes hold a part of it, and which part."""
+    held = {k: box for k, box in enumerate(boxes) if box[0][0] <= e < box[0][1]}
+    return {k: box[1:] for k, box in held.items() if all(low < high for low, high in box[1:])}

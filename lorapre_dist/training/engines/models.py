@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 from lorapre_dist.config import ConfigError
 from lorapre_dist.config.ds_training import precision, sixteen_bit_weights
 from lorapre_dist.layouts.base import local
-from lorapre_dist.layouts.dtensor import block
+from lorapre_dist.layouts.dtensor import spread
 from lorapre_dist.training.engines import pretrained
 from lorapre_dist.training.engines.presets import PRESETS
 from lorapre_dist.training.run import ranks
@@ -220,8 +220,7 @@ def _initialise_module(owner: PreTrainedModel, module: nn.Module, parameters: li
 def _fill(name: str, parameter: nn.Parameter, values: torch.Tensor) -> None:
     """Copy ``values`` to a parameter, or to this rank's shard of it."""
     if isinstance(parameter, DTensor):
-        held = block(name, parameter)
-        values = values.reshape(-1)[held.start : held.stop].view(local(parameter).shape)
+        values = values[tuple(slice(low, high) for low, high in spread(name, parameter).own)]
     local(parameter.data).copy_(values)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...linalg import mm, symmetric_product
-from .forms import segments
+from .cuts import segments
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class NewtonSchulz:
     eps: float
 
     def segments(self) -> list[int]:
-        """Iterations on each Gram, see ``forms.py``."""
+        """Iterations on each Gram, see ``cuts.py``."""
         return segments(self.steps)
 
 

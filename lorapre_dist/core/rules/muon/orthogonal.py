@@ -1,6 +1,6 @@
 """Orthogonalise matrices that lie in pieces on several ranks, without assembling any.
 
-Each matrix is brought into one of three forms (``forms.py``), for which only some of its elements have to move.
+Each matrix is brought into one of three forms (``cuts.py``), for which only some of its elements have to move.
 
 The ranks' Grams are summed on one rank, matrix by matrix another one, which iterates there (``newton_schulz.py``) and
 sends the polynomial to the others: as many bytes as an all-reduce of the Gram, and no iteration is done twice. A matrix
@@ -22,7 +22,7 @@ from ...guard import Size
 from ...linalg import gram, mm, packed, unpacked
 from ...sizes import packed_numel
 from ...transfer import Transfer
-from . import forms
+from . import cuts
 from .newton_schulz import NewtonSchulz, iteration_dtype, polynomial
 
 
@@ -51,12 +51,12 @@ class Task:
     @property
     def wide(self) -> bool:
         """Whether the Gram is ``X X^T``."""
-        return forms.is_wide(self.form, self.matrix.interval.shape)
+        return cuts.is_wide(self.form, self.matrix.interval.shape)
 
     @property
     def side(self) -> int:
         """Rows of the Gram."""
-        return forms.side(self.form, self.matrix.interval.shape)
+        return cuts.side(self.form, self.matrix.interval.shape)
 
     @property
     def iterates(self) -> bool:
@@ -107,11 +107,11 @@ def _plan(tasks: list[Task], settings: NewtonSchulz, limit: int) -> None:
     """Forms and owners, the same on every rank that shares a matrix."""
     for _, shared in by_group(tasks):
         lying = [(t.matrix.interval.shape, t.matrix.peers, t.matrix.dtype.itemsize) for t in shared]
-        for task, plan in zip(shared, forms.plan(lying, settings.segments(), limit), strict=True):
+        for task, plan in zip(shared, cuts.plan(lying, settings.segments(), limit), strict=True):
             task.form, task.owner, task.moved = plan.form, plan.owner, plan.moved
             shape, peers = task.matrix.interval.shape, task.matrix.peers
             assert peers is not None
-            task.transfer = Transfer(task.matrix, forms.targets(plan.form, peers, shape, plan.owner))
+            task.transfer = Transfer(task.matrix, cuts.targets(plan.form, peers, shape, plan.owner))
 
 
 def _exchange(tasks: list[Task], comm: Comm, back: bool) -> None:

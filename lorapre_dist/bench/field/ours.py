@@ -1,0 +1,52 @@
+"""Our own optimizers as contenders; ``scale`` is 1, so that the learning rate means what it means for AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lorapre_dist.bench.contenders import BETAS, EPS, MUON_LRS
+from lorapre_dist.optimizers import OPTIMIZERS
+
+from .contender import Contender, Matrices
+
+LRS = (0.0005, 0.001, 0.002, 0.004)
+
+
+def lorapre(name: str, share: int) -> Contender:
+    """LoRAPre or LoRAPreAdafactor with the defaults of the ``stable`` variant."""
+
+    def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
+        given = {"betas": BETAS, "eps": EPS, "scale": 1.0} | options
+        return OPTIMIZERS[name]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **given)
+
+    return Contender(name, build, LRS, share, origin="lorapre_dist")
+
+
+def paper(share: int) -> Contender:
+    """LoRAPre as it is printed."""
+
+    def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
+        given = {"betas": BETAS, "eps": EPS, "scale": 1.0, "variant": "paper"} | options
+        return OPTIMIZERS["LoRAPre"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **given)
+
+    return Contender("LoRAPre, paper variant", build, (0.00005, 0.0001, 0.0002, 0.0004), share, origin="lorapre_dist")
+
+
+def muon(share: int) -> Contender:
+    """LoRAPreMuon with its defaults."""
+
+    def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
+        return OPTIMIZERS["LoRAPreMuon"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **options)
+
+    return Contender("LoRAPreMuon", build, (*MUON_LRS, 0.04), share, origin="lorapre_dist")
+
+
+def lion(share: int) -> Contender:
+    """LoRAPreLion with its defaults."""
+
+    def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
+        return OPTIMIZERS["LoRAPreLion"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **options)
+
+    return Contender("LoRAPreLion", build, (0.0001, 0.0002, 0.0004, 0.0008), share, origin="lorapre_dist")

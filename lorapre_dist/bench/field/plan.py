@@ -1,0 +1,127 @@
+"""Which runs a contender still needs: the best lr is looked for with short runs, then long ones are done with it.
+
+Everything follows from the settings and the records that are there, so that a table is extended, not done again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .setting import Setting, Training
+from .store import Record
+
+Get = Callable[[Setting], Record | None]
+#: Learning rates that are tried at most beyond those a contender begins with.
+BEYOND = 6
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every contender is treated.
+
+    Attributes:
+        training: what all runs share.
+        steps: of the runs of which the loss is compared, one for each of ``seeds``.
+        screen_steps: of the runs that look for the lr, with the first seed.
+        lrs: in place of each contender's own; one alone is used as it is.
+        points: of the long runs' curves.
+    """
+
+    training: Training
+    steps: int
+    screen_steps: int
+    seeds: tuple[int, ...]
+    lrs: tuple[float, ...] = ()
+    points: int = 10
+
+    def screen(self, contender: str, lr: float) -> Setting:
+        """The short run that tries a learning rate."""
+        return self._run(contender, lr, self.seeds[0], self.screen_steps, 0)
+
+    def final(self, contender: str, lr: float, seed: int) -> Setting:
+        """The long run of a seed."""
+        return self._run(contender, lr, seed, self.steps, self.points)
+
+    def _run(self, contender: str, lr: float, seed: int, steps: int, points: int) -> Setting:
+        kept = replace(self.training, warmup=min(self.training.warmup, steps))
+        return Setting(**vars(kept), contender=contender, lr=lr, seed=seed, steps=steps, points=points)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the short runs have shown.
+
+    Attributes:
+        losses: by learning rate, in rising order; infinite where it diverged.
+        wanted: learning rates of runs that are missing.
+        error: why the contender cannot run, where it cannot.
+    """
+
+    losses: dict[float, float]
+    wanted: list[float]
+    error: str | None = None
+
+    @property
+    def best(self) -> float | None:
+        """The learning rate of the lowest loss, once nothing is missing."""
+        if self.wanted or self.error or not self.losses or math.isinf(min(self.losses.values())):
+            return None
+        return min(self.losses, key=lambda lr: self.losses[lr])
+
+    @property
+    def inside(self) -> bool:
+        """Whether the best one has tried neighbours on both sides."""
+        return self.best in sorted(self.losses)[1:-1]
+
+
+def search(contender: str, own: tuple[float, ...], protocol: Protocol, get: Get) -> Search:
+    """The search for a contender's learning rate, which goes on beyond its ``own`` while an end is best."""
+    grid = list(protocol.lrs or own)
+    losses: dict[float, float] = {}
+    for _ in range(BEYOND + 1):
+        records = {lr: get(protocol.screen(contender, lr)) for lr in grid}
+        failed = next((r["error"] for r in records.values() if r and "error" in r), None)
+        losses = {lr: _loss(record) for lr, record in sorted(records.items()) if record and not failed}
+        missing = [lr for lr, record in records.items() if record is None]
+        if failed or missing or len(grid) == 1:
+            return Search(losses, missing, failed)
+        best = min(losses, key=lambda lr: losses[lr])
+        if best not in (min(grid), max(grid)):
+            break
+        grid.append(_beyond(best, grid, all(map(math.isinf, losses.values()))))
+    return Search(losses, [])
+
+
+def _beyond(best: float, grid: list[float], diverged: bool) -> float:
+    """Half the lowest learning rate or twice the highest, rounded so that it is found again by its value."""
+    factor = 0.5 if diverged or best == min(grid) else 2.0
+    return float(f"{(min(grid) if factor < 1 else max(grid)) * factor:.6g}")
+
+
+def _loss(record: Record) -> float:
+    return math.inf if record["val_loss"] is None else record["val_loss"]
+
+
+def missing(contender: str, own: tuple[float, ...], protocol: Protocol, get: Get) -> list[Setting]:
+    """The runs that can be done now, those of the first seed first; none once a contender is done or cannot run."""
+    lrs = protocol.lrs or own
+    if len(lrs) == 1:
+        best: float | None = lrs[0]
+    else:
+        found = search(contender, own, protocol, get)
+        if found.wanted:
+            return [protocol.screen(contender, lr) for lr in found.wanted]
+        best = found.best
+    if best is None:
+        return []
+    runs = [protocol.final(contender, best, seed) for seed in protocol.seeds]
+    if any("error" in (get(run) or {}) for run in runs):
+        return []
+    return [run for run in runs if get(run) is None]
+
+
+def round_of(setting: Setting, protocol: Protocol) -> int:
+    """Which of the rounds over all contenders a run belongs to: first the searches, then seed by seed."""
+    return 0 if setting == protocol.screen(setting.contender, setting.lr) else 1 + protocol.seeds.index(setting.seed)
