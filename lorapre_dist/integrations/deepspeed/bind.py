@@ -58,8 +58,7 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("zero_optimization.offload_optimizer.ratio", lambda v: v != 1.0, "it brings a second Adam; leave it at 1.0"),
     ("zero_optimization.zenflow", lambda v: v is not None, "it replaces the optimizer's step"),
     ("zero_optimization.elastic_checkpoint", True, "it cuts state tensors to the length of the flat weights"),
-    ("zero_optimization.mics_shard_size", _above(0), "parameters are then split over sub-groups of ranks"),
-    ("zero_optimization.zero_hpz_partition_size", _above(1), "secondary partitions are not understood"),
+    ("zero_optimization.mics_shard_size", _above(0), "DeepSpeed has it no more; take FSDP2 over a 2-D mesh (HSDP)"),
     ("fp16.fp16_master_weights_and_grads", True, "take bf16, bf16_master_weights_and_grads and weights='stochastic'"),
     ("tensor_parallel.autotp_size", _above(1), "DeepSpeed's tensor parallelism splits matrices again"),
     ("torch_autocast.enabled", True, "its gradient scaler steps the optimizer behind DeepSpeed; use bf16 or fp16"),
@@ -250,6 +249,8 @@ def _binding(configure: Any) -> Any:
             check_config(config)
         if engine.optimizer_name() in OPTIMIZERS:
             agreement.require(_group_facts(engine, client_optimizer, model_parameters), shares=ranks.sharing(engine))
+        if engine.optimizer_name() in OPTIMIZERS or isinstance(client_optimizer, LowRankOptimizer):
+            _check_sequences(engine)
         with building_under_engine():
             result = configure(engine, client_optimizer, model_parameters)
         optimizer = engine.basic_optimizer
@@ -265,6 +266,16 @@ def _binding(configure: Any) -> Any:
         return result
 
     return configure_and_bind
+
+
+def _check_sequences(engine: Any) -> None:
+    """Refuse what DeepSpeed does without a word with a mesh of its own: it adds gradients up over data ranks alone."""
+    if engine.sequence_parallel_size > 1 and engine.mpu is None and engine.zero_optimization_stage() < 3:
+        raise ConfigError(
+            f"sequence_parallel_size={engine.sequence_parallel_size} in the JSON with ZeRO stage "
+            f"{engine.zero_optimization_stage()}: DeepSpeed does not add up the gradients of a sequence's parts there; "
+            "give mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp to initialize, or take stage 3"
+        )
 
 
 def _check_matches(engine: Any, optimizer: LowRankOptimizer, names: dict[Any, str]) -> None:

@@ -11,7 +11,7 @@ from .names import expert_layers
 
 def sharing(engine: Any) -> list[int] | None:
     """The ranks that have this one's parameters; None: all of the world."""
-    if engine.mpu is None or not dist.is_initialized():
+    if not _has_model_axes(engine) or not dist.is_initialized():
         return None
     ranks: list[int] = dist.get_process_group_ranks(engine.mpu.get_data_parallel_group())
     return ranks if len(ranks) < dist.get_world_size() else None
@@ -19,10 +19,15 @@ def sharing(engine: Any) -> list[int] | None:
 
 def beyond(engine: Any) -> list[Any]:
     """Groups of ranks that step together and have other parameters."""
-    groups = [] if engine.mpu is None else [engine.mpu.get_model_parallel_group()]
+    groups = [engine.mpu.get_model_parallel_group()] if _has_model_axes(engine) else []
     return [group for group in (*groups, *of_experts(engine)) if dist.get_world_size(group) > 1]
 
 
 def of_experts(engine: Any) -> list[Any]:
     """Groups of ranks that have other experts each, one for each ``ep_size``."""
     return list(dict.fromkeys(layer.ep_group for _, layer in expert_layers(engine.module)))
+
+
+def _has_model_axes(engine: Any) -> bool:
+    """Whether ranks hold other parts of the model; there is an ``mpu`` that only says who shares sequences."""
+    return engine.mpu is not None and not hasattr(engine.mpu, "initialize_sequence_parallel")

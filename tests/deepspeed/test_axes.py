@@ -1,0 +1,72 @@
+"""Ranks that are not all alike in data parallelism: secondary partitions, parts of a sequence."""
+
+from __future__ import annotations
+
+import deepspeed
+import pytest
+import torch.distributed as dist
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.utils import groups
+
+from lorapre_dist.config import LoRAPreConfig
+from tests.distributed.harness import run_ranks
+
+from .cases import PARAMS, build, dense, ds_config, full_parameters, merge, slopes, train, worst
+
+STEPS = 20
+FP32 = 1e-5  # the contract: after 20 steps, fp32 summation order is all that differs
+
+
+def secondary_case(rank: int, world_size: int) -> tuple[float, str, int]:
+    """hpZ of ZeRO++: a second copy of the 16-bit weights lies in pairs of ranks, what is stepped over all four."""
+    config = merge(ds_config(3, "bf16", 1, 0.5, PARAMS), {"zero_optimization": {"zero_hpz_partition_size": 2}})
+    engine = build(config, zero_init=False)
+    try:
+        engine(slopes(0, rank, 0, world_size))
+        second = sum(p.ds_secondary_tensor is not None for p in engine.module.parameters())
+        train(engine, rank, world_size, range(STEPS), 1)
+        want = dense(LoRAPreConfig(**PARAMS), STEPS, world_size, 1, 0.5, set(), False)
+        return *worst(full_parameters(engine), want), second
+    finally:
+        engine.destroy()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        dist.barrier()
+
+
+def sequences_case(rank: int, world_size: int, *, stage: int, mesh: bool) -> tuple[float, str, int]:
+    """Ulysses: of each sequence two ranks have a part each, whose gradients DeepSpeed adds up rather than averages.
+
+    Args:
+        mesh: the JSON says so, rather than a unit for it that is given as ``mpu``.
+    """
+    sizes = {"sequence_parallel_size": 2, "data_parallel_size": world_size // 2} if mesh else {}
+    deepspeed.init_distributed(verbose=False)
+    if not mesh:
+        parallel_state_sp.initialize_sequence_parallel(2)
+    config = ds_config(stage, "fp32", 1, 0.5, PARAMS) | sizes
+    engine = build(config, zero_init=False, mpu=None if mesh else parallel_state_sp)
+    try:
+        for step in range(STEPS):
+            batch = {name: slope / 2 for name, slope in slopes(step, rank, 0, world_size).items()}
+            engine.backward(engine(batch))
+            engine.step()
+        want = dense(LoRAPreConfig(**PARAMS), STEPS, world_size, 1, 0.5, set(), False)
+        return *worst(full_parameters(engine), want), engine.sequence_parallel_size
+    finally:
+        engine.destroy()
+        groups.mesh_device = groups.mpu = None
+        parallel_state_sp._release_sequence_parallel_groups()
+        dist.barrier()
+
+
+def test_secondary_partitions():
+    for error, name, second in run_ranks(4, secondary_case):
+        assert error <= FP32, name
+        assert second > 0
+
+
+@pytest.mark.parametrize("world, stage, mesh", [(4, 0, False), (4, 2, False), (2, 3, False), (4, 3, True)])
+def test_parts_of_sequences(world, stage, mesh):
+    for error, name, size in run_ranks(world, sequences_case, stage=stage, mesh=mesh):
+        assert error <= FP32, name
+        assert size == 2
