@@ -553,6 +553,6 @@ def test_the_command_says_which_options_fit(capsys):
     assert found["fits"] and found["total"] <= found["bytes"] and found["options"]
     assert main([*arguments, "--max_memory", "8GiB"]) == 0
     text = capsys.readouterr().out
-    assert f"fits in 8.00 GiB with {list(found['options'])[0]}" in text and "peak in" in text
+    assert f"fits in 8.00 GiB with {next(iter(found['options']))}" in text and "peak in" in text
     assert main([*arguments, "--max_memory", "1GiB"]) == 0
     assert "does not fit in 1.00 GiB; the least is" in capsys.readouterr().out
