@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
-from ..core.interval import Peers, Range
+from ..core.interval import Peers, Range, numel_of
 from .geometry.ranges import Box
 from .geometry.shares import turn
 
@@ -75,9 +75,7 @@ class Piece:
         """Number of elements held here."""
         if self.spread is not None:
             return math.prod(high - low for low, high in self.spread.own)
-        if self.columns is None:
-            return self.stop - self.start
-        return (self.stop - self.start) // self.shape[1] * (self.columns[1] - self.columns[0])
+        return numel_of(self.start, self.stop, self.shape[-1] if self.shape else 1, self.columns)
 
 
 @dataclass(frozen=True)

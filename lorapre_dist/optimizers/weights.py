@@ -45,8 +45,10 @@ def rounding(config: LowRankConfig, piece: Piece, device: torch.device) -> Round
         return roundings.Kahan(torch.zeros(piece.numel, dtype=torch.int16, device=device))
     if config.weights != "stochastic":
         return Rounding()
-    start, width, stride = piece.start, 1, 1
+    start, width, stride, phase = piece.start, 1, 1, 0
     if piece.columns is not None:
         first, last = piece.columns
-        start, width, stride = start + first, max(1, last - first), piece.shape[1]
-    return roundings.stochastic(piece.name, config.seed, start, width, stride, device)
+        row, begin = divmod(start, piece.shape[1])
+        start, phase = row * piece.shape[1] + first, max(0, begin - first)
+        width, stride = max(1, last - first), piece.shape[1]
+    return roundings.stochastic(piece.name, config.seed, start, width, stride, device, phase)
