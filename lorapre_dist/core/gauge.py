@@ -52,10 +52,10 @@ def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace)
 
 def _replicas(matrix: Matrix) -> list[int]:
     """Rows of B that other ranks hold as well, though not among the same rows: cut ones at the ends of an interval."""
-    if matrix.peers is None or matrix.peers.columns is not None:
+    if matrix.peers is None:
         return []
     first, rows = matrix.interval.first_row, matrix.interval.rows
-    return [row - first for row in matrix.peers.cut_rows(matrix.interval.shape) if 0 <= row - first < rows]
+    return [row - first for row in matrix.peers.replicated_rows(matrix.interval.shape) if 0 <= row - first < rows]
 
 
 def _change_gauge(factors: Factors, replicas: list[int], lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:

@@ -29,12 +29,23 @@ class Segment:
         return self.rows * (self.col_stop - self.col)
 
 
+def numel_of(start: int, stop: int, q: int, columns: Range | None) -> int:
+    """Elements of ``[start, stop)`` of a matrix with q columns, in row-major order; of ``columns`` alone, if given."""
+    return stop - start if columns is None else _ahead(stop, q, columns) - _ahead(start, q, columns)
+
+
+def _ahead(at: int, q: int, columns: Range) -> int:
+    """Elements of ``columns`` ahead of the element ``at``."""
+    (row, col), (first, last) = divmod(at, q), columns
+    return row * (last - first) + min(max(col - first, 0), last - first)
+
+
 @dataclass(frozen=True)
 class RowInterval:
     """The piece ``[start, stop)``, in row-major order, of the p x q matrix ``name`` that one rank holds.
 
-    With ``columns`` it is those columns of the whole rows from ``start`` to ``stop``: a rectangle, as under tensor
-    parallelism.
+    With ``columns`` it is those of its elements that lie in these columns: of whole rows a rectangle, as under tensor
+    parallelism, or such a rectangle cut again as if it were the matrix.
     """
 
     name: str
@@ -49,15 +60,13 @@ class RowInterval:
             raise ValueError(f"{self.name}: interval [{self.start}, {self.stop}) is outside a {p} x {q} matrix")
         if self.columns is not None:
             first, last = self.columns
-            if not 0 <= first <= last <= q or self.start % q or self.stop % q:
-                raise ValueError(f"{self.name}: columns [{first}, {last}) need whole rows of a {p} x {q} matrix")
+            if not 0 <= first <= last <= q:
+                raise ValueError(f"{self.name}: columns [{first}, {last}) are outside a {p} x {q} matrix")
 
     @property
     def numel(self) -> int:
         """Number of elements held."""
-        if self.columns is None:
-            return self.stop - self.start
-        return (self.stop - self.start) // self.shape[1] * (self.columns[1] - self.columns[0])
+        return numel_of(self.start, self.stop, self.shape[1], self.columns)
 
     @property
     def first_row(self) -> int:
@@ -75,36 +84,36 @@ class RowInterval:
 
         That row and all later ones are counted here in sums over rows; an earlier one is counted elsewhere.
         """
-        if self.columns is not None:
-            return self.rows if self.columns[0] else 0
+        if self.columns is not None and self.columns[0]:
+            return self.rows
         return min(self.rows, 1 if self.start % self.shape[1] else 0)
 
     def place(self, row: int, col: int) -> int | None:
         """Where an element of the matrix lies in the piece; None if it does not."""
-        at = row * self.shape[1] + col - self.start
-        if not 0 <= at < self.stop - self.start:
-            return None
-        if self.columns is None:
-            return at
-        first, last = self.columns
-        return (row - self.first_row) * (last - first) + col - first if first <= col < last else None
+        q, (first, last) = self.shape[1], self.columns or (0, self.shape[1])
+        at = row * q + col
+        held = self.start <= at < self.stop and first <= col < last
+        return numel_of(self.start, at, q, self.columns) if held else None
 
     def segments(self) -> list[Segment]:
         """The interval as at most three rectangles: a part of a row, whole rows, a part of a row."""
-        q = self.shape[1]
-        if self.columns is not None:
-            return [Segment(self.first_row, self.rows, *self.columns, 0)] if self.numel else []
+        if not self.numel:
+            return []
+        q, (first, last) = self.shape[1], self.columns or (0, self.shape[1])
+        (row, low), (end, high) = divmod(self.start, q), divmod(self.stop - 1, q)
+        low, high = max(low, first), min(high + 1, last)
+        if row == end:
+            return [Segment(row, 1, low, high, 0)]
         found: list[Segment] = []
-        at = self.start
-        while at < self.stop:
-            row, col = divmod(at, q)
-            if col or self.stop - at < q:
-                end = min(self.stop, (row + 1) * q)
-                found.append(Segment(row, 1, col, col + end - at, at - self.start))
-            else:
-                end = self.stop // q * q
-                found.append(Segment(row, (end - at) // q, 0, q, at - self.start))
-            at = end
+        whole, behind = row + (low > first), end + (high == last)
+        for begin, rows, *columns in (
+            (row, whole - row, low, last),
+            (whole, behind - whole, first, last),
+            (behind, end + 1 - behind, first, high),
+        ):
+            if rows:
+                offset = found[-1].offset + found[-1].numel if found else 0
+                found.append(Segment(begin, rows, columns[0], columns[1], offset))
         return found
 
 
@@ -113,8 +122,7 @@ def _largest(ranges: tuple[Range, ...], columns: tuple[Range, ...] | None, q: in
     """Of :meth:`Peers.largest`."""
     if columns is None:
         return max(stop - start for start, stop in ranges)
-    pairs = zip(ranges, columns, strict=True)
-    return max((stop - start) // q * (last - first) for (start, stop), (first, last) in pairs)
+    return max(numel_of(*held, q, some) for held, some in zip(ranges, columns, strict=True))
 
 
 @functools.lru_cache(maxsize=256)
@@ -128,6 +136,13 @@ def _are_blocks(ranges: tuple[Range, ...], columns: tuple[Range, ...], shape: tu
 def cut_rows(ranges: tuple[Range, ...], q: int) -> tuple[int, ...]:
     """Rows that more than one of ``ranges`` (which tile the matrix in order; some may be empty) holds a part of."""
     return tuple(sorted({start // q for start, stop in ranges if start < stop and start % q}))
+
+
+@functools.lru_cache(maxsize=256)
+def _begun_inside(ranges: tuple[Range, ...], columns: tuple[Range, ...], q: int) -> tuple[int, ...]:
+    """Of :meth:`Peers.replicated_rows`, of columns."""
+    pairs = zip(ranges, columns, strict=True)
+    return tuple(sorted({start // q for (start, stop), (first, _) in pairs if start < stop and start % q > first}))
 
 
 def column_block(q: int, parts: int, index: int) -> Range:
@@ -144,7 +159,7 @@ class Peers:
         group: their process group.
         ranges: the row-major interval of each, in order of group rank; they tile the matrix, some may be empty.
         index: this rank's place among them.
-        columns: of whole rows (``ranges``), the columns that each of them holds; None where rows are not split so.
+        columns: of ``ranges``, the columns that each of them holds; None where rows are not split so.
         turn: matrices of few ranks are stepped in two turns. Where each rank shares one with the rank before it and one
             with the next, the pairs that begin with an even rank go first: in one order all would wait in a chain.
     """
@@ -170,6 +185,12 @@ class Peers:
         if shape not in self._cut:
             self._cut[shape] = cut_rows(self.ranges, shape[1])
         return self._cut[shape]
+
+    def replicated_rows(self, shape: tuple[int, int]) -> Sequence[int]:
+        """Rows that ranks hold a part of which have other rows beside it, in order."""
+        if self.columns is not None:
+            return _begun_inside(self.ranges, self.columns, shape[1])
+        return self.cut_rows(shape)
 
     @functools.cached_property
     def _cut(self) -> dict[tuple[int, int], Sequence[int]]:

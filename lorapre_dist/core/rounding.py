@@ -63,6 +63,7 @@ class Stochastic(Rounding):
         start: place of the piece's first element in the whole parameter, in row-major order.
         width, stride: elements of a row of the piece, and of the parameter, where the piece is split by columns; the
             same number where it is a run.
+        phase: of such a piece, elements of its first row that it lacks; ``start`` is that of the row's then.
         keys: of the step, by :func:`draw`: 2, of a stack k x 2, int32.
     """
 
@@ -71,6 +72,7 @@ class Stochastic(Rounding):
     width: int = 1
     stride: int = 1
     keys: Any = None
+    phase: int = 0
 
     def put(self, wide: Tensor, theta: Tensor, at: int) -> None:
         """Rounded at random: the upper half, after adding 16 random bits to the lower one."""
@@ -84,7 +86,7 @@ class Stochastic(Rounding):
         if self.width == self.stride:
             index.add_(_signed(self.start + at, 32))
         else:
-            index.add_(at)
+            index.add_(at + self.phase)
             rows = torch.div(index, self.width, rounding_mode="floor")
             index.add_(rows.mul_(_signed(self.stride - self.width, 32))).add_(_signed(self.start, 32))
         return _hashed(index, self.keys)
@@ -136,11 +138,13 @@ def split(wide: Tensor, theta: Tensor, low: Tensor) -> None:
     low.copy_(bits.sub_(upper)).masked_fill_(theta == 0, 0)
 
 
-def stochastic(name: str, seed: int, start: int, width: int, stride: int, device: torch.device) -> Stochastic:
+def stochastic(
+    name: str, seed: int, start: int, width: int, stride: int, device: torch.device, phase: int = 0
+) -> Stochastic:
     """For a piece of the parameter ``name``; see :class:`Stochastic`."""
     digest = hashlib.blake2b(f"{seed}:rounding:{name}".encode(), digest_size=8).digest()
     key = torch.tensor(int.from_bytes(digest, "little", signed=True), device=device)
-    return Stochastic(key, start, width, stride)
+    return Stochastic(key, start, width, stride, phase=phase)
 
 
 def draw(states: Sequence[Any]) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .interval import RowInterval, Segment
+from .interval import Peers, RowInterval, Segment
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .factors import Matrix
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,14 @@ def row_slice(rectangle: Rectangle, row: int) -> slice:
 
 
 class Transfer:
-    """How the pieces of a shared matrix become ``targets[k]`` on rank k of its peers, and come back."""
+    """How the pieces of a p x q matrix become ``targets[k]`` on rank k of those that share it, and come back."""
 
-    def __init__(self, matrix: Matrix, targets: list[Rectangle]) -> None:
-        peers, (p, q) = matrix.peers, matrix.interval.shape
-        assert peers is not None
+    def __init__(self, peers: Peers, shape: tuple[int, int], targets: list[Rectangle]) -> None:
         self.targets, self.index = targets, peers.index
         self.segments = []
         for k, (start, stop) in enumerate(peers.ranges):
             columns = None if peers.columns is None else peers.columns[k]
-            self.segments.append(RowInterval(matrix.interval.name, (p, q), start, stop, columns).segments())
+            self.segments.append(RowInterval("", shape, start, stop, columns).segments())
 
     @property
     def mine(self) -> Rectangle:

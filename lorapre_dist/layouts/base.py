@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
-from ..core.interval import Peers, Range
+from ..core.interval import Peers, Range, numel_of
 from .geometry.ranges import Box
 from .geometry.shares import turn
 
@@ -66,8 +66,11 @@ class Piece:
     spread: Spread | None = None
 
     @property
-    def runs(self) -> tuple[int, int, int] | None:
-        """Where its elements lie in the parameter: from where, runs of how many, every how many; None: no such."""
+    def runs(self) -> tuple[int, int, int, int] | None:
+        """Where its elements lie in the parameter: from where, runs of how many, every how many; None: no such.
+
+        And how many elements of the first run are not here.
+        """
         if self.spread is not None:
             own, whole = self.spread.own, [(0, size) for size in self.shape]
             split = next(d for d in range(1, len(own)) if own[d] != whole[d] or d == len(own) - 1)
@@ -76,11 +79,12 @@ class Piece:
             alike = all(own[d] == whole[d] for d in range(1, len(own)) if d != split)
             between = math.prod(self.shape[1:split])
             start = own[0][0] * stride * between + low * inner
-            return (start, max(1, (high - low) * inner), stride) if alike else None
+            return (start, max(1, (high - low) * inner), stride, 0) if alike else None
         if self.columns is not None:
             first, last = self.columns
-            return self.start + first, max(1, last - first), self.shape[1]
-        return self.start, 1, 1
+            row, begin = divmod(self.start, self.shape[1])
+            return row * self.shape[1] + first, max(1, last - first), self.shape[1], max(0, begin - first)
+        return self.start, 1, 1, 0
 
     @property
     def split_inside(self) -> bool:
@@ -92,9 +96,7 @@ class Piece:
         """Number of elements held here."""
         if self.spread is not None:
             return math.prod(high - low for low, high in self.spread.own)
-        if self.columns is None:
-            return self.stop - self.start
-        return (self.stop - self.start) // self.shape[1] * (self.columns[1] - self.columns[0])
+        return numel_of(self.start, self.stop, self.shape[-1] if self.shape else 1, self.columns)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ few, and mostly one.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from ..core.interval import Peers
 from .base import Layout, Piece, Spread
@@ -22,9 +24,10 @@ LowRank = Callable[[str, tuple[int, ...], int], bool]
 def arrange(layout: Layout, is_low_rank: LowRank) -> None:
     """Take the low-rank stacks apart and number the matrices, in place. Peers of their matrices are ranks, no groups.
 
-    Of any other tensor that is spread there is but one group to find.
+    Of any other tensor that is spread there is but one group to find. Where a rank lists only what it holds a part of,
+    those are numbered that the same ranks share.
     """
-    counted = Numbering(layout.lists_all, layout.numbered)
+    counted, shared = Numbering(True, layout.numbered), defaultdict[Any, Numbering](Numbering)
     for unit in layout.units:
         pieces, over = [], None
         for piece in unit.pieces:
@@ -32,7 +35,10 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
             if len(piece.shape) == 3 and is_low_rank(piece.name, piece.shape, unit.group):
                 size, parts, over = piece.shape[0], list(_experts(piece)), unit.over
             ahead = counted.ahead(piece.shape, size)
-            pieces += [replace(part, before=ahead(e)) for e, part in parts]
+            for e, part in parts:
+                if not layout.lists_all:
+                    ahead, e = shared[part.peers and part.peers.group].ahead(part.shape), 0
+                pieces.append(replace(part, before=ahead(e)))
         unit.pieces, unit.over = pieces, over
     layout.numbered = counted.so_far
 

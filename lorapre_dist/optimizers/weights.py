@@ -42,7 +42,7 @@ def check(weights: str | None, named: Iterable[tuple[str, Tensor]], layout: Layo
 def rounding(config: LowRankConfig, piece: Piece, device: torch.device) -> Rounding:
     """How a piece's weights are kept, by the settings of its group."""
     if config.weights == "kahan":
-        if piece.columns is not None and piece.parameter.ndim > 2:
+        if piece.columns is not None and piece.parameter is not None and piece.parameter.ndim > 2:
             raise ConfigError(
                 f"{piece.name}: weights='kahan' cannot be saved of experts that are split by columns: use "
                 "weights='stochastic', or shard them along dim 0 or 1"
@@ -56,4 +56,5 @@ def rounding(config: LowRankConfig, piece: Piece, device: torch.device) -> Round
             f"{piece.name}: weights='stochastic' under AdamW is for a parameter that is split along dim 0 and one "
             "other at most: use weights='kahan', or another placement"
         )
-    return roundings.stochastic(piece.name, config.seed, *runs, device)
+    start, width, stride, phase = runs
+    return roundings.stochastic(piece.name, config.seed, start, width, stride, device, phase)

@@ -25,11 +25,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..config import ConfigError
 from ..config.param_groups import parameter_name
+from ..core.comm import Comm
 from ..core.factors import Matrix
+from ..core.interval import column_block
 from ..core.quantized import converted, form_of
 from ..core.spec import Axis, axis_of
-from ..layouts.base import Unit, local
+from ..core.transfer import Rectangle, Transfer
+from ..layouts.base import Piece, Unit, local
 from ..layouts.geometry.ranges import expert_name
 
 MODEL, UNTRAINED, OPTIMIZER = "model.", "untrained.", "optimizer."
@@ -42,7 +46,7 @@ class Shard:
     Attributes:
         skip: leading elements along ``dim`` that another rank writes (a row cut between ranks is held by each).
         home: what ``local`` is a copy of, if it is one: a tensor whose elements do not lie in row-major order, a
-            DTensor split inside its rows or slices, or a factor that is kept in another form.
+            DTensor split inside its rows or slices, a piece of some columns, or a factor that is kept in another form.
         rows: what is brought to a DTensor, where ``local`` is a part of that: all slices of dim 0 that are here.
     """
 
@@ -51,7 +55,7 @@ class Shard:
     local: Tensor
     dim: int = 0
     skip: int = 0
-    home: Tensor | None = None
+    home: Tensor | Columns | None = None
     rows: Tensor | None = None
 
     @property
@@ -95,6 +99,8 @@ class Shard:
             shape, stride = self.home.shape, self.home.stride()
             loaded = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
             self.home.to_local().copy_(loaded.redistribute(placements=self.home.placements).to_local())
+        elif isinstance(self.home, Columns):
+            self.home.fill(self.local)
         elif self.home is not None and self.home.dtype != self.local.dtype:
             self.home.copy_(converted(self.local, self.home, vector_dim(self.dim)))
         elif self.home is not None:
@@ -160,6 +166,45 @@ def _in_rows(tensor: DTensor) -> tuple[int, Tensor]:
     return first, rows.to_local().contiguous()
 
 
+@dataclass
+class Columns:
+    """Elements (1-D) of some columns of a matrix, and how they become a share of whole rows, and come back."""
+
+    elements: Tensor
+    shape: tuple[int, int]
+    transfer: Transfer
+    group: Any
+
+    def as_rows(self) -> Shard:
+        """This rank's share of the matrix as one run; a collective over those that share it."""
+        block = self.elements.new_empty(self.transfer.mine.shape)
+        self._move(self.transfer.in_piece, self.elements, self.transfer.in_target, block)
+        p, q = self.shape
+        return Shard((p * q,), min(p, self.transfer.mine.row) * q, block.view(-1), home=self)
+
+    def fill(self, rows: Tensor) -> None:
+        """Take the elements from this rank's share of whole rows; a collective."""
+        block = rows.view(self.transfer.mine.shape)
+        self._move(self.transfer.in_target, block, self.transfer.in_piece, self.elements)
+
+    def _move(self, leaving: Any, source: Tensor, arriving: Any, target: Tensor) -> None:
+        ranks = range(len(self.transfer.targets))
+        sent = [[source.new_empty(0), *leaving(source, k)] for k in ranks]
+        Comm().all_to_all(sent, [arriving(target, k) for k in ranks], self.group, "columns")()
+
+
+def column_shard(piece: Piece, elements: Tensor) -> Shard:
+    """This rank's share, as one run, of a matrix of which ranks hold some columns, here ``elements``; a collective."""
+    (p, q), peers = piece.shape, piece.peers
+    if peers is None:
+        raise ConfigError(f"{piece.name}: columns {piece.columns} of it on one rank alone cannot be saved")
+    if elements.ndim > 1:
+        raise ConfigError(f"{piece.name}: weights='kahan' of a matrix that is split by columns cannot be saved")
+    rows = [column_block(p, len(peers.ranges), k) for k in range(len(peers.ranges))]
+    transfer = Transfer(peers, (p, q), [Rectangle(*held, 0, q) for held in rows])
+    return Columns(elements, (p, q), transfer, peers.group).as_rows()
+
+
 def like(parameter: DTensor, elements: Tensor) -> DTensor:
     """A DTensor placed as ``parameter``, of this rank's ``elements`` of it (n, or n x numbers of each)."""
     inner = elements.shape[1:]
@@ -178,8 +223,7 @@ def weight_shards(units: Iterable[Unit]) -> dict[str, Shard]:
     """The weights of a layout's units; a collective where some are split inside their rows or slices."""
     found = {}
     for unit in units:
-        if any(piece.split_inside for piece in unit.pieces):
-            assert isinstance(unit.tensor, DTensor)
+        if isinstance(unit.tensor, DTensor) and any(piece.split_inside for piece in unit.pieces):
             name, ndim = parameter_name(unit.pieces[0].name), unit.tensor.ndim
             if len(unit.pieces[0].shape) < ndim:
                 found.update({MODEL + n: shard for n, shard in stack_shards(name, unit.tensor).items()})
@@ -194,7 +238,12 @@ def weight_shards(units: Iterable[Unit]) -> dict[str, Shard]:
             start, _, offset = runs.get(piece.name, (piece.start, piece.stop, piece.offset))
             runs[piece.name] = start, piece.stop, offset
         shapes = {piece.name: (torch.Size(piece.shape).numel(),) for piece in unit.pieces}
+        split = {piece.name: piece for piece in unit.pieces if piece.columns is not None}
+        for name, piece in split.items():
+            found[MODEL + name] = column_shard(piece, flat[piece.offset : piece.offset + piece.numel])
         for name, (start, stop, offset) in runs.items():
+            if name in split:
+                continue
             end = offset + stop - start
             # What is not contiguous is no flat buffer: whole slices of dim 0 lie in it.
             home = None if tensor.is_contiguous() else tensor[offset // inner : end // inner]
@@ -247,6 +296,8 @@ def elementwise(state: Any) -> dict[str, Tensor]:
 
 
 def _element_shards(piece: Any, state: Any) -> dict[str, Shard]:
+    if piece.columns is not None and piece.parameter is None:
+        return {key: column_shard(piece, tensor) for key, tensor in elementwise(state).items()}
     if piece.split_inside:
         ndim = len(piece.shape)
         return {key: flat_shard(like(piece.parameter, tensor), ndim) for key, tensor in elementwise(state).items()}

@@ -44,7 +44,7 @@ from ...layouts.base import Layout
 from ...optimizers import OPTIMIZERS, LowRankOptimizer, agreement
 from ...optimizers.awaiting import building_under_engine
 from . import checkpoint as checkpoints
-from . import fixes, keys, names, ranks, weights
+from . import fixes, keys, names, ranks, splits, weights
 
 
 def _above(limit: int) -> Callable[[Any], bool]:
@@ -60,7 +60,6 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("zero_optimization.elastic_checkpoint", True, "it cuts state tensors to the length of the flat weights"),
     ("zero_optimization.mics_shard_size", _above(0), "DeepSpeed has it no more; take FSDP2 over a 2-D mesh (HSDP)"),
     ("fp16.fp16_master_weights_and_grads", True, "take bf16, bf16_master_weights_and_grads and weights='stochastic'"),
-    ("tensor_parallel.autotp_size", _above(1), "DeepSpeed's tensor parallelism splits matrices again"),
     ("torch_autocast.enabled", True, "its gradient scaler steps the optimizer behind DeepSpeed; use bf16 or fp16"),
     ("sparse_gradients", True, "LoRAPre needs dense gradients"),
     ("checkpoint.load_universal", True, "universal checkpoints carry AdamW's state only"),
@@ -168,9 +167,10 @@ def engine_layout(engine: Any) -> Layout:
     called = names.of_parameters(engine)
     made = _layout(engine.optimizer, engine.basic_optimizer, called)
     made.beyond = ranks.beyond(engine)
+    splits.join(engine, made, splits.of_engine(engine))
     replicas = {name for p, name in called.items() if getattr(p, "ds_pipe_replicated", False)}
     for unit in made.units if replicas else ():
-        unit.pieces = [replace(piece, replica=piece.name in replicas) for piece in unit.pieces]
+        unit.pieces = [replace(p, replica=p.replica or p.name in replicas) for p in unit.pieces]
     return made
 
 
@@ -280,7 +280,8 @@ def _check_sequences(engine: Any) -> None:
 
 def _check_matches(engine: Any, optimizer: LowRankOptimizer, names: dict[Any, str]) -> None:
     """One of the parameters must be low-rank, of those of all stages of a pipeline."""
-    shapes = {name: shape_of(p) for p, name in names.items()}
+    split = splits.of_engine(engine)
+    shapes = {name: split[name].shape if name in split else shape_of(p) for p, name in names.items()}
     if ranks.sharing(engine) is not None:
         kinds = optimizer._other_layers
         for theirs, their_kinds in all_ranks((shapes, kinds)):

@@ -28,6 +28,18 @@ def of_experts(engine: Any) -> list[Any]:
     return list(dict.fromkeys(layer.ep_group for _, layer in expert_layers(engine.module)))
 
 
+def tensor_parallel(engine: Any) -> Any:
+    """The group of ranks that hold parts of the same matrices; None if there is one such rank."""
+    if not _has_model_axes(engine):
+        return None
+    mpu = engine.mpu
+    for name in ("get_tensor_model_parallel_group", "get_slice_parallel_group", "get_model_parallel_group"):
+        if hasattr(mpu, name):
+            group = getattr(mpu, name)()
+            return group if group is not None and dist.get_world_size(group) > 1 else None
+    return None
+
+
 def _has_model_axes(engine: Any) -> bool:
     """Whether ranks hold other parts of the model; there is an ``mpu`` that only says who shares sequences."""
     return engine.mpu is not None and not hasattr(engine.mpu, "initialize_sequence_parallel")

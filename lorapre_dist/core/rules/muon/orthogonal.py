@@ -111,7 +111,7 @@ def _plan(tasks: list[Task], settings: NewtonSchulz, limit: int) -> None:
             task.form, task.owner, task.moved = plan.form, plan.owner, plan.moved
             shape, peers = task.matrix.interval.shape, task.matrix.peers
             assert peers is not None
-            task.transfer = Transfer(task.matrix, cuts.targets(plan.form, peers, shape, plan.owner))
+            task.transfer = Transfer(peers, shape, cuts.targets(plan.form, peers, shape, plan.owner))
 
 
 def _exchange(tasks: list[Task], comm: Comm, back: bool) -> None:
