@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from lorapre_dist.bench.training import BETAS, EPS
@@ -54,12 +55,23 @@ def alice(matrices: Matrices, lr: float) -> Optimizer:
     return cls(matrices.params, lr=lr, rank=matrices.rank, leading_basis=leading, update_interval=GAP)
 
 
+class Named(nn.Module):
+    """The matrices with their names, for an optimizer that asks a model for its parameters."""
+
+    def __init__(self, matrices: Matrices) -> None:
+        super().__init__()
+        self.named = matrices.named
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The matrices."""
+        return iter(self.named)
+
+
 def adam_mini(matrices: Matrices, lr: float) -> Optimizer:
     """Adam-mini, which goes by the parameters' names and the number of heads."""
     config = matrices.config
-    return _class("adam_mini", "Adam_mini")(
-        matrices.named, lr=lr, **ADAM, dim=config.hidden_size, n_heads=config.num_attention_heads, verbose=False
-    )
+    sizes = {"num_embeds": config.hidden_size, "num_heads": config.num_attention_heads}
+    return _class(PO, "AdamMini")(Named(matrices), lr=lr, **sizes, **ADAM)
 
 
 def of(package: str, module: str, label: str, build: Build, lrs: tuple[float, ...], **more: Any) -> Contender:
@@ -111,7 +123,7 @@ PACKAGES = {
     "conda": _po("Conda", "Conda", ADAM_LRS, update_proj_gap=GAP, **ADAM),
     "soap": _po("SOAP", "SOAP", ADAM_LRS, weight_decay=0.0),
     "came": _po("CAME", "CAME", ADAM_LRS),
-    "adam-mini": of("adam-mini", "adam_mini", "Adam-mini", adam_mini, ADAM_LRS),
+    "adam-mini": of("pytorch-optimizer", PO, "Adam-mini", adam_mini, ADAM_LRS),
     "normuon": of("pytorch-optimizer", PO, "NorMuon", grouped(PO, "NorMuon", {"use_muon": True}), MUON_LRS),
     "lion": _po("Lion", "Lion", LION_LRS),
     "racs": _po("RACS", "RACS", (0.01, 0.02, 0.04, 0.08)),
