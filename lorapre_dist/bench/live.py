@@ -1,7 +1,7 @@
 """How many bytes of tensors are alive, at each moment of a training step.
 
-Every operation's inputs and outputs are looked at, those of autograd and of collectives included, and their storages
-counted from then on until they are freed or resized. What a kernel allocates within itself is not seen. It works on any
+What every operation gives is looked at, those of autograd and of collectives included, and its storage counted from
+then on until it is freed or resized; what was there before has to be shown. What a kernel allocates within itself is not seen. It works on any
 device, ``meta`` included, whose tensors take no memory.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
@@ -35,9 +34,9 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, found)):
-            if isinstance(leaf, Tensor):
-                self.see(leaf)
+        for one in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(one, Tensor):
+                self.see(one)
         return found
 
     def __enter__(self) -> Live:

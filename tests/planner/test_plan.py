@@ -480,10 +480,10 @@ def test_weights_of_16_bits_have_no_masters(layout, world):
 
 def test_released_gradients_are_those_of_a_batch():
     model = load("llama-1b")
-    largest, bucket = 4 * max(p.numel for p in model), 64 << 20
+    largest, bucket = 4 * max(p.numel for p in model), 64 << 20  # where it steps
     kept, early = (usage_of(model="llama-1b", rank=256, release_gradients=x) for x in (False, True))
     assert kept.memory["gradients"][0] == 4 * sum(p.numel for p in model)
-    assert largest <= early.memory["gradients"][0] <= bucket + largest
+    assert bucket <= early.memory["gradients"][0] <= bucket + largest
     assert early.when == "backward" and early.total[0] < kept.total[0]
 
 
@@ -553,6 +553,6 @@ def test_the_command_says_which_options_fit(capsys):
     assert found["fits"] and found["total"] <= found["bytes"] and found["options"]
     assert main([*arguments, "--max_memory", "8GiB"]) == 0
     text = capsys.readouterr().out
-    assert f"fits in 8.00 GiB with {list(found['options'])[0]}" in text and "peak in" in text
+    assert f"fits in 8.00 GiB with {next(iter(found['options']))}" in text and "peak in" in text
     assert main([*arguments, "--max_memory", "1GiB"]) == 0
     assert "does not fit in 1.00 GiB; the least is" in capsys.readouterr().out
