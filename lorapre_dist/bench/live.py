@@ -1,8 +1,8 @@
 """How many bytes of tensors are alive, at each moment of a training step.
 
 What every operation gives is looked at, those of autograd and of collectives included, and its storage counted from
-then on until it is freed or resized; what was there before has to be shown. What a kernel allocates within itself is not seen. It works on any
-device, ``meta`` included, whose tensors take no memory.
+then on until it is freed or resized; what was there before has to be shown. What a kernel allocates within itself is
+not seen. It works on any device, ``meta`` included, whose tensors take no memory.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 
 class Live(TorchDispatchMode):
-    """While entered, counts the bytes of live storages.
+    """While entered, counts the bytes of live storages on one kind of device.
 
     Attributes:
+        device: its type.
         now: bytes alive.
         peaks: the most of it during each :meth:`moment`, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.now = 0
         self.peaks: dict[str, int] = {}
         self._moment = ""
@@ -67,7 +69,7 @@ class Live(TorchDispatchMode):
 
     def see(self, tensor: Tensor) -> None:
         """Count a tensor that is there already."""
-        if not is_traceable_wrapper_subclass(tensor):
+        if not is_traceable_wrapper_subclass(tensor) and tensor.device.type == self.device:
             self._look(tensor.untyped_storage())
 
     def _look(self, storage: torch.UntypedStorage) -> None:

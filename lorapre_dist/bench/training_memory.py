@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import lorapre_dist
 from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.config.options import SIXTEEN
+from lorapre_dist.core.workspace import Workspace
 from lorapre_dist.optimizers import LoRAPre
 from lorapre_dist.planner import MOMENTS, Request, Zero, plan
 from lorapre_dist.planner.models import load
@@ -61,6 +62,22 @@ COLUMNS = (
     "planned",
     "planned / measured",
 )
+
+
+class AsOnCpu(Workspace):
+    """A workspace that takes every device for a CPU."""
+
+    def block_on(self, kind: str) -> int:
+        """As on a CPU."""
+        return super().block_on("cpu")
+
+    def bucket_on(self, kind: str) -> int:
+        """As on a CPU."""
+        return super().bucket_on("cpu")
+
+    def fewest_on(self, kind: str) -> int:
+        """As on a CPU."""
+        return super().fewest_on("cpu")
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,7 @@ class Case:
 
 def measured(case: Case, world_size: int = 1) -> dict[str, int]:
     """Bytes alive at the peak of each moment of a step on this rank."""
-    live = Live()
+    live = Live(case.device)
     with live:
         train = _training(case, world_size, live)
         train()
@@ -158,10 +175,8 @@ def _training(case: Case, world_size: int, live: Live) -> Callable[[], None]:
     if case.layout == "fsdp2":
         _shard(model, world_size, case.sixteen)
     optimizer = LoRAPre(model, **case.ours)
-    if case.device == "meta":  # which is taken for an accelerator
-        block = optimizer.workspace.block_on("cpu") * optimizer.workspace.block // optimizer.workspace.block_on("meta")
-        sizes = {"block": block, "accelerator_bucket": optimizer.workspace.bucket, "fewest": 8}
-        optimizer.workspace = replace(optimizer.workspace, **sizes)
+    if case.device == "meta":
+        optimizer.workspace = AsOnCpu()
     optimizer.memory_report()
 
     def train() -> None:

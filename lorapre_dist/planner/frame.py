@@ -96,11 +96,13 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
     gradients, backward = (2 * e + (m if m != e else 0)) * part, e * part
     buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
     buffers, host, kept = e * buckets * zero.reduce_bucket_size, 0 * part, request.layout == "zero1"
+    largest = max(p.numel for p in request.parameters)
+    if largest > zero.reduce_bucket_size:  # it goes by itself, from a copy
+        buffers += 2 * e * largest
     if kept and request.accumulation > 1:
         backward = backward + e * request.elements
         gradients = np.maximum(gradients, e * request.elements)
     if request.offload:
-        largest = max(p.numel for p in request.parameters)
         host = (2 * m + e) * part + e * largest
         weights = e * part * size
         gradients = np.full_like(part, e * (request.elements if kept and request.accumulation > 1 else largest))
@@ -112,7 +114,7 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
         sent["all-gather weights"] = _sharded(request, 0, weights_sent)["all-gather weights"]
     else:
         sent = _sharded(request, passes * e * request.elements, weights_sent)
-    return Frame(weights, gradients, buffers, backward, host=host, sent=sent)
+    return Frame(weights, gradients, buffers, backward, during={"forward": 0}, host=host, sent=sent)
 
 
 def _zero3(request: Request, arrangement: Arrangement) -> Frame:
