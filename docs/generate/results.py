@@ -98,6 +98,12 @@ def is_native(layout: str) -> bool:
     return not is_zero(layout) and layout != "core alone"
 
 
+def fits() -> str:
+    """What fits where: a line for each model, a column for each kind and number of cards."""
+    rows = [{**row, "cards": f"{row['cards']} x {row['GB a card']} GB"} for row in read("fits")]
+    return pivot(rows, ["model"], "cards", "options")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "equality_deepspeed": lambda: equality(is_zero, ["layout", "precision"]),
     "equality_native": lambda: equality(is_native, ["layout"]),
@@ -111,6 +117,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "conditions": lambda: pivot(read("conditions"), ["quantity"], "step", "largest"),
     "soak": lambda: pivot(read("soak"), ["gradients"], "optimizer", "error"),
     "finetune": lambda: plain("finetune"),
+    "fits": fits,
+    "training_memory": lambda: plain("training_memory"),
     "scaling": lambda: plain("scaling"),
 }
 

@@ -17,7 +17,8 @@ BENCHES = {
     "launches": "operations that a step starts on a device, and times the host waits for it",
     "experts": "time of a step on many small matrices, stacked and one by one",
     "muon": "bytes sent and time of a distributed LoRAPreMuon step, against one process",
-    "memory": "bytes of optimizer state and workspace per rank",
+    "memory": "bytes of optimizer state and workspace per rank, and of training steps against the plan",
+    "fits": "which models fit on which cards, with which options, by the planner",
     "checkpoint": "memory and time of saving, loading and consolidating",
     "soak": "does the optimizer's state stay sound over 50,000 steps of every kind of gradient",
 }
