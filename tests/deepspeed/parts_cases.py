@@ -15,6 +15,7 @@ from lorapre_dist.optimizers import OPTIMIZERS
 
 from . import cases
 from .cases import dense, ds_config, params_of, slopes, worst
+from .checkpoint_cases import scheduler
 
 #: Along which dimension a parameter of ``cases.Net`` is split; parts differ in size.
 DIMS = {
@@ -68,7 +69,7 @@ def model(units: Units) -> torch.nn.Module:
     size, index = units.get_model_parallel_world_size(), units.get_model_parallel_rank()
     for name, dim in DIMS.items():
         module = made.get_submodule(name)
-        part = torch.nn.Parameter(module.weight.data.chunk(size, dim)[index].clone())
+        part = torch.nn.Parameter(module.weight.data.tensor_split(size, dim)[index].clone())
         part.tensor_model_parallel, part.partition_dim, part.partition_stride = True, dim, 1
         module.weight = part
     made.head.weight = made.embed.weight
@@ -79,7 +80,7 @@ def part_of(name: str, tensor: torch.Tensor, units: Units) -> torch.Tensor:
     dim = DIMS.get("embed" if name == "head" else name)
     if dim is None:
         return tensor
-    return tensor.chunk(units.get_model_parallel_world_size(), dim)[units.get_model_parallel_rank()]
+    return tensor.tensor_split(units.get_model_parallel_world_size(), dim)[units.get_model_parallel_rank()]
 
 
 def parameters(engine: Any, units: Units) -> dict[str, torch.Tensor]:
@@ -107,7 +108,7 @@ def build(units: Units, stage: int, precision: str, clip: float, optimizer: str)
     config["optimizer"]["type"] = optimizer
     if precision == "bf16" and stage == 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return lorapre_dist.initialize(model=model(units), config=config, mpu=units)[0]
+    return lorapre_dist.initialize(model=model(units), config=config, mpu=units, lr_scheduler=scheduler)[0]
 
 
 def close(engine: Any) -> None:
@@ -138,7 +139,7 @@ def equality_case(
             engine.backward(engine({name: part_of(name, slope, units) for name, slope in batch.items()}))
             engine.step()
         settings = OPTIMIZERS[optimizer].config_class(**params_of(optimizer))
-        error, name = worst(parameters(engine, units), dense(settings, steps, replicas, 1, clip, set(), False))
+        error, name = worst(parameters(engine, units), dense(settings, steps, replicas, 1, clip, set(), True))
         base = engine.basic_optimizer
         return {"error": error, "name": name, "layout": base.layout.name, "factors": sorted(base.factors())}
     finally:
@@ -146,7 +147,7 @@ def equality_case(
 
 
 def visit_case(rank: int, world_size: int, *, size: int, stage: int, folder: str, step: int) -> tuple[float, str]:
-    """As that of ``checkpoint_cases.py``, without a schedule; gradients are the same on every data-parallel rank."""
+    """As that of ``checkpoint_cases.py``; gradients are the same on every data-parallel rank."""
     deepspeed.init_distributed(verbose=False)
     units = Units(size)
     engine = build(units, stage, "fp32", 0.5, "LoRAPre")
