@@ -42,8 +42,9 @@ EXTRAS = {
     "finetune": [*TRAIN, *ACCELERATE, "peft>=0.15"],
     # Rank discovery under a plain mpirun and lorapre launch --launcher openmpi
     "mpi": ["mpi4py>=3.1"],
-    # GaLore beside ours
-    "bench": [*TRAIN, "galore-torch>=1.0"],
+    # Other optimizers beside ours. Asked for by name are torchao, which transformers then imports, too, and says much
+    # about on stderr, and ista-daslab-optimizers, which needs CUDA and brings torchvision.
+    "bench": [*TRAIN, "galore-torch>=1.0", "fira>=1.0", "pytorch-optimizer>=4.1", "bitsandbytes>=0.50"],
 }
 # Everything that is used; wandb, the client of a service, is asked for by name.
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

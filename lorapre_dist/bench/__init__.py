@@ -1,1 +1,1 @@
-"""Measurements: ``python -m lorapre_dist.bench {quality,step,memory}``."""
+"""Measurements: ``python -m lorapre_dist.bench`` lists them."""

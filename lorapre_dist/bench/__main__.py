@@ -9,7 +9,6 @@ import sys
 from lorapre_dist.config import ConfigError
 
 BENCHES = {
-    "quality": "validation loss after equal training, against AdamW and GaLore",
     "field": "every optimizer at its best lr with several seeds: loss, bytes of state, time of a step",
     "weights": "validation loss with bf16 weights kept in each way, against fp32 master weights",
     "gauges": "validation loss and condition of the factors under other gauges than the optimizer's",

@@ -4,7 +4,7 @@
 
 Only the product of the factors means something, so that after each refresh ``(B R, R^-1 A)`` may take their place. The
 optimizer's choice is ``orthonormal-A``, in which regressing on ``A`` needs no inverse. Every run is a training of
-``bench quality``: ``llama-tiny`` from the same weights on the same batches, its matrices at lr 0.001 = 0.01 x 0.1 under
+``bench field``: ``llama-tiny`` from the same weights on the same batches, its matrices at lr 0.001 = 0.01 x 0.1 under
 the dense reference's step in the state's own dtype, with the gauge as its only difference.
 
 Norms and conditions are of the first moment, in fp64, after every 50th step and the last one; nothing is looked at once
@@ -34,9 +34,9 @@ from lorapre_dist.config.param_groups import explain_no_match, is_low_rank
 from lorapre_dist.core.factors import initial_A
 from lorapre_dist.training.run.settings import BUILTIN, default_cache
 
-from . import quality
-from .contenders import BASE_LR, BETAS, EPS, Row
+from . import training
 from .options import bench_parser
+from .training import BASE_LR, BETAS, EPS, Training
 
 MATRIX_LR = 0.001
 EVERY = 50
@@ -216,21 +216,21 @@ def condition(factor: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """One training run under a gauge: what ``bench quality`` notes of it, samples, and the median of ``seconds``."""
+    """One training run under a gauge: its losses, samples, and the median of ``seconds``."""
 
     gauge: str
     rank: int
-    run: quality.Run
+    run: training.Run
     samples: list[Sample]
     step_ms: float
 
 
 def settings(rank: int) -> LoRAPreConfig:
-    """LoRAPre's, as in ``bench quality``."""
+    """LoRAPre's, as in ``bench field``."""
     return LoRAPreConfig(lr=BASE_LR, betas=BETAS, eps=EPS, scale=MATRIX_LR / BASE_LR, rank=rank)
 
 
-def measure(name: str, rank: int, task: quality.Task) -> Result:
+def measure(name: str, rank: int, task: training.Task, eval_at: tuple[int, ...] = ()) -> Result:
     """Train under the named gauge."""
     optimizers: list[Gauged] = []
 
@@ -239,7 +239,7 @@ def measure(name: str, rank: int, task: quality.Task) -> Result:
         return optimizers[0]
 
     label = f"{name}, rank {rank}"
-    run = quality.train(label, Row(label, build, (MATRIX_LR,), rank), MATRIX_LR, task)
+    run = training.train(label, build, MATRIX_LR, task, eval_at)
     (optimizer,) = optimizers
     optimizer.sample()
     return Result(name, rank, run, optimizer.samples, 1e3 * statistics.median(optimizer.seconds))
@@ -264,7 +264,7 @@ def table(results: list[Result], eval_at: list[int]) -> str:
             last = result.samples[-1]
             worst = [max(getattr(x, name) for x in result.samples) for name in ("cond_A", "cond_B")]
             figures = [f"{value:.1e}" for value in (last.largest_A, last.smallest_B, *worst)]
-        cells = [result.gauge, str(result.rank), *map(quality._nats, losses), *figures, f"{result.step_ms:.1f}"]
+        cells = [result.gauge, str(result.rank), *map(training.nats, losses), *figures, f"{result.step_ms:.1f}"]
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -277,15 +277,16 @@ def main(argv: list[str]) -> None:
     """
     args = _parse(argv)
     begin = time.perf_counter()
-    task = quality.prepare(args)
+    kept = Training(dataset=args.dataset, batch=args.batch, seq_len=args.seq_len)
+    task = training.prepare(kept, args.steps, args.seed, args.data_cache)
     for rank in args.ranks:
         matrices(task.model, settings(rank))
     results = []
     for rank in args.ranks:
         for name in args.gauges:
-            results.append(measure(name, rank, task))
+            results.append(measure(name, rank, task, tuple(args.eval_at)))
             run = results[-1].run
-            print(f"{run.row}: {quality._nats(run.val_loss)} ({run.seconds:.0f} s)", file=sys.stderr, flush=True)
+            print(f"{run.label}: {training.nats(run.val_loss)} ({run.seconds:.0f} s)", file=sys.stderr, flush=True)
     print(
         f"llama-tiny, {args.dataset} text, {args.steps} steps of {args.batch} x {args.seq_len} tokens, "
         f"matrices at lr {MATRIX_LR:g}, {len(task.held_out)} held-out sequences, seed {args.seed}, "
@@ -294,7 +295,7 @@ def main(argv: list[str]) -> None:
     print(table(results, [step for step in args.eval_at if step <= args.steps]))
     if args.json:
         figures = {"settings": vars(args), "results": [asdict(result) for result in results]}
-        Path(args.json).write_text(json.dumps(quality._finite(figures), indent=1), encoding="utf-8")
+        Path(args.json).write_text(json.dumps(training.finite(figures), indent=1), encoding="utf-8")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -1,9 +1,9 @@
-"""Validation loss of ``llama-tiny`` with weights kept in 16 bits in each way, against fp32 master weights.
+"""Validation loss of ``llama-tiny`` with weights or optimizer state kept in fewer bits, against fp32 master weights.
 
     python -m lorapre_dist.bench weights --steps 1000 --seeds 0 1 2 --json weights.json
 
-As ``bench quality``, with LoRAPre at rank 16 and one lr. Every run starts from the same weights, bf16 numbers. In every
-row but ``fp32`` the model computes with bf16 values of the weights, and gradients are rounded to bf16 before
+The training of ``bench field``, with LoRAPre at rank 16 and one lr. Every run starts from the same weights, bf16
+numbers. In the first rows the model computes with bf16 values of the weights, and gradients are rounded to bf16 before
 they reach the optimizer; the arithmetic of forward and backward is fp32 in each, for which CPUs have fast products. So
 rows differ in what the optimizer keeps alone:
 
@@ -12,6 +12,15 @@ rows differ in what the optimizer keeps alone:
     kahan       bf16 weights, and the 16 bits that they lack
     nearest     bf16 weights, rounded to the nearest
     fp32        fp32 weights, nothing rounded
+
+and of fp32 weights, of which nothing is rounded but
+
+    bf16_state  factors in bf16
+    8bit_state  factors in 8 bits
+    tables      embedding and head with low-rank momenta
+    adafactor   embedding and head with Adafactor's second moment, and no first
+
+A run whose figures are in the file of ``--json`` already, with the same settings, is not made again.
 """
 
 from __future__ import annotations
@@ -36,9 +45,9 @@ from lorapre_dist.config.param_groups import param_groups
 from lorapre_dist.optimizers import LoRAPre
 from lorapre_dist.training.run.settings import BUILTIN, default_cache
 
-from . import quality
-from .contenders import BASE_LR, BETAS, EPS, Row
+from . import training
 from .options import bench_parser
+from .training import BASE_LR, BETAS, EPS, Training
 
 RANK = 16
 # Largest loss above that of master weights, in nats, that each is meant to stay within.
@@ -74,21 +83,31 @@ def keeping(weights: str, dtype: torch.dtype) -> Callable[[nn.Module, float], Op
     return build
 
 
+def with_options(**options: Any) -> Callable[[nn.Module, float], Optimizer]:
+    """Builder of an optimizer with these options."""
+    return lambda model, lr: LoRAPre(param_groups(model), **_options(lr), **options)
+
+
 def _options(lr: float) -> dict[str, Any]:
     return {"lr": BASE_LR, "betas": BETAS, "eps": EPS, "scale": lr / BASE_LR, "rank": RANK}
 
 
-LRS = (0.001,)
-ROWS = {
-    "master": Row("fp32 master weights", keeping("master", torch.float32), LRS),
-    "stochastic": Row("bf16, stochastic rounding", keeping("stochastic", torch.bfloat16), LRS),
-    "kahan": Row("bf16, kahan", keeping("kahan", torch.bfloat16), LRS),
-    "nearest": Row("bf16, rounded to the nearest", keeping("master", torch.bfloat16), LRS),
-    "fp32": Row("fp32, nothing rounded", lambda model, lr: LoRAPre(param_groups(model), **_options(lr)), LRS),
+LR = 0.001
+#: What the rows are called, and how their optimizers are built.
+ROWS: dict[str, tuple[str, Callable[[nn.Module, float], Optimizer]]] = {
+    "master": ("fp32 master weights", keeping("master", torch.float32)),
+    "stochastic": ("bf16, stochastic rounding", keeping("stochastic", torch.bfloat16)),
+    "kahan": ("bf16, kahan", keeping("kahan", torch.bfloat16)),
+    "nearest": ("bf16, rounded to the nearest", keeping("master", torch.bfloat16)),
+    "fp32": ("fp32, nothing rounded", lambda model, lr: LoRAPre(param_groups(model), **_options(lr))),
+    "bf16_state": ("fp32, factors in bf16", with_options(state_dtype="bf16")),
+    "8bit_state": ("fp32, factors in 8 bits", with_options(state_dtype="8bit")),
+    "tables": ("fp32, embeddings low-rank", with_options(embeddings="low_rank")),
+    "adafactor": ("fp32, others under Adafactor", with_options(other_state="adafactor")),
 }
 
 
-def table(runs: dict[str, dict[int, quality.Run]], seeds: list[int]) -> str:
+def table(runs: dict[str, dict[int, training.Run]], seeds: list[int]) -> str:
     """Markdown: a line for each row, losses by seed, and their mean difference to ``master`` with its spread."""
     lines = [
         "| weights | " + " | ".join(f"seed {seed}" for seed in seeds) + " | minus master: mean | least | most |",
@@ -98,17 +117,17 @@ def table(runs: dict[str, dict[int, quality.Run]], seeds: list[int]) -> str:
         cells = [f"{of[seed].val_loss:.4f}" for seed in seeds]
         behind = _behind(runs, name, seeds)
         cells += [f"{x:+.4f}" for x in (statistics.mean(behind), min(behind), max(behind))] if behind else ["-"] * 3
-        lines.append("| " + " | ".join([ROWS[name].label, *cells]) + " |")
+        lines.append("| " + " | ".join([ROWS[name][0], *cells]) + " |")
     return "\n".join(lines)
 
 
-def _behind(runs: dict[str, dict[int, quality.Run]], name: str, seeds: list[int]) -> list[float]:
+def _behind(runs: dict[str, dict[int, training.Run]], name: str, seeds: list[int]) -> list[float]:
     if "master" not in runs:
         return []
     return [runs[name][seed].val_loss - runs["master"][seed].val_loss for seed in seeds]
 
 
-def remarks(runs: dict[str, dict[int, quality.Run]], seeds: list[int]) -> list[str]:
+def remarks(runs: dict[str, dict[int, training.Run]], seeds: list[int]) -> list[str]:
     """Whether each limit is met, by the mean over the seeds."""
     found = []
     for name, limit in LIMITS.items():
@@ -127,14 +146,14 @@ def main(argv: list[str]) -> None:
         ConfigError: a bad option, or a corpus that is too small.
     """
     args = _parse(argv)
-    begin, runs = time.perf_counter(), {name: {} for name in args.rows}  # type: dict[str, dict[int, quality.Run]]
+    begin, runs = time.perf_counter(), {name: {} for name in args.rows}  # type: dict[str, dict[int, training.Run]]
+    kept = Training(dataset=args.dataset, batch=args.batch, seq_len=args.seq_len)
     for seed in args.seeds:
-        args.seed = seed
-        task = quality.prepare(args)
+        task = training.prepare(kept, args.steps, seed, args.data_cache)
         for p in task.model.parameters():
             p.data = p.data.to(torch.bfloat16).float()
         for name in args.rows:
-            run = runs[name][seed] = quality.train(name, ROWS[name], args.lr, task)
+            run = runs[name][seed] = training.train(name, ROWS[name][1], args.lr, task)
             print(f"{name}, seed {seed}: {run.val_loss:.4f} ({run.seconds:.0f} s)", file=sys.stderr, flush=True)
     print(
         f"llama-tiny, LoRAPre rank {RANK} at matrix lr {args.lr:g}, {args.dataset} text, {args.steps} steps of "
@@ -152,14 +171,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run (default: 300)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights, data order and rounding")
-    parser.add_argument("--lr", type=float, default=LRS[0], help=f"the matrices' (default: {LRS[0]:g})")
+    parser.add_argument("--lr", type=float, default=LR, help=f"the matrices' (default: {LR:g})")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step (default: 8)")
     parser.add_argument("--seq_len", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--dataset", default=BUILTIN, help="as in launch/pretrain.py (default: the built-in text)")
     parser.add_argument("--data_cache", default=default_cache(), help="folder for the tokenizer and tokenised text")
     parser.add_argument("--json", help="file for all figures, training losses included")
     args = parser.parse_args(argv)
-    args.eval_at = []
     if not 0 < args.lr < math.inf:
         raise ConfigError(f"--lr {args.lr}: must be a positive number")
     if len(set(args.seeds)) < len(args.seeds):

@@ -49,7 +49,7 @@ def _held(name: str, p: Any, numel: int) -> Shard:
         return Shard((numel,), start, p.ds_tensor.data.view(-1)[: max(0, min(part, numel - start))])
     if isinstance(p, DTensor):
         held = piece(name, p, spread(name, p))
-        return flat_shard(p) if held.split_inside else Shard((numel,), held.start, local(p).detach().view(-1))
+        return flat_shard(p, p.ndim) if held.split_inside else Shard((numel,), held.start, local(p).detach().view(-1))
     if getattr(p, "_fsdp_flattened", False):
         raise ConfigError(f"{name}: frozen parameters under FSDP1 cannot be saved; use FSDP2")
     return Shard((numel,), 0, p.detach().view(-1))

@@ -234,20 +234,30 @@ def _buffers(runs: list[list[Outline]], part: int, limits: Limits, cpu: bool) ->
     if cpu:
         batch = min(batch, max(CHUNK, *squares))
 
-    def rows(run: list[Outline], columns: int) -> int:  # in a block
-        one = run[0]
-        return min(one.rows, max(1, block // (columns * size))) if len(run) == 1 else len(run) * _most_rows(one)
-
     # Four temporaries of a row block stay. Two more where the parameter is of another dtype, or five of AdamW's parts.
-    largest = max(rows(run, run[0].shape[1]) * run[0].shape[1] * size for run in runs)
+    largest, beside, gauged = _of_blocks(runs, limits)
     blocks = 4 * largest + max(2 * largest, 5 * part)
     if any(run[0].widened for run in runs):  # random bits, and what they round
         blocks += 7 * block
-    beside = max(4 * rows(run, run[0].shape[1]) * sum(run[0].ranks) for run in runs)
-    gauged = max(
-        (r * (run[0].block_size * len(run) + rows(run, r)) for run in runs for r in run[0].ranks if r), default=0
-    )
-    return kept + 4 * batch * 8 + blocks + (beside + gauged) * size
+    rows = max((r * _rows(run, r, limits) for run in runs for r in run[0].ranks if r), default=0) * size
+    return kept + 4 * batch * 8 + blocks + beside + gauged + rows
+
+
+def _of_blocks(runs: list[list[Outline]], limits: Limits) -> tuple[int, int, int]:
+    """Bytes of a row block's temporary, of those on its low-rank side, and of the new A, of the largest of each."""
+    size = runs[0][0].itemsize
+    blocks = [(_rows(run, run[0].shape[1], limits), run[0]) for run in runs]
+    largest = max(rows * one.shape[1] for rows, one in blocks)
+    beside = max(4 * rows * sum(one.ranks) for rows, one in blocks)
+    gauged = max((r * run[0].block_size * len(run) for run in runs for r in run[0].ranks), default=0)
+    return largest * size, beside * size, gauged * size
+
+
+def _rows(run: list[Outline], columns: int, limits: Limits) -> int:
+    """Rows of so many columns that go through a step at a time, of all matrices of a stack."""
+    one = run[0]
+    at_a_time = max(1, limits.block // (columns * one.itemsize))
+    return min(one.rows, at_a_time) if len(run) == 1 else len(run) * _most_rows(one)
 
 
 def _copied(one: Outline, run: Run) -> int:
@@ -271,3 +281,23 @@ def evenly_dealt(numbers: Sequence[int], ranks: int) -> bool:
 def owned(number: int, ranks: int, index: int) -> tuple[int, int]:
     """From where to where a rank solves ``number`` Grams of one side."""
     return column_block(number, ranks, index)
+
+
+def kept_bytes(outlines: Sequence[Outline], sizes: Sizes, kind: str, per_element: int = 0) -> int:
+    """Bytes of the buffers that steps reuse, which are there between them as well: of row blocks, Z and the new A."""
+    limits, worst = Limits.of(sizes, kind, per_element), 0
+    for wave in plan(outlines, limits):
+        runs = [[outlines[k] for k in run] for bucket in wave for run in bucket]
+        # What is reduced into other memory is one bucket's at a time.
+        Z = [
+            sum(outlines[k].bytes(outlines[k].block_size * outlines[k].parts, 0) for run in b for k in run)
+            for b in wave
+        ]
+        stays = any(one.lends for run in runs for one in run)
+        largest, beside, gauged = _of_blocks(runs, limits)
+        worst = max(worst, (sum(Z) if stays else max(Z)) + 3 * largest + beside + gauged)
+    return worst
+
+
+def _whole(one: Outline) -> int:
+    return one.bytes(one.block_size * one.parts, 0)

@@ -91,3 +91,8 @@ def of_matrix(
 def of_vector(dtype: str = "float32") -> dict[str, TensorSpec]:
     """The state of a parameter under AdamW."""
     return {key: TensorSpec(axis_of(key), None, dtype) for key in ("exp_avg", "exp_avg_sq")}
+
+
+def of_rounding(weights: str | None) -> dict[str, TensorSpec]:
+    """What is kept beside weights of 16 bits (``rounding.py``): with ``"kahan"`` the 16 that they lack, as bytes."""
+    return {"compensation": TensorSpec(Axis.ELEMENTS, 2, "uint8")} if weights == "kahan" else {}

@@ -66,6 +66,27 @@ class Piece:
     spread: Spread | None = None
 
     @property
+    def runs(self) -> tuple[int, int, int, int] | None:
+        """Where its elements lie in the parameter: from where, runs of how many, every how many; None: no such.
+
+        And how many elements of the first run are not here.
+        """
+        if self.spread is not None:
+            own, whole = self.spread.own, [(0, size) for size in self.shape]
+            split = next(d for d in range(1, len(own)) if own[d] != whole[d] or d == len(own) - 1)
+            inner = math.prod(self.shape[split + 1 :])
+            (low, high), stride = own[split], inner * self.shape[split]
+            alike = all(own[d] == whole[d] for d in range(1, len(own)) if d != split)
+            between = math.prod(self.shape[1:split])
+            start = own[0][0] * stride * between + low * inner
+            return (start, max(1, (high - low) * inner), stride, 0) if alike else None
+        if self.columns is not None:
+            first, last = self.columns
+            row, begin = divmod(self.start, self.shape[1])
+            return row * self.shape[1] + first, max(1, last - first), self.shape[1], max(0, begin - first)
+        return self.start, 1, 1, 0
+
+    @property
     def split_inside(self) -> bool:
         """Whether its elements here are no run of the parameter's."""
         return self.columns is not None or self.spread is not None

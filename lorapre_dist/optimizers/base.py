@@ -36,6 +36,7 @@ from .tensors import (
     check_given,
     check_tensors,
     flat,
+    name_empty,
     number,
     refuse_duplicates,
     send_stepped,
@@ -149,6 +150,7 @@ class LowRankOptimizer(BoundOptimizer, Skipping):
                 "of the groups there were: give all groups to deepspeed.initialize(model_parameters=...)"
             )
         check_given(param_group)
+        name_empty([*self.param_groups, param_group])
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])

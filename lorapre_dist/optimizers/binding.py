@@ -182,7 +182,8 @@ class BoundOptimizer(Overlapping, StatefulOptimizer):
             raise ConfigError("rank=0: every parameter group has it, so that none is low-rank; use torch.optim.AdamW")
         of_group = [configs if groups is None else [configs[i]] for i in groups or range(len(named_shapes))]
         pairs = [(n, s, c) for (n, s), some in zip(named_shapes, of_group, strict=True) for c in some if c.rank]
-        if not any(self._is_low_rank(*pair) for pair in pairs):
+        # Other stages of a pipeline may have some.
+        if not any(self._is_low_rank(*pair) for pair in pairs) and not detect.find(self._named()).beyond:
             unnamed = any(n.startswith(_UNNAMED) for n, _, _ in pairs)
             raise ConfigError(param_groups.explain_no_match_of(pairs, self.config, unnamed))
 

@@ -56,6 +56,17 @@ def check_given(group: Any) -> None:
             raise TypeError(f"params holds {shown(one)}: {allowed}")
 
 
+def name_empty(groups: list[dict[str, Any]]) -> None:
+    """Give groups without parameters (a stage of a pipeline may have none of a group) no names, if others have some.
+
+    PyTorch wants all groups with names, or none.
+    """
+    if any("param_names" in group or any(isinstance(one, tuple) for one in group["params"]) for group in groups):
+        for group in groups:
+            if not isinstance(group["params"], Tensor) and not len(group["params"]):
+                group.setdefault("param_names", [])
+
+
 def check_tensors(group: dict[str, Any], optimizer: str) -> None:
     """Raise a ConfigError unless the tensors of a group are real, and their names, if there are some, strings."""
     names = group.get("param_names", [f"number {k}" for k in range(len(group["params"]))])

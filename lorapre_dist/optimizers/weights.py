@@ -42,13 +42,19 @@ def check(weights: str | None, named: Iterable[tuple[str, Tensor]], layout: Layo
 def rounding(config: LowRankConfig, piece: Piece, device: torch.device) -> Rounding:
     """How a piece's weights are kept, by the settings of its group."""
     if config.weights == "kahan":
+        if piece.columns is not None and piece.parameter is not None and piece.parameter.ndim > 2:
+            raise ConfigError(
+                f"{piece.name}: weights='kahan' cannot be saved of experts that are split by columns: use "
+                "weights='stochastic', or shard them along dim 0 or 1"
+            )
         return roundings.Kahan(torch.zeros(piece.numel, dtype=torch.int16, device=device))
     if config.weights != "stochastic":
         return Rounding()
-    start, width, stride, phase = piece.start, 1, 1, 0
-    if piece.columns is not None:
-        first, last = piece.columns
-        row, begin = divmod(start, piece.shape[1])
-        start, phase = row * piece.shape[1] + first, max(0, begin - first)
-        width, stride = max(1, last - first), piece.shape[1]
+    runs = piece.runs
+    if runs is None:
+        raise ConfigError(
+            f"{piece.name}: weights='stochastic' under AdamW is for a parameter that is split along dim 0 and one "
+            "other at most: use weights='kahan', or another placement"
+        )
+    start, width, stride, phase = runs
     return roundings.stochastic(piece.name, config.seed, start, width, stride, device, phase)

@@ -31,4 +31,4 @@ def arranged(request: Request) -> Arrangement:
             found = dealt.ddp(named, n, lambda name, shape: request.kept_as(name, shape) is not None)
         case _:
             found = shares.replicated(named)
-    return found.matrices(request.takes)
+    return found.matrices(lambda name, shape: request.kept_as(name, shape) is not None)

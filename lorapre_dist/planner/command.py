@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 from dataclasses import fields, replace
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import CONFIGS, VARIANTS, ConfigError
+from lorapre_dist.config.options import EMBEDDINGS, OTHER_STATES, STATE_DTYPES, WEIGHTS
+from lorapre_dist.training.engines.presets import RECIPES, recipe
 
+from .fitting import mildest
 from .models import NAMES, find
 from .plan import plan, smallest_world
 from .render import as_json, chart, table
@@ -20,7 +24,10 @@ from .seconds import DEVICES, rate, rates_of
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SMALLEST_MEMORY = 2**20
 # Settings of optimizers that have options of their own here.
-SETTINGS = ("rank", "rank_v", "variant", "target_modules", "state_dtype", "other_state", "embeddings")
+SETTINGS = (
+    *("rank", "rank_v", "variant", "target_modules"),
+    *("weights", "release_gradients", "state_dtype", "other_state", "embeddings"),
+)
 RATES = {
     "flops": "flops of matrix products a second (300e12, 300T)",
     "bandwidth": "bytes of device memory a second",
@@ -35,8 +42,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add(
+        "--recipe", choices=RECIPES, help="plan for a recipe of lorapre pretrain: its model, JSON, layout and sequences"
+    )
+    add(
         "--model",
-        required=True,
         help="a preset (llama-60m ... llama-7b, llama-70b), or a model folder, config.json or hub name of HF's",
     )
     add("--layout", choices=LAYOUTS, help="where parameters lie (default: zero2)")
@@ -51,11 +60,23 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     add("--variant", choices=VARIANTS, help="of our optimizers (default: stable)")
     add("--target_modules", nargs="+", metavar="NAME", help="low-rank modules: names or regular expressions")
+    add("--weights", choices=[w for w in WEIGHTS if w], help="how bf16 weights without an fp32 copy are stepped")
+    add("--state_dtype", choices=STATE_DTYPES, help="form of the factors between steps (default: fp32)")
+    add("--other_state", choices=OTHER_STATES, help="state of 2-D parameters that are no projections (default: adamw)")
+    add("--embeddings", choices=EMBEDDINGS, help="low_rank: embedding and head, too (default: full)")
+    add("--release_gradients", action="store_true", default=None, help="step in the backward pass (ddp, fsdp2, tp)")
+    add("--micro_batch", type=int, help="sequences of a forward pass (default: the JSON's, or 1)")
+    add("--seq_len", type=int, help="tokens of a sequence; without it activations are not planned for")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     add("--precision", choices=tuple(BYTES), help="of computation (default: bf16, with fp32 master weights)")
     add("--offload", action="store_true", help="optimizer state and master weights in host memory")
     add("--accumulation", type=int, help="micro-batches per step (default: 1)")
     add("--deepspeed_config", metavar="JSON", help="take all of that from this file; options given here come first")
-    add("--max_memory", metavar="SIZE", help="also say from how many ranks each layout fits, e.g. 80GiB")
+    add(
+        "--max_memory",
+        metavar="SIZE",
+        help="also say which options, the mildest first, make it fit, and from how many ranks each layout does; 80GiB",
+    )
     add("--device", choices=tuple(DEVICES), help="predict seconds of a step from rates assumed of this device")
     for name, what in RATES.items():
         add(f"--{name}", type=rate, metavar="RATE", help=f"{what}, instead of the device's")
@@ -66,6 +87,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Print the plan."""
     limit = size_of(given.max_memory) if given.max_memory else None
+    _of_recipe(given)
     rates = rates_of(given.device, {k: v for k in RATES if (v := getattr(given, k)) is not None})
     requests = requests_of(given)
     request = requests[0]
@@ -74,15 +96,31 @@ def run(given: argparse.Namespace) -> int:
     first = request.optimizer.optimizer
     usages = {first: usages.pop(first)} | {name: found[name] for name, found in ours.items()} | usages
     fits = {} if limit is None else _fits(request, limit)
+    options = None if limit is None else mildest(request, limit)
     if given.json:
-        print(json.dumps(as_json(request, usages, fits, limit, rates), indent=1))
+        print(json.dumps(as_json(request, usages, fits, limit, rates, options), indent=1))
     else:
-        print(table(request, usages, fits, limit, rates))
+        print(table(request, usages, fits, limit, rates, options))
     if given.plot:
         chart(request, given.plot)
         if not given.json:
             print(f"\nchart: {given.plot}")
     return 0
+
+
+def _of_recipe(given: argparse.Namespace) -> None:
+    """Fill in what a recipe says and the options do not."""
+    if given.recipe is None:
+        if given.model is None:
+            raise ConfigError("--model is needed: a preset, a model folder, config.json or hub name; or --recipe")
+        return
+    said = recipe(given.recipe)
+    given.model = given.model or said["model"]
+    given.deepspeed_config = given.deepspeed_config or said["deepspeed_config"]
+    given.seq_len = given.seq_len or said["seq_len"]
+    given.gradient_checkpointing = given.gradient_checkpointing or said.get("gradient_checkpointing", False)
+    if given.layout is None and given.stage is None and said.get("backend", "deepspeed") != "deepspeed":
+        given.layout = said["backend"]
 
 
 def requests_of(given: argparse.Namespace) -> list[Request]:
@@ -101,9 +139,14 @@ def requests_of(given: argparse.Namespace) -> list[Request]:
     if given.deepspeed_config:
         found, kind, ours = _from_json(given.deepspeed_config, given.world_size, given.accumulation, layout)
         values |= found | {"offload": found["offload"] or given.offload}
-    values |= {k: v for k in ("precision", "accumulation") if (v := getattr(given, k, None)) is not None}
+    values |= {
+        k: v
+        for k in ("precision", "accumulation", "micro_batch", "seq_len")
+        if (v := getattr(given, k, None)) is not None
+    }
     values |= {"layout": layout} if layout else {}
     values |= {"shard_size": given.shard_size, "shard_state": not given.replicated_state}
+    values["checkpointing"] = given.gradient_checkpointing
     chosen = given.optimizer or kind
     options = {k: v for k in SETTINGS if (v := getattr(given, k, None)) is not None}
     name = Path(given.model).name or given.model
@@ -135,15 +178,18 @@ def _from_json(
     section = {} if section is True else section  # DeepSpeed's old switch
     if (section.get("offload_param") or {}).get("device", "none") != "none":
         raise ConfigError(f"--deepspeed_config {path}: zero_optimization.offload_param is not planned for; remove it")
+    micro_batch = config.get("train_micro_batch_size_per_gpu") or 1
     if accumulation is None:
         try:
-            accumulation = ds_training.batch_sizes(config, world_size).accumulation
+            batch = ds_training.batch_sizes(config, world_size)
         except ConfigError as error:
             raise ConfigError(f"--deepspeed_config {path}: {error}, or give --accumulation") from error
+        accumulation, micro_batch = batch.accumulation, batch.micro_batch
     values = {
         "layout": f"zero{ds_training.zero_stage(config)}",
         "precision": ds_training.precision(config),
         "accumulation": accumulation,
+        "micro_batch": micro_batch,
         "offload": (section.get("offload_optimizer") or {}).get("device", "none") == "cpu" and layout != "ddp",
         "zero": _zero(path, section),
     }
@@ -183,6 +229,9 @@ def size_of(text: str) -> int:
 
 
 def _fits(request: Request, limit: int) -> dict[str, int | None]:
-    """From how many ranks our optimizer fits, by layout."""
-    layouts = OFFLOADING if request.offload else LAYOUTS
-    return {name: smallest_world(replace(request, layout=name), limit) for name in layouts}
+    """From how many ranks our optimizer fits, by layout; those that the options are not for are left out."""
+    found: dict[str, int | None] = {}
+    for name in OFFLOADING if request.offload else LAYOUTS:
+        with contextlib.suppress(ConfigError):
+            found[name] = smallest_world(replace(request, layout=name, world_size=1), limit)
+    return found

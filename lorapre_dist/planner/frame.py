@@ -15,8 +15,8 @@ import numpy as np
 
 from lorapre_dist.layouts.geometry.shares import Arrangement
 
-from .request import Request
-from .rivals import FP32, Array, numel, over_ranks, zeros
+from .request import FP32, Request
+from .rivals import Array, numel, over_ranks, zeros
 
 # DeepSpeed's ZeRO-0 all-reduces gradients by this many elements (runtime/engine.py, buffered_allreduce_fallback).
 ZERO0_BUCKET = 500_000_000
@@ -28,8 +28,10 @@ class Frame:
 
     Attributes:
         weights: and fp32 masters.
-        gradients: between the last backward pass and the end of the step, at most.
-        buffers: for collectives, and whole parameters gathered for computation, at most.
+        gradients: in the step, at most.
+        buffers: for collectives, and whole parameters gathered for computation, in forward and backward, at most.
+        backward: gradients at the end of the backward pass.
+        left: of the buffers, what is there in the step.
         host: in host memory under offload: master weights and gradients.
         sent: by purpose, in a step and a ring implementation.
     """
@@ -37,8 +39,14 @@ class Frame:
     weights: Any
     gradients: Any
     buffers: Any
+    backward: Any = None
+    left: Any = 0
     host: Any = 0
     sent: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.backward is None:
+            self.backward = self.gradients
 
 
 def frame(request: Request, arrangement: Arrangement) -> Frame:
@@ -75,20 +83,24 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
     """Whole weights in one flat buffer, masters and reduced gradients of one partition.
 
     At the step the reduced gradients, a flat copy of them and its fp32 form exist together: 8 bytes an element of the
-    partition, whatever the precision. ZeRO-1 keeps the whole gradient from one micro-batch to the next, ZeRO-2 reduces
-    it each time. The reduction is an all-reduce of each bucket unless ``use_multi_rank_bucket_allreduce`` is off.
+    partition, whatever the precision; 4 where the masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps
+    the whole gradient from one micro-batch to the next, ZeRO-2 reduces it each time. The reduction is an all-reduce of
+    each bucket unless ``use_multi_rank_bucket_allreduce`` is off.
     """
-    e, part, size, zero = request.width, _partition(arrangement), request.world_size, request.zero
-    weights, gradients = e * part * size + FP32 * part, 8 * part
+    e, m, part, size = request.width, request.stepped, _partition(arrangement), request.world_size
+    zero, weights = request.zero, e * part * size + m * part
+    gradients, backward = (2 * e + (m if m != e else 0)) * part, e * part
     buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
     buffers, host, kept = e * buckets * zero.reduce_bucket_size, 0 * part, request.layout == "zero1"
     if kept and request.accumulation > 1:
+        backward = backward + e * request.elements
         gradients = np.maximum(gradients, e * request.elements)
     if request.offload:
         largest = max(p.numel for p in request.parameters)
-        host = (2 * FP32 + e) * part + e * largest
+        host = (2 * m + e) * part + e * largest
         weights = e * part * size
         gradients = np.full_like(part, e * (request.elements if kept and request.accumulation > 1 else largest))
+        backward = gradients
     passes = 1 if kept else request.accumulation
     weights_sent = e * int(part[0]) * size
     if request.world_size > 1 and zero.use_multi_rank_bucket_allreduce:
@@ -96,7 +108,7 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
         sent["all-gather weights"] = _sharded(request, 0, weights_sent)["all-gather weights"]
     else:
         sent = _sharded(request, passes * e * request.elements, weights_sent)
-    return Frame(weights, gradients, buffers, host, sent)
+    return Frame(weights, gradients, buffers, backward, host=host, sent=sent)
 
 
 def _zero3(request: Request, arrangement: Arrangement) -> Frame:
@@ -106,19 +118,20 @@ def _zero3(request: Request, arrangement: Arrangement) -> Frame:
     and backward for each micro-batch; what DeepSpeed keeps in between (all of a model that fits in its prefetch bucket)
     goes once, and a tied parameter once more for each use.
     """
-    e, part, size, zero = request.width, _partition(arrangement), request.world_size, request.zero
-    weights, step = (e + FP32) * part, (FP32 + (e if e < FP32 else 0)) * arrangement.call_elements
-    gradients, host = e * part + step, 0 * part
+    e, m, part, size = request.width, request.stepped, _partition(arrangement), request.world_size
+    zero, weights, step = request.zero, (e + m) * part, (m + (e if e != m else 0)) * arrangement.call_elements
+    backward, gradients, host = e * part, e * part + step, 0 * part
     gathered = min(request.elements, zero.max_live_parameters) if size > 1 else 0
-    buffers = e * (gathered + (zero.reduce_bucket_size if zero.contiguous_gradients else 0))
+    bucket = e * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     if request.offload:
-        host, weights, gradients = (2 * FP32 + e) * part, e * part, 0 * part
+        host, weights, backward, gradients = (2 * m + e) * part, e * part, 0 * part, 0 * part
     padded, passes = int(part[0]) * size, request.accumulation
-    return Frame(weights, gradients, buffers, host, _sharded(request, e * passes * padded, 2 * e * passes * padded))
+    sent = _sharded(request, e * passes * padded, 2 * e * passes * padded)
+    return Frame(weights, gradients, e * gathered + bucket, backward, bucket, host, sent)
 
 
 def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
-    """fp32 shards of weights and gradients; computation gathers one layer while it prefetches the next.
+    """Shards of weights and gradients, fp32 or bf16; computation gathers one layer while it prefetches the next.
 
     Assumes ``fully_shard`` on each layer and on the model and, below fp32, ``MixedPrecisionPolicy(param_dtype,
     reduce_dtype=torch.float32)``: whole weights and gradients of two layers and of the rest of the model in e bytes,
@@ -136,10 +149,10 @@ def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
     copies = request.world_size // n
     if copies > 1:  # hybrid: each shard of the gradients is summed over the groups
         sent["all-reduce gradients"] = round(2 * (copies - 1) / copies * FP32 * passes * (rest + layers) / n)
-    shards = FP32 * padded
+    shards = request.stepped * padded
     if request.offload:
-        return Frame(0 * padded, 0 * padded, buffers, 2 * shards, sent)
-    return Frame(shards, shards, buffers, 0, sent)
+        return Frame(0 * padded, 0 * padded, buffers, host=2 * shards, sent=sent)
+    return Frame(shards, shards, buffers, sent=sent)
 
 
 def _slices(shape: tuple[int, ...], ranks: int) -> int:
@@ -149,33 +162,34 @@ def _slices(shape: tuple[int, ...], ranks: int) -> int:
 
 
 def _fsdp1(request: Request, arrangement: Arrangement) -> Frame:
-    """fp32 shards of flat parameters and of gradients; computation gathers one layer while it prefetches the next.
+    """Shards of flat parameters and of gradients, fp32 or bf16; one layer is gathered while the next is prefetched.
 
     Assumes ``FullyShardedDataParallel(use_orig_params=True)``, full shards, of each layer and of the model, and below
     fp32 ``MixedPrecision(param_dtype, reduce_dtype=torch.float32)``. On one rank nothing is sharded.
     """
-    e, n = request.width, request.sharing
+    e, m, n = request.width, request.stepped, request.sharing
     if n == 1:
-        return Frame(FP32 * request.elements, FP32 * request.elements, 0 if e == FP32 else e * request.elements)
+        return Frame(m * request.elements, m * request.elements, 0 if e == m else e * request.elements)
     units = {name: sum(p.numel for p in some) for name, some in request.wrapped().items()}
     rest, layers, largest = units.pop("", 0), sum(units.values()), max(units.values(), default=0)
     live, passes, whole = rest + min(layers, 2 * largest), request.accumulation, n * int(_partition(arrangement)[0])
     sent = _sharded(request, FP32 * passes * whole, e * passes * (2 * whole - rest))
-    shards = FP32 * _partition(arrangement)
+    shards = m * _partition(arrangement)
     return Frame(shards, shards, 2 * e * live + FP32 * max(rest, largest), sent=sent)
 
 
 def _tp(request: Request, arrangement: Arrangement) -> Frame:
-    """fp32 parts of split weights and gradients, all of the others. Activations are what is sent: that is left out."""
+    """Parts of split weights and gradients, all of the others. Activations are what is sent: that is left out."""
     held = sum((over_ranks(arrangement, s, numel(s)) for s in arrangement.shares), zeros(arrangement))
-    e = request.width
-    return Frame(FP32 * held, FP32 * held, 0 if e == FP32 else e * int(held.max()))
+    e, m = request.width, request.stepped
+    return Frame(m * held, m * held, 0 if e == m else e * int(held.max()))
 
 
 def _ddp(request: Request, _: Arrangement) -> Frame:
-    """fp32 weights (autocast below fp32) and gradients, and DDP's buckets, which are another copy of the gradients."""
-    size = FP32 * request.elements
-    return Frame(size, size, size if request.world_size > 1 else 0, sent=_all_reduce(request, size))
+    """fp32 weights (autocast below fp32), or bf16 ones, gradients, and DDP's buckets, another copy of the gradients."""
+    size = request.stepped * request.elements
+    buckets = size if request.world_size > 1 else 0
+    return Frame(size, size, buckets, left=buckets, sent=_all_reduce(request, size))
 
 
 def _all_reduce(request: Request, size: int) -> dict[str, int]:

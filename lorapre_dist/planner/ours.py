@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 
+from lorapre_dist.config import LowRankConfig
 from lorapre_dist.core import arithmetic, batching, forms, spec, traffic
 from lorapre_dist.core.arithmetic import Work
 from lorapre_dist.core.batching import Limits
@@ -15,50 +16,78 @@ from lorapre_dist.core.interval import Peers, Range, RowInterval, column_block
 from lorapre_dist.core.rules import needs as rules
 from lorapre_dist.core.rules.muon import cuts as muon_cuts
 from lorapre_dist.core.rules.needs import Needs
+from lorapre_dist.core.sizes import Sizes
 from lorapre_dist.core.spec import Axis
 from lorapre_dist.core.traffic import Held
 from lorapre_dist.layouts.geometry.shares import Arrangement, Share
 
-from .request import Request
-from .rivals import FP32, Array, Costs, is_matrix, numel, over_ranks, zeros
+from .request import FP32, Parameter, Request
+from .rivals import Array, Costs, is_matrix, numel, over_ranks, zeros
 
 
 def costs(request: Request, arrangement: Arrangement) -> Costs:
     """Of the request's optimizer."""
-    needs, kind = rules.of(request.optimizer), "cpu" if request.cpu or request.offload else "cuda"
     state = state_bytes(request, arrangement)
-    found = Costs(state, zeros(arrangement), Work())
-    limits = Limits.of(needs.sizes, kind, needs.per_element * FP32)
-    sent: dict[str, Array] = defaultdict(lambda: zeros(arrangement))
-    stable = request.optimizer.variant == "stable"
-    fullest = int(np.argmax(state))
+    found = Costs(state, zeros(arrangement), Work(), kept=zeros(arrangement))
+    kinds: dict[LowRankConfig, list[Share]] = {}
+    for share in arrangement.shares:
+        if (settings := request.stepped_as(share)) is not None:
+            kinds.setdefault(settings, []).append(share)
     vectors = sum((over_ranks(arrangement, s, numel(s)) for s in arrangement.shares if not is_matrix(request, s)), 0)
-    ranks = looked_at(arrangement, fullest)
-    mine = held(request, arrangement, ranks)
-    for rank, after in zip(ranks, [*ranks[1:], arrangement.size], strict=True):
-        matrices, same = mine[rank], slice(None) if arrangement.uniform else slice(rank, after)
-        found.workspace[same] = workspace_bytes(matrices, needs, kind)
-        if request.optimizer.overlap:  # as memory_report() states it
-            kept = sum(batching.overlap_bytes(m.outline, not stable) for m in matrices)
-            found.workspace[same] = 2 * found.workspace[same] + kept
-        calls = 0
-        for one in traffic.collectives(matrices, needs, limits, stable, kind):
-            calls += one.calls
-            if not arrangement.uniform:
-                sent[one.purpose][same] += one.at(one.peers.index)
-                continue
-            sent[one.purpose] += one.bytes
-            for index, more in one.more.items():
-                sent[one.purpose][index] += more
-            if one.each:
-                sent[one.purpose] += np.asarray(one.each, np.int64)
-        work = arithmetic.of_step(matrices, needs, limits, stable, kind)
+    ranks, sent = looked_at(arrangement, int(np.argmax(state))), _Sent(arrangement)
+    # In the order in which they are stepped: the projections, then what has other settings, by their rank.
+    for settings in sorted(kinds, key=lambda one: (one != request.optimizer, one.rank)):
+        _add(found, sent, request, arrangement, settings, held(request, arrangement, ranks, settings, kinds[settings]))
+    for rank, work in sent.work.items():
         work.add(Work(moved=7.0 * FP32 * int(vectors[rank] if np.ndim(vectors) else vectors), calls=10))
         if work.products + work.moved > found.work.products + found.work.moved:
             found.work = work
-        found.calls = max(found.calls, calls)
-    found.sent = dict(sent) | _agreed(request, arrangement)
+    found.calls = max(sent.calls.values(), default=0)
+    found.sent = dict(sent.bytes) | _agreed(request, arrangement)
     return found
+
+
+class _Sent:
+    """What adds up over the kinds of matrices: bytes by purpose on each rank; of some ranks collectives and work."""
+
+    def __init__(self, arrangement: Arrangement) -> None:
+        self.bytes: dict[str, Array] = defaultdict(lambda: zeros(arrangement))
+        self.calls: dict[int, int] = defaultdict(int)
+        self.work: dict[int, Work] = defaultdict(Work)
+
+
+def _add(
+    found: Costs,
+    sent: _Sent,
+    request: Request,
+    arrangement: Arrangement,
+    settings: LowRankConfig,
+    mine: dict[int, list[Held]],
+) -> None:
+    """Add what the matrices of some settings take; ``mine`` on each rank that is looked at."""
+    needs, kind, stable = rules.of(settings), request.device, settings.variant == "stable"
+    limits = Limits.of(needs.sizes, kind, needs.per_element * FP32)
+    ranks = list(mine)
+    for rank, after in zip(ranks, [*ranks[1:], arrangement.size], strict=True):
+        matrices, same = mine[rank], slice(None) if arrangement.uniform else slice(rank, after)
+        outlines = [m.outline for m in matrices]
+        workspace = workspace_bytes(matrices, needs, kind)
+        kept = batching.kept_bytes(outlines, needs.sizes, kind, needs.per_element * FP32)
+        if request.optimizer.overlap:  # as memory_report() states it
+            workspace = kept = 2 * workspace + sum(batching.overlap_bytes(one, not stable) for one in outlines)
+        found.workspace[same] = np.maximum(found.workspace[same], workspace)
+        found.kept[same] = np.maximum(found.kept[same], kept)
+        for one in traffic.collectives(matrices, needs, limits, stable, kind):
+            sent.calls[rank] += one.calls
+            if not arrangement.uniform:
+                sent.bytes[one.purpose][same] += one.at(one.peers.index)
+                continue
+            sent.bytes[one.purpose] += one.bytes
+            for index, more in one.more.items():
+                sent.bytes[one.purpose][index] += more
+            if one.each:
+                sent.bytes[one.purpose] += np.asarray(one.each, np.int64)
+        sent.work[rank].add(arithmetic.of_step(matrices, needs, limits, stable, kind))
 
 
 def _agreed(request: Request, arrangement: Arrangement) -> dict[str, Array]:
@@ -67,13 +96,14 @@ def _agreed(request: Request, arrangement: Arrangement) -> dict[str, Array]:
     if not request.layout.startswith("zero") and n > 1:  # DeepSpeed's engine looks at gradients itself
         found["finite"] = zeros(arrangement) + traffic.agreeing(len(request.parameters), n)
     if arrangement.steps:
-        found["broadcast parameters"] = FP32 * np.asarray(arrangement.steps, np.int64)
+        found["broadcast parameters"] = request.stepped * np.asarray(arrangement.steps, np.int64)
     return found
 
 
 def state_bytes(request: Request, arrangement: Arrangement) -> Array:
     """Bytes of state on each rank, by the tensors that it consists of."""
     vector, total = spec.of_vector(), zeros(arrangement)
+    beside = sum(one.bytes(1) for one in spec.of_rounding(request.optimizer.weights).values())
     for share in arrangement.shares:
         kept = request.kept_as(share.name, share.shape) if len(share.shape) == 2 else None
         if kept is not None:
@@ -82,7 +112,7 @@ def state_bytes(request: Request, arrangement: Arrangement) -> Array:
             size = sum(one.bytes(1) * lengths[one.axis] for one in matrix.values())
         else:
             size = sum(one.bytes(1) * numel(share) for one in vector.values())
-        total += over_ranks(arrangement, share, size)
+        total += over_ranks(arrangement, share, size + beside * numel(share))
     return total
 
 
@@ -125,23 +155,30 @@ def looked_at(arrangement: Arrangement, fullest: int) -> list[int]:
     return sorted({*range(0, arrangement.size, max(1, every)), fullest})
 
 
-def held(request: Request, arrangement: Arrangement, ranks: list[int]) -> dict[int, list[Held]]:
-    """The matrices of each of some ranks in the order of the step."""
+def held(
+    request: Request,
+    arrangement: Arrangement,
+    ranks: list[int],
+    settings: LowRankConfig | None = None,
+    shares: list[Share] | None = None,
+) -> dict[int, list[Held]]:
+    """The matrices of each of some ranks in the order of the step: of some settings, by default the projections."""
     found: dict[int, list[Held]] = {rank: [] for rank in ranks}
     groups: dict[Hashable, object] = {}
-    for share in arrangement.shares:
-        if is_matrix(request, share):
-            whole = len(share.ranks) == arrangement.size  # place and rank are the same
-            places = zip(ranks, ranks, strict=True) if whole else enumerate(share.ranks)
-            for index, rank in places:
-                if rank in found:
-                    found[rank].append(_held(request, share, index, groups))
+    if shares is None:
+        shares = [share for share in arrangement.shares if is_matrix(request, share)]
+    for share in shares:
+        whole = len(share.ranks) == arrangement.size  # place and rank are the same
+        places = zip(ranks, ranks, strict=True) if whole else enumerate(share.ranks)
+        for index, rank in places:
+            if rank in found:
+                found[rank].append(_held(settings or request.optimizer, share, index, groups))
     return found
 
 
-def _held(request: Request, share: Share, index: int, groups: dict[Hashable, object]) -> Held:
+def _held(ours: LowRankConfig, share: Share, index: int, groups: dict[Hashable, object]) -> Held:
     """A matrix on the rank at a place among those that share it."""
-    ours, shape, peers = request.optimizer, (share.shape[0], share.shape[1]), None
+    shape, peers = (share.shape[0], share.shape[1]), None
     at = index if share.shared else 0
     if share.shared:
         # One object for each group of ranks, as there is one of torch's; those of stacks have their own.
@@ -154,3 +191,45 @@ def _held(request: Request, share: Share, index: int, groups: dict[Hashable, obj
     ranks, widened = tuple(ours.ranks.values()), forms.smaller(ours.ranks, ours.forms)
     outline = batching.outline(interval, peers, ranks, statistics, FP32, share.before, widened=widened)
     return Held(outline, interval, peers, share.call)
+
+
+def released(request: Request, arrangement: Arrangement) -> tuple[int, int]:
+    """Where gradients are released: bytes of those that are stepped together, and of the workspace of it, at most.
+
+    Of the batch that takes most; batches are formed as the backward pass goes, from the last parameter to the first.
+    Under FSDP2 all of a layer's are complete at once, and what is in no layer comes at the end.
+    """
+    rank = 0 if arrangement.uniform else int(np.argmax(state_bytes(request, arrangement)))
+    mine: dict[str, tuple[LowRankConfig, Held]] = {}
+    for settings in {s for share in arrangement.shares if (s := request.stepped_as(share)) is not None}:
+        shares = [share for share in arrangement.shares if request.stepped_as(share) == settings]
+        for one in held(request, arrangement, [rank], settings, shares)[rank]:
+            mine.setdefault(one.interval.name, (settings, one))
+    worst = 0, 0
+    for batch in _batches(request):
+        of: dict[LowRankConfig, list[Held]] = defaultdict(list)
+        for p in batch:
+            for name in [p.name, *(f"{p.name}[{e}]" for e in range(p.shape[0] if len(p.shape) == 3 else 0))]:
+                if name in mine:
+                    of[mine[name][0]].append(mine[name][1])
+        workspace = max((workspace_bytes(some, rules.of(s), request.device) for s, some in of.items()), default=0)
+        vectors = 6 * Sizes().block  # AdamW's parts
+        size = -(-request.stepped * sum(p.numel for p in batch) // (request.sharing if request.in_units else 1))
+        worst = max(worst, (size, max(workspace, vectors)), key=sum)
+    return worst
+
+
+def _batches(request: Request) -> Iterator[list[Parameter]]:
+    """Parameters whose gradients are stepped together in the backward pass (``optimizers/release.py``)."""
+    order = [[p] for p in reversed(request.parameters)]
+    if request.in_units:
+        units = request.wrapped()
+        rest = units.pop("", [])
+        order = [*reversed(units.values()), rest]
+    limit, waiting = Sizes().bucket_on(request.device), list[Parameter]()
+    for unit in order:
+        waiting += unit
+        if request.stepped * sum(p.numel for p in waiting) >= limit:
+            yield waiting
+            waiting = []
+    yield waiting

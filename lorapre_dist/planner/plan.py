@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,17 @@ import numpy as np
 from lorapre_dist.core.arithmetic import Work
 from lorapre_dist.layouts.geometry.shares import Arrangement, replicated
 
+from .activations import instants
 from .arrange import arranged
 from .frame import frame, full, plain
-from .ours import costs
+from .ours import costs, released
 from .request import Request
 from .rivals import RIVALS, Array, Optimizer
 
-PARTS = ("weights", "gradients", "state", "workspace", "buffers")
+PARTS = ("weights", "gradients", "state", "workspace", "buffers", "activations")
+#: Of a training step, in each of which other things are there.
+MOMENTS = ("forward", "backward", "step")
+Parts = dict[str, Array]
 
 
 @dataclass
@@ -25,7 +30,7 @@ class Usage:
     """Bytes of one optimizer.
 
     Attributes:
-        memory: of each of :data:`PARTS` on each rank's device.
+        moments: of each of :data:`MOMENTS` the parts (:data:`PARTS`) on each rank's device, when it holds most.
         host: in each rank's host memory under offload.
         sent: by purpose on each rank, by the optimizer in a step.
         frame_sent: by purpose, by the framework around it; the same on every rank.
@@ -33,7 +38,7 @@ class Usage:
         calls: collectives of the optimizer in a step, on the rank with most of them.
     """
 
-    memory: dict[str, Array]
+    moments: dict[str, Parts]
     host: Array
     sent: dict[str, Array]
     frame_sent: dict[str, int]
@@ -41,14 +46,34 @@ class Usage:
     calls: int
 
     @property
+    def memory(self) -> Parts:
+        """The most that each part takes, at whatever moment."""
+        return {part: np.max([held[part] for held in self.moments.values()], axis=0) for part in PARTS}
+
+    @functools.cached_property
+    def peak(self) -> Array:
+        """The moment of each rank's peak, by its place in :data:`MOMENTS`."""
+        return np.argmax([_total(self.moments[moment]) for moment in MOMENTS], axis=0)
+
+    @functools.cached_property
+    def at_peak(self) -> Parts:
+        """Each part at each rank's peak."""
+        return _chosen([self.moments[moment] for moment in MOMENTS], self.peak)
+
+    @functools.cached_property
     def total(self) -> Array:
-        """Bytes on each rank's device."""
-        return np.sum(list(self.memory.values()), axis=0)
+        """Bytes on each rank's device, at its peak."""
+        return _total(self.at_peak)
 
     @property
     def fullest(self) -> int:
         """The rank that needs most."""
         return int(np.argmax(self.total + self.host))
+
+    @property
+    def when(self) -> str:
+        """The moment of the fullest rank's peak."""
+        return MOMENTS[int(self.peak[self.fullest])]
 
     def summary(self) -> dict[str, Any]:
         """Bytes on the fullest rank and on average, as plain numbers: what ``--json`` prints."""
@@ -56,14 +81,17 @@ class Usage:
         def pick(values: Array) -> dict[str, float]:
             return {"largest": int(values.max()), "mean": round(float(values.mean()), 1)}
 
-        largest = {part: int(values[self.fullest]) for part, values in self.memory.items()}
-        mean = {part: round(float(values.mean()), 1) for part, values in self.memory.items()}
+        largest = {part: int(values[self.fullest]) for part, values in self.at_peak.items()}
+        mean = {part: round(float(values.mean()), 1) for part, values in self.at_peak.items()}
+        moments = {moment: int(_total(held)[self.fullest]) for moment, held in self.moments.items()}
         return {
             "largest_rank": {
                 "rank": self.fullest,
                 **largest,
                 "total": int(self.total[self.fullest]),
                 "host": int(self.host[self.fullest]),
+                "peak": self.when,
+                "moments": moments,
             },
             "mean": {**mean, "total": round(float(self.total.mean()), 1), "host": round(float(self.host.mean()), 1)},
             "sent_per_step": {
@@ -71,6 +99,16 @@ class Usage:
                 "framework": dict(self.frame_sent),
             },
         }
+
+
+def _total(held: Parts) -> Array:
+    return np.sum(list(held.values()), axis=0)
+
+
+def _chosen(several: list[Parts], which: Array) -> Parts:
+    """Of several holdings, on each rank the one at this place."""
+    at = np.arange(len(which))
+    return {part: np.stack([held[part] for held in several])[which, at] for part in PARTS}
 
 
 def names(request: Request) -> tuple[str, ...]:
@@ -98,14 +136,32 @@ def plan(request: Request, of: tuple[str, ...] | None = None) -> dict[str, Usage
 def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usage:
     stated = entry.costs(request, arrangement)
     around = plain(request) if entry.whole else frame(request, arrangement)
-    memory = {"weights": around.weights, "gradients": around.gradients, "state": stated.state}
-    memory |= {"workspace": stated.workspace, "buffers": around.buffers}
-    host = around.host
+    state, host = stated.state, around.host
     if request.offload and not entry.whole:
-        host = host + stated.state + stated.workspace
-        memory |= {"state": 0, "workspace": 0}
-    held = {part: full(value, arrangement.size) for part, value in memory.items()}
-    return Usage(held, full(host, arrangement.size), stated.sent, around.sent, stated.work, stated.calls)
+        host, state = host + state + stated.workspace, 0 * state
+        stated.workspace, stated.kept = 0 * state, 0 * state
+
+    def parts(gradients: Any, workspace: Any, buffers: Any, activations: Any = 0) -> Parts:
+        held = (around.weights, gradients, state, workspace, buffers, activations)
+        return {part: full(value, arrangement.size) for part, value in zip(PARTS, held, strict=True)}
+
+    early = request.optimizer.release_gradients and entry.costs is costs
+    waiting, stepping = released(request, arrangement) if early else (None, None)
+    moments: dict[str, list[Parts]] = {moment: [] for moment in MOMENTS}
+    for instant in instants(request):
+        gradients, workspace = around.backward, stated.kept
+        if early and instant.graded:
+            gradients, workspace = waiting, np.maximum(stated.kept, stepping)
+        elif request.accumulation == 1:
+            gradients = gradients * instant.graded // request.elements
+        activations = instant.bytes + request.width * instant.cast
+        moments[instant.moment].append(parts(gradients, workspace, around.buffers, activations))
+    if early:
+        moments["step"].append(parts(waiting, np.maximum(stated.kept, stepping), around.left))
+    else:
+        moments["step"].append(parts(around.gradients, stated.workspace, around.left))
+    worst = {name: _chosen(some, np.argmax([_total(one) for one in some], axis=0)) for name, some in moments.items()}
+    return Usage(worst, full(host, arrangement.size), stated.sent, around.sent, stated.work, stated.calls)
 
 
 def smallest_world(request: Request, limit: int, largest: int = 4096) -> int | None:

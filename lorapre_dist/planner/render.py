@@ -9,9 +9,9 @@ from typing import Any
 
 from lorapre_dist.config import ConfigError, LowRankConfig, extras
 from lorapre_dist.config.arguments import readable
-from lorapre_dist.config.options import SIXTEEN
 
 from .arrange import arranged
+from .fitting import RUNGS, Fit
 from .ours import looked_at
 from .plan import PARTS, Usage, names, plan
 from .request import Request
@@ -59,19 +59,24 @@ def notes(request: Request, rates: Rates | None = None) -> list[str]:
     looked = len(looked_at(arranged(request), 0))
     if 1 < looked < request.sharing:
         predicted.append(f"workspace and sent: of {looked:,} ranks, which stand for their neighbours, too")
-    ours = request.optimizer
-    if ours.weights in SIXTEEN:
-        predicted.append(f"weights={ours.weights!r} is not planned for: fp32 masters are counted, and no compensation")
-    if ours.release_gradients:
-        predicted.append("release_gradients is not planned for: all gradients are counted")
     return [
         *predicted,
-        "activations, the accelerator's context and fragmentation are not included",
-        f"buffers: {BUFFERS[request.layout]}; not all columns are at their largest at the same time",
+        "memory: at the moment at which a rank holds most: in the forward pass, the backward pass or the step",
+        *_of_activations(request),
+        f"buffers: {BUFFERS[request.layout]}",
         "sent: by a rank in rings over n, (n-1)/n of what is gathered or reduce-scattered, twice that of an all-reduce",
         "AdamW and Muon (torch.optim.Muon, AdamW on the rest): by formula, with the same weights and layout",
         f"GaLore (galore-torch): under DDP, all of it on every rank, weights and state in {request.precision} alone",
     ]
+
+
+def _of_activations(request: Request) -> list[str]:
+    rest = "the accelerator's context and fragmentation are not included"
+    if request.seq_len is None:
+        return [f"activations (--seq_len plans for them), {rest}"]
+    how = "recomputed block by block" if request.checkpointing else "all kept (--gradient_checkpointing: recomputed)"
+    batch = f"{request.micro_batch:,} x {request.seq_len:,} tokens, {how}"
+    return [f"activations: of a Llama by formula, {batch}; attention that keeps no scores (flash)", rest]
 
 
 def as_json(
@@ -80,6 +85,7 @@ def as_json(
     fits: dict[str, int | None],
     limit: int | None,
     rates: Rates | None = None,
+    options: Fit | None = None,
 ) -> dict[str, Any]:
     """The plan as plain values, all sizes in bytes and times in seconds."""
     ours = request.optimizer
@@ -106,10 +112,19 @@ def as_json(
             found["optimizers"][name]["seconds_per_step"] = {**vars(time), "step": time.step}
     if limit is not None:
         found["max_memory"] = {"bytes": limit, "smallest_world_size": fits}
+    if options is not None:
+        found["max_memory"] |= {"fits": options.fits, "options": options.options, "total": options.bytes}
     return found
 
 
-def table(request: Request, usages: Usages, fits: Fits, limit: int | None, rates: Rates | None = None) -> str:
+def table(
+    request: Request,
+    usages: Usages,
+    fits: Fits,
+    limit: int | None,
+    rates: Rates | None = None,
+    options: Fit | None = None,
+) -> str:
     """The plan for people."""
     ours, share = request.optimizer, request.low_rank_elements / request.elements
     ranks = f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
@@ -120,7 +135,7 @@ def table(request: Request, usages: Usages, fits: Fits, limit: int | None, rates
         f"{request.accumulation} micro-batch{'es' if request.accumulation > 1 else ''} per step",
     ]
     lines += ["", *_memory(usages), "", *_sent(usages), *([] if rates is None else _seconds(usages, rates))]
-    fitting = _fitting(request, fits, limit)
+    fitting = _fitting(request, fits, limit, options)
     return "\n".join([*lines, *fitting, "", *(f"note: {line}" for line in notes(request, rates))])
 
 
@@ -140,14 +155,15 @@ def _seconds(usages: Usages, rates: Rates) -> list[str]:
 
 def _memory(usages: Usages) -> list[str]:
     hosted = any(usage.host.any() for usage in usages.values())
-    headings = [*PARTS, "total", *(["host"] if hosted else []), "mean state", "mean total"]
-    lines = [f"{'memory of the fullest rank':<27}" + "".join(f"{heading:>12}" for heading in headings)]
+    parts = [part for part in PARTS if any(usage.at_peak[part].any() for usage in usages.values())]
+    headings = [*parts, "total", *(["host"] if hosted else []), "mean state", "mean total"]
+    lines = [f"{'memory of the fullest rank':<27}" + "".join(f"{heading:>12}" for heading in headings) + "  peak in"]
     for label, usage in usages.items():
         at = usage.fullest
-        cells = [*(usage.memory[part][at] for part in PARTS), usage.total[at]]
+        cells = [*(usage.at_peak[part][at] for part in parts), usage.total[at]]
         cells += [usage.host[at]] if hosted else []
-        cells += [usage.memory["state"].mean(), usage.total.mean()]
-        lines.append(f"  {label:<25}" + "".join(f"{_size(cell):>12}" for cell in cells))
+        cells += [usage.at_peak["state"].mean(), usage.total.mean()]
+        lines.append(f"  {label:<25}" + "".join(f"{_size(cell):>12}" for cell in cells) + f"  {usage.when}")
     return lines
 
 
@@ -165,12 +181,20 @@ def _sent(usages: Usages) -> list[str]:
     return lines + [f"  {who:<25}{what:<24}{_size(most):>12}{_size(mean):>12}" for who, what, most, mean in shown]
 
 
-def _fitting(request: Request, fits: Fits, limit: int | None) -> list[str]:
-    if limit is None:
+def _fitting(request: Request, fits: Fits, limit: int | None, options: Fit | None) -> list[str]:
+    if limit is None or options is None:
         return []
+    which = f"{request.optimizer.optimizer}, {TITLES[request.layout]}, {request.world_size:,} ranks"
+    if options.fits:
+        how = f"with {options}: {_size(options.bytes)}" if options.options else "as it is"
+        said = f"{which}: fits in {_size(limit)} {how}"
+    else:
+        said = f"{which}: does not fit in {_size(limit)}; the least is {_size(options.bytes)}, with {options}"
+    order = ", ".join(name if value is True else f"{name}={value}" for name, value in RUNGS)
     found = [f"{TITLES[k]} from {n:,} rank{'s' if n > 1 else ''}" for k, n in fits.items() if n]
     ours = request.optimizer.optimizer
-    return ["", f"{ours} fits in {_size(limit)}: " + (", ".join(found) or "in no layout up to 4,096 ranks")]
+    ranks = ", ".join(found) or "in no layout up to 4,096 ranks"
+    return ["", said, f"(tried in this order: {order})", f"{ours} fits in {_size(limit)} as it is: {ranks}"]
 
 
 def _size(count: float) -> str:

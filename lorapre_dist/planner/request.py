@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from math import prod
 
 from lorapre_dist.config import ConfigError, LoRAPreConfig, LowRankConfig, others
+from lorapre_dist.config.options import RELEASE_UNDER_DEEPSPEED, SIXTEEN
 from lorapre_dist.config.param_groups import explain_no_match, is_low_rank
+from lorapre_dist.layouts.geometry.shares import Share
 
 LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "fsdp1", "fsdp2", "hsdp", "tp", "ddp")
 #: Those in which ranks hold no more than their part of the weights, or of masters, which can lie in host memory.
 OFFLOADING = ("zero1", "zero2", "zero3", "fsdp2", "hsdp")
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP32 = 4
+BYTES = {"fp32": FP32, "bf16": 2, "fp16": 2}
 MAX_WORLD_SIZE = 1 << 20
 
 
@@ -61,6 +64,8 @@ class Request:
         cpu: ranks have no accelerator; the r x r solves then go in smaller batches.
         shard_size: ranks that share the parameters under hybrid sharding, which has several such groups.
         shard_state: DDP deals the state out.
+        micro_batch, seq_len: sequences of a forward pass, and tokens of each; None: activations are not planned for.
+        checkpointing: activations are recomputed in the backward pass, block by block.
 
     Raises:
         ConfigError: a value that is not allowed, or no parameter would be low-rank.
@@ -78,6 +83,9 @@ class Request:
     cpu: bool = False
     shard_size: int = 8
     shard_state: bool = True
+    micro_batch: int = 1
+    seq_len: int | None = None
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -96,10 +104,39 @@ class Request:
             raise ConfigError(f"shard_size {self.shard_size}: must be at least 1")
         if self.world_size % self.sharing:
             raise ConfigError(f"shard_size {self.shard_size}: {self.world_size} ranks are no multiple of it")
+        self._check_batch()
+        self._check_memory_options()
         if not any(self.is_low_rank(p) for p in self.parameters):
             shapes = [(p.name, p.shape) for p in self.parameters]
             ours = self.optimizer
             raise ConfigError(explain_no_match(shapes, ours.rank, ours.target_modules, ours.resolved_rank_v))
+
+    def _check_batch(self) -> None:
+        for name, value in (("micro_batch", self.micro_batch), ("seq_len", self.seq_len)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}: must be at least 1")
+        if self.layout == "tp" and self.seq_len is not None:
+            raise ConfigError("seq_len: activations under tp are not planned for; leave it out")
+
+    def _check_memory_options(self) -> None:
+        ours, engine = self.optimizer, self.layout.startswith("zero")
+        if ours.weights in SIXTEEN and self.precision != "bf16":
+            raise ConfigError(f"weights={ours.weights!r}: is for bf16 weights, not {self.precision}")
+        if ours.weights in SIXTEEN and self.layout == "zero0":
+            raise ConfigError(
+                f"weights={ours.weights!r}: ZeRO stage 0 keeps fp32 masters; take stage 1, 2 or 3, or ddp"
+            )
+        if not ours.release_gradients:
+            return
+        if engine:
+            raise ConfigError(RELEASE_UNDER_DEEPSPEED)
+        if self.layout == "fsdp1":
+            raise ConfigError("release_gradients=True: FSDP1 shows gradients when the backward pass is over; use FSDP2")
+        if self.accumulation > 1:
+            raise ConfigError(
+                f"release_gradients=True: gradients cannot be accumulated over {self.accumulation} micro-batches; take "
+                "one, with checkpointing if the activations do not fit"
+            )
 
     def is_low_rank(self, parameter: Parameter) -> bool:
         """Whether our optimizer keeps low-rank momenta for it."""
@@ -137,6 +174,20 @@ class Request:
             return self.optimizer
         return others.settings(name, shape, self.optimizer, {})
 
+    def stepped_as(self, share: Share) -> LowRankConfig | None:
+        """By which settings a parameter is stepped as a matrix; None where it is AdamW's."""
+        return self.kept_as(share.name, share.shape) if len(share.shape) == 2 else None
+
+    @property
+    def in_units(self) -> bool:
+        """Whether gradients are complete by the unit that FSDP2 wraps."""
+        return self.layout in ("fsdp2", "hsdp")
+
+    @property
+    def device(self) -> str:
+        """The kind of device that steps."""
+        return "cpu" if self.cpu or self.offload else "cuda"
+
     @property
     def matrices(self) -> int:
         """Number of low-rank matrices, those in stacks included."""
@@ -156,3 +207,13 @@ class Request:
     def width(self) -> int:
         """Bytes of an element in the precision of the model's computation."""
         return BYTES[self.precision]
+
+    @property
+    def stepped(self) -> int:
+        """Bytes of an element of the weights that the optimizer steps: of fp32 masters, or of bf16 ones without."""
+        return 2 if self.optimizer.weights in SIXTEEN else FP32
+
+    @property
+    def autocast(self) -> bool:
+        """Whether fp32 weights are computed with in fewer bits under autocast; elsewhere there are copies of them."""
+        return self.layout in ("ddp", "tp") and self.width < self.stepped

@@ -11,9 +11,8 @@ import numpy as np
 from lorapre_dist.core.arithmetic import Work
 from lorapre_dist.layouts.geometry.shares import Arrangement, Share
 
-from .request import Request
+from .request import FP32, Request
 
-FP32 = 4
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -24,6 +23,7 @@ class Costs:
     Attributes:
         state: bytes of optimizer state, without the weights' fp32 masters.
         workspace: bytes that a step allocates for itself, at most.
+        kept: of those, what stays between steps.
         work: what a step computes, on the rank with most of it.
         sent: bytes by purpose, in a step and a ring implementation, as ``core/comm.py`` counts.
         calls: number of collectives, on the rank with most of it.
@@ -34,6 +34,7 @@ class Costs:
     work: Work
     sent: dict[str, Array] = field(default_factory=dict)
     calls: int = 0
+    kept: Any = 0
 
 
 @dataclass(frozen=True)

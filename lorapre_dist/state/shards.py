@@ -26,6 +26,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config import ConfigError
+from ..config.param_groups import parameter_name
 from ..core.comm import Comm
 from ..core.factors import Matrix
 from ..core.interval import column_block
@@ -33,6 +34,7 @@ from ..core.quantized import converted, form_of
 from ..core.spec import Axis, axis_of
 from ..core.transfer import Rectangle, Transfer
 from ..layouts.base import Piece, Unit, local
+from ..layouts.geometry.ranges import expert_name
 
 MODEL, UNTRAINED, OPTIMIZER = "model.", "untrained.", "optimizer."
 
@@ -44,7 +46,8 @@ class Shard:
     Attributes:
         skip: leading elements along ``dim`` that another rank writes (a row cut between ranks is held by each).
         home: what ``local`` is a copy of, if it is one: a tensor whose elements do not lie in row-major order, a
-            DTensor split by columns, a piece of some columns, or a factor that is kept in another form.
+            DTensor split inside its rows or slices, a piece of some columns, or a factor that is kept in another form.
+        rows: what is brought to a DTensor, where ``local`` is a part of that: all slices of dim 0 that are here.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +56,7 @@ class Shard:
     dim: int = 0
     skip: int = 0
     home: Tensor | Columns | None = None
+    rows: Tensor | None = None
 
     @property
     def owned(self) -> Tensor:
@@ -88,10 +92,10 @@ class Shard:
         return self.local if index.offset == self.offsets() else self.owned
 
     def bring_home(self) -> None:
-        """Copy what was loaded into ``local`` to where it belongs; a collective if that is split by columns."""
+        """Copy what was loaded into ``local`` to where it belongs; a collective if that is split inside."""
         if isinstance(self.home, DTensor):
             mesh, placements = self.home.device_mesh, _row_wise(self.home)
-            rows = self.local.view(-1, *self.home.shape[1:])
+            rows = (self.local if self.rows is None else self.rows).view(-1, *self.home.shape[1:])
             shape, stride = self.home.shape, self.home.stride()
             loaded = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
             self.home.to_local().copy_(loaded.redistribute(placements=self.home.placements).to_local())
@@ -121,7 +125,7 @@ def in_other_form(key: str, dtype: torch.dtype, held: Tensor) -> bool:
 
 @torch.no_grad()
 def bring_home(shards: dict[str, Shard]) -> None:
-    """Bring all that was loaded to where it belongs; a collective where some is split by columns."""
+    """Bring all that was loaded to where it belongs; a collective where some is split inside."""
     for shard in shards.values():
         shard.bring_home()
 
@@ -130,14 +134,36 @@ def _row_wise(tensor: DTensor) -> list[Any]:
     return [Split(0) if hasattr(placement, "dim") else placement for placement in tensor.placements]
 
 
-def flat_shard(tensor: DTensor) -> Shard:
-    """This rank's share, as one run, of a matrix that is split by columns; a collective, of as many bytes as it has."""
-    placements, (p, q, *inner) = _row_wise(tensor), tensor.shape
+def flat_shard(tensor: DTensor, ndim: int = 2) -> Shard:
+    """This rank's share, as one run, of a tensor split inside its rows; a collective, of as many bytes as it has.
+
+    Args:
+        ndim: of the parameter; beyond them ``tensor`` has some numbers for each of its elements.
+    """
+    first, rows = _in_rows(tensor)
+    size, inner, each = tensor.shape[0], tensor.shape[1:ndim].numel(), tensor.shape[ndim:]
+    return Shard((size * inner, *each), min(first, size) * inner, rows.view(-1, *each), home=tensor.detach())
+
+
+def stack_shards(name: str, tensor: DTensor) -> dict[str, Shard]:
+    """The same of a stack whose matrices are split by columns, by the matrices' names: whole ones, on some ranks."""
+    first, rows = _in_rows(tensor)
+    inner, home = tensor.shape[1:].numel(), tensor.detach()
+    found = {expert_name(name, first + k): Shard((inner,), 0, part.view(-1)) for k, part in enumerate(rows)}
+    if not found:  # which takes part in what is done with all of them
+        found[expert_name(name, 0)] = Shard((inner,), 0, rows.view(-1))
+    one = next(iter(found.values()))
+    one.home, one.rows = home, rows
+    return found
+
+
+def _in_rows(tensor: DTensor) -> tuple[int, Tensor]:
+    """A DTensor spread by slices of dim 0 alone: the first one here, and those that are; a collective."""
+    placements = _row_wise(tensor)
     moved: Any = tensor.detach().to(tensor.device_mesh.device_type)
     rows = moved.redistribute(placements=placements)
     _, (first, *_) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
-    local_rows = rows.to_local().contiguous().view(-1, *inner)
-    return Shard((p * q, *inner), min(first, p) * q, local_rows, home=tensor.detach())
+    return first, rows.to_local().contiguous()
 
 
 @dataclass
@@ -194,11 +220,15 @@ def like(parameter: DTensor, elements: Tensor) -> DTensor:
 
 
 def weight_shards(units: Iterable[Unit]) -> dict[str, Shard]:
-    """The weights of a layout's units; a collective where some are split by columns."""
+    """The weights of a layout's units; a collective where some are split inside their rows or slices."""
     found = {}
     for unit in units:
-        if isinstance(unit.tensor, DTensor) and any(piece.columns is not None for piece in unit.pieces):
-            found[MODEL + unit.pieces[0].name] = flat_shard(unit.tensor)
+        if isinstance(unit.tensor, DTensor) and any(piece.split_inside for piece in unit.pieces):
+            name, ndim = parameter_name(unit.pieces[0].name), unit.tensor.ndim
+            if len(unit.pieces[0].shape) < ndim:
+                found.update({MODEL + n: shard for n, shard in stack_shards(name, unit.tensor).items()})
+            else:
+                found[MODEL + name] = flat_shard(unit.tensor, ndim)
             continue
         tensor = local(unit.tensor).detach()
         flat = tensor.contiguous().view(-1)
@@ -269,6 +299,7 @@ def _element_shards(piece: Any, state: Any) -> dict[str, Shard]:
     if piece.columns is not None and piece.parameter is None:
         return {key: column_shard(piece, tensor) for key, tensor in elementwise(state).items()}
     if piece.split_inside:
-        return {key: flat_shard(like(piece.parameter, tensor)) for key, tensor in elementwise(state).items()}
+        ndim = len(piece.shape)
+        return {key: flat_shard(like(piece.parameter, tensor), ndim) for key, tensor in elementwise(state).items()}
     numel = torch.Size(piece.shape).numel()
     return {key: Shard((numel, *tensor.shape[1:]), piece.start, tensor) for key, tensor in elementwise(state).items()}

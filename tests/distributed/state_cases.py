@@ -50,13 +50,17 @@ def dense_path(optimizer: str, steps: int) -> list[dict[str, torch.Tensor]]:
     return [*path, theta]
 
 
-def built(layout: str, world_size: int, optimizer: str = "LoRAPre") -> tuple[nn.Module, LowRankOptimizer]:
+def built(
+    layout: str, world_size: int, optimizer: str = "LoRAPre", empty: bool = True
+) -> tuple[nn.Module, LowRankOptimizer]:
+    """A stage of a pipeline may have nothing of a group, which torch cannot flatten, unless ``empty`` is False."""
     model = wrapped(layout, Net(torch.float64), world_size)
     named = list(model.named_parameters())
     groups = [
         {"params": [(n, p) for n, p in named if ADAMW not in n]},
         {"params": [(n, p) for n, p in named if ADAMW in n], "rank": 0},
     ]
+    groups = [group for group in groups if empty or group["params"]]
     return model, OPTIMIZERS[optimizer](groups, shard_state=layout != "ddp replicated", **OPTIONS[optimizer])
 
 
@@ -78,7 +82,7 @@ def relay_case(
     rank: int, world_size: int, *, layout: str, optimizer: str, how: str, folder: str, leg: int
 ) -> tuple[float, str]:
     """Go on from what the leg before left in ``folder``, train, leave the same; the distance to the reference."""
-    model, stepper = built(layout, world_size, optimizer)
+    model, stepper = built(layout, world_size, optimizer, empty=how != "flat")
     load, save = HOW[how]
     lr = OPTIONS[optimizer]["lr"]
     if leg:

@@ -13,6 +13,9 @@ from .state_cases import STEPS, columns_case, dense_path, fresh_case, refusal_ca
 RELAYS = {
     "ours": ("LoRAPreMuon", [("tp", 3), ("fsdp1", 3), ("tp+fsdp2", 4), ("ddp", 2), ("tp", 2)]),
     "dcp": ("LoRAPre", [("ddp", 1), ("fsdp2", 2), ("ddp", 3), ("hsdp", 4), ("fsdp2", 3), ("tp+fsdp2", 4), ("tp", 3)]),
+    "dcp, experts": ("LoRAPreAdafactor", [("ep+fsdp2 0", 4), ("ep+fsdp2 2", 4), ("fsdp2", 3), ("ep+fsdp2 1", 4)]),
+    "ours, stages": ("LoRAPreMuon", [("tp+pp+fsdp2", 8), ("pp+fsdp2", 4), ("ep+fsdp2 2", 4)]),
+    "flat, stages": ("LoRAPreMuon", [("pp+fsdp2", 4)] * 2),
     "dcp, FSDP1": ("LoRAPreAdafactor", [("fsdp1", 2), ("fsdp1", 3), ("fsdp1 hybrid", 4)]),
     "full": ("LoRAPreAdafactor", [("tp+fsdp2", 4), ("ddp", 3), ("fsdp2", 3), ("ddp replicated", 2)]),
     "flat": ("LoRAPreAdafactor", [("fsdp2", 3), ("ddp", 2), ("tp+fsdp2", 4)]),

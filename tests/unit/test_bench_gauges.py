@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lorapre_dist import LoRAPre, LoRAPreConfig
-from lorapre_dist.bench import gauges, quality
+from lorapre_dist.bench import gauges, training
 from lorapre_dist.bench.__main__ import main
 from lorapre_dist.config import ConfigError
+from lorapre_dist.config.param_groups import param_groups
 
 from .toy import Toy, assert_matches, train
 
@@ -107,11 +108,17 @@ def test_table_and_figures(options, tmp_path, capsys, monkeypatch):
         assert [sample["step"] for sample in result["samples"]] == [2, 3]
         assert result["step_ms"] > 0
         assert f"{run['val_loss']:.3f}" in line and f"{run['on_the_way']['2']:.3f}" in line
-    # It is the training of bench quality: same weights, batches and lr.
+    # It is the training that other benches do: same weights, batches and lr.
     none, scalar, own, _ = (result["run"] for result in results)
     assert none["train_losses"] == scalar["train_losses"]
-    task = quality.prepare(gauges._parse([*options, "--eval_at", "2"]))
-    run = quality.train("stable-r4", quality.ROWS["stable-r4"], gauges.MATRIX_LR, task)
+    args = gauges._parse(options)
+    kept = training.Training(dataset=args.dataset, batch=args.batch, seq_len=args.seq_len)
+    task = training.prepare(kept, args.steps, args.seed, args.data_cache)
+
+    def build(model, lr):
+        return LoRAPre(param_groups(model), lr=0.01, betas=training.BETAS, scale=lr / 0.01, rank=4)
+
+    run = training.train("LoRAPre", build, gauges.MATRIX_LR, task)
     assert run.batches == own["batches"]
     assert run.train_losses == pytest.approx(own["train_losses"], rel=1e-5)
     assert run.val_loss == pytest.approx(own["val_loss"], rel=1e-5)

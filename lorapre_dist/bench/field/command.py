@@ -1,4 +1,14 @@
-"""The command line of ``bench field``."""
+"""The whole field: every optimizer on the same tokens from the same weights, each at its best learning rate.
+
+    python -m lorapre_dist.bench field --out runs/field
+    python -m lorapre_dist.bench field --out runs/field --report
+
+Only the optimizer of the attention and MLP matrices differs between rows; AdamW at lr 0.01 takes the rest in each, and
+gradients are clipped to norm 1. Short runs look for a contender's learning rate, beyond those it begins with while the
+best is the lowest or the highest; long ones with several seeds are then done with it. ``OUT/runs.jsonl`` has a line for
+every run, and no run is done again: a command that was stopped goes on where it was, and one with more seeds, steps or
+contenders adds to what is there.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +18,13 @@ import sys
 from pathlib import Path
 
 from lorapre_dist.bench.options import bench_parser
+from lorapre_dist.bench.training import PRECISIONS, Training
 from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.training.run.settings import default_cache
 
 from . import plan, pool, report
 from .registry import CONTENDERS, contender
-from .setting import PRECISIONS, Setting, Training
+from .setting import Setting
 from .store import NAME, Record, Store
 
 
@@ -27,9 +38,15 @@ def main(argv: list[str]) -> None:
     extras.need("train")
     protocol = plan.Protocol(_training(args), args.steps, args.screen_steps, tuple(args.seeds), tuple(args.lrs))
     store = Store(Path(args.out) / NAME)
+    if args.retry:
+        store.forget_errors()
+    absent = {name: contender(name).package for name in args.rows if contender(name).absent}
     if not args.report:
-        fill(store, args.rows, protocol, args)
+        fill(store, [name for name in args.rows if name not in absent], protocol, args)
     found = report.rows(store, protocol, args.rows)
+    for row in found:
+        if row.name in absent and not row.found.losses:
+            row.error = f"not installed: pip install {absent[row.name]}"
     text = report.page(found, protocol)
     (store.path.parent / "field.md").write_text(text, encoding="utf-8")
     (store.path.parent / "field.csv").write_text(report.as_csv(found), encoding="utf-8")
@@ -90,12 +107,11 @@ def _training(args: argparse.Namespace) -> Training:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from . import __doc__ as text
-
     kept = Training()
-    parser = bench_parser("field", text)
+    parser = bench_parser("field", __doc__)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the runs, tables and plots")
     parser.add_argument("--report", action="store_true", help="only write tables and plots of the runs that are there")
+    parser.add_argument("--retry", action="store_true", help="try again what could not run")
     parser.add_argument(
         "--rows", nargs="+", default=list(CONTENDERS), metavar="ROW", help=f"contenders: {', '.join(CONTENDERS)}"
     )

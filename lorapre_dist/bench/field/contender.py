@@ -13,9 +13,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lorapre_dist.bench.contenders import BASE_LR, BETAS, EPS
+from lorapre_dist.bench.training import BASE_LR, BETAS, EPS
+from lorapre_dist.config import extras
 from lorapre_dist.config.param_groups import param_groups
 from lorapre_dist.optimizers.base import LowRankOptimizer
+
+#: Learning rates that contenders of one kind begin with: of Adam's step, of orthonormal ones, of sign ones.
+ADAM_LRS = (0.0005, 0.001, 0.002, 0.004)
+MUON_LRS = (0.005, 0.01, 0.02, 0.04)
+LION_LRS = (0.0001, 0.0002, 0.0004, 0.0008)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class Contender:
     modules: tuple[str, ...] = ()
     origin: str = "torch"
     iterates_in_bf16: bool = False
+
+    @property
+    def absent(self) -> list[str]:
+        """Modules of its package that are not installed."""
+        return [module for module in self.modules if not extras.has(module)]
 
     def rank(self, model: nn.Module) -> int:
         """Rank for a model of its hidden size; 0: it has none."""

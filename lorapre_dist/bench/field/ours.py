@@ -6,12 +6,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lorapre_dist.bench.contenders import BETAS, EPS, MUON_LRS
+from lorapre_dist.bench.training import BETAS, EPS
 from lorapre_dist.optimizers import OPTIMIZERS
 
-from .contender import Contender, Matrices
-
-LRS = (0.0005, 0.001, 0.002, 0.004)
+from .contender import ADAM_LRS, LION_LRS, MUON_LRS, Contender, Matrices
 
 
 def lorapre(name: str, share: int) -> Contender:
@@ -21,7 +19,7 @@ def lorapre(name: str, share: int) -> Contender:
         given = {"betas": BETAS, "eps": EPS, "scale": 1.0} | options
         return OPTIMIZERS[name]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **given)
 
-    return Contender(name, build, LRS, share, origin="lorapre_dist")
+    return Contender(name, build, ADAM_LRS, share, origin="lorapre_dist")
 
 
 def paper(share: int) -> Contender:
@@ -40,7 +38,7 @@ def muon(share: int) -> Contender:
     def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
         return OPTIMIZERS["LoRAPreMuon"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **options)
 
-    return Contender("LoRAPreMuon", build, (*MUON_LRS, 0.04), share, origin="lorapre_dist")
+    return Contender("LoRAPreMuon", build, MUON_LRS, share, origin="lorapre_dist")
 
 
 def lion(share: int) -> Contender:
@@ -49,4 +47,4 @@ def lion(share: int) -> Contender:
     def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
         return OPTIMIZERS["LoRAPreLion"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **options)
 
-    return Contender("LoRAPreLion", build, (0.0001, 0.0002, 0.0004, 0.0008), share, origin="lorapre_dist")
+    return Contender("LoRAPreLion", build, LION_LRS, share, origin="lorapre_dist")

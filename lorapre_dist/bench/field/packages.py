@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
-from lorapre_dist.bench.contenders import BETAS, EPS, MUON_LRS
+from lorapre_dist.bench.training import BETAS, EPS
 
-from .contender import Build, Contender, Matrices
+from .contender import ADAM_LRS, LION_LRS, MUON_LRS, Build, Contender, Matrices
 
 ADAM = {"betas": BETAS, "eps": EPS, "weight_decay": 0.0}
-ADAM_LRS = (0.0005, 0.001, 0.002, 0.004)
 PROJECTED_LRS = (0.00125, 0.0025, 0.005, 0.01)
 #: GaLore's own choice of steps between two projections.
 GAP = 200
@@ -55,12 +55,23 @@ def alice(matrices: Matrices, lr: float) -> Optimizer:
     return cls(matrices.params, lr=lr, rank=matrices.rank, leading_basis=leading, update_interval=GAP)
 
 
+class Named(nn.Module):
+    """The matrices with their names, for an optimizer that asks a model for its parameters."""
+
+    def __init__(self, matrices: Matrices) -> None:
+        super().__init__()
+        self.named = matrices.named
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The matrices."""
+        return iter(self.named)
+
+
 def adam_mini(matrices: Matrices, lr: float) -> Optimizer:
     """Adam-mini, which goes by the parameters' names and the number of heads."""
     config = matrices.config
-    return _class("adam_mini", "Adam_mini")(
-        matrices.named, lr=lr, **ADAM, dim=config.hidden_size, n_heads=config.num_attention_heads, verbose=False
-    )
+    sizes = {"num_embeds": config.hidden_size, "num_heads": config.num_attention_heads}
+    return _class(PO, "AdamMini")(Named(matrices), lr=lr, **sizes, **ADAM)
 
 
 def of(package: str, module: str, label: str, build: Build, lrs: tuple[float, ...], **more: Any) -> Contender:
@@ -85,7 +96,7 @@ def _apollo(label: str, share: int | None, scale_type: str, scale: float, lrs: t
 
 TORCH = {
     "adamw": Contender("AdamW", plain("torch.optim", "AdamW", **ADAM), ADAM_LRS),
-    "muon": Contender("Muon", plain("torch.optim", "Muon", weight_decay=0.0), (*MUON_LRS, 0.04), iterates_in_bf16=True),
+    "muon": Contender("Muon", plain("torch.optim", "Muon", weight_decay=0.0), MUON_LRS, iterates_in_bf16=True),
     "adafactor": Contender("Adafactor", plain("torch.optim", "Adafactor", weight_decay=0.0), (0.005, 0.01, 0.02, 0.04)),
 }
 
@@ -112,9 +123,9 @@ PACKAGES = {
     "conda": _po("Conda", "Conda", ADAM_LRS, update_proj_gap=GAP, **ADAM),
     "soap": _po("SOAP", "SOAP", ADAM_LRS, weight_decay=0.0),
     "came": _po("CAME", "CAME", ADAM_LRS),
-    "adam-mini": of("adam-mini", "adam_mini", "Adam-mini", adam_mini, ADAM_LRS),
-    "normuon": of("pytorch-optimizer", PO, "NorMuon", grouped(PO, "NorMuon", {"use_muon": True}), (*MUON_LRS, 0.04)),
-    "lion": _po("Lion", "Lion", (0.0001, 0.0002, 0.0004, 0.0008)),
+    "adam-mini": of("pytorch-optimizer", PO, "Adam-mini", adam_mini, ADAM_LRS),
+    "normuon": of("pytorch-optimizer", PO, "NorMuon", grouped(PO, "NorMuon", {"use_muon": True}), MUON_LRS),
+    "lion": _po("Lion", "Lion", LION_LRS),
     "racs": _po("RACS", "RACS", (0.01, 0.02, 0.04, 0.08)),
     "alice-8": of("pytorch-optimizer", PO, "Alice", alice, (0.005, 0.01, 0.02, 0.04), share=8),
     "adamw-8bit-bnb": of(

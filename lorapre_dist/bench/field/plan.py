@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .setting import Setting, Training
+from lorapre_dist.bench.training import Training
+
+from .setting import Setting
 from .store import Record
 
 Get = Callable[[Setting], Record | None]
@@ -57,17 +59,19 @@ class Search:
         losses: by learning rate, in rising order; infinite where it diverged.
         wanted: learning rates of runs that are missing.
         error: why the contender cannot run, where it cannot.
+        given: the learning rate, where it is not looked for.
     """
 
     losses: dict[float, float]
     wanted: list[float]
     error: str | None = None
+    given: float | None = None
 
     @property
     def best(self) -> float | None:
         """The learning rate of the lowest loss, once nothing is missing."""
-        if self.wanted or self.error or not self.losses or math.isinf(min(self.losses.values())):
-            return None
+        if self.given is not None or self.wanted or not self.losses or math.isinf(min(self.losses.values())):
+            return self.given
         return min(self.losses, key=lambda lr: self.losses[lr])
 
     @property
@@ -79,14 +83,18 @@ class Search:
 def search(contender: str, own: tuple[float, ...], protocol: Protocol, get: Get) -> Search:
     """The search for a contender's learning rate, which goes on beyond its ``own`` while an end is best."""
     grid = list(protocol.lrs or own)
+    if len(grid) == 1:
+        return Search({}, [], given=grid[0])
     losses: dict[float, float] = {}
     for _ in range(BEYOND + 1):
         records = {lr: get(protocol.screen(contender, lr)) for lr in grid}
         failed = next((r["error"] for r in records.values() if r and "error" in r), None)
-        losses = {lr: _loss(record) for lr, record in sorted(records.items()) if record and not failed}
-        missing = [lr for lr, record in records.items() if record is None]
-        if failed or missing or len(grid) == 1:
-            return Search(losses, missing, failed)
+        if failed:
+            return Search({}, [], failed)
+        losses = {lr: _loss(record) for lr, record in sorted(records.items()) if record}
+        lacking = [lr for lr, record in records.items() if record is None]
+        if lacking:
+            return Search(losses, lacking)
         best = min(losses, key=lambda lr: losses[lr])
         if best not in (min(grid), max(grid)):
             break
@@ -106,14 +114,10 @@ def _loss(record: Record) -> float:
 
 def missing(contender: str, own: tuple[float, ...], protocol: Protocol, get: Get) -> list[Setting]:
     """The runs that can be done now, those of the first seed first; none once a contender is done or cannot run."""
-    lrs = protocol.lrs or own
-    if len(lrs) == 1:
-        best: float | None = lrs[0]
-    else:
-        found = search(contender, own, protocol, get)
-        if found.wanted:
-            return [protocol.screen(contender, lr) for lr in found.wanted]
-        best = found.best
+    found = search(contender, own, protocol, get)
+    if found.wanted:
+        return [protocol.screen(contender, lr) for lr in found.wanted]
+    best = found.best
     if best is None:
         return []
     runs = [protocol.final(contender, best, seed) for seed in protocol.seeds]

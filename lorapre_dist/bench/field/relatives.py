@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from lorapre_dist.bench.contenders import BETAS, EPS
 from lorapre_dist.bench.family.dense import Dense
 from lorapre_dist.bench.family.dion import Dion
 from lorapre_dist.bench.family.hfac import HFac
 from lorapre_dist.bench.family.mlorc import MLorc
 from lorapre_dist.bench.family.mofasgd import MoFaSGD
 from lorapre_dist.bench.family.smmf import SMMF
+from lorapre_dist.bench.training import BETAS, EPS
 
-from .contender import Contender, Matrices
+from .contender import ADAM_LRS, MUON_LRS, Contender, Matrices
 
-ADAM_LRS = (0.0005, 0.001, 0.002, 0.004)
-ORTHONORMAL_LRS = (0.005, 0.01, 0.02, 0.04)
 HERE = "bench/family"
 
 
@@ -45,9 +43,9 @@ def hfac(matrices: Matrices, lr: float) -> Optimizer:
 
 
 RELATIVES = {
-    "dion-8": Contender("Dion", dion, ORTHONORMAL_LRS, 8, origin=HERE),
+    "dion-8": Contender("Dion", dion, MUON_LRS, 8, origin=HERE),
     "mlorc-8": Contender("MLorc", mlorc, ADAM_LRS, 8, origin=HERE),
-    "mofasgd-8": Contender("MoFaSGD", mofasgd, ORTHONORMAL_LRS, 8, origin=HERE),
+    "mofasgd-8": Contender("MoFaSGD", mofasgd, MUON_LRS, 8, origin=HERE),
     "smmf": Contender("SMMF", smmf, ADAM_LRS, origin=HERE),
     "h-fac": Contender("H-Fac", hfac, ADAM_LRS, origin=HERE),
 }

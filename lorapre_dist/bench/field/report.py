@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorapre_dist.bench.training import Training, nats, signed
 from lorapre_dist.config import ConfigError
 
 from .contender import Contender
 from .plan import Protocol, Search, missing, search
 from .registry import CONTENDERS, contender
-from .setting import Setting, Training
+from .setting import Setting
 from .store import Record, Store
 
 BASELINE = "adamw"
@@ -30,6 +31,7 @@ class Row:
         label: what it is called in a table.
         package: where it comes from.
         found: of the search for its learning rate.
+        error: why it cannot run, where it cannot.
         finals: records of the long runs by seed, all with the same learning rate.
         missing: runs that can be done now.
     """
@@ -38,6 +40,7 @@ class Row:
     label: str
     package: str
     found: Search
+    error: str | None
     finals: dict[int, Record] = field(default_factory=dict)
     missing: int = 0
 
@@ -88,18 +91,18 @@ def rows(store: Store, protocol: Protocol, names: Iterable[str] = CONTENDERS) ->
 
 def _row(name: str, known: Contender, store: Store, protocol: Protocol) -> Row:
     found = search(name, known.lrs, protocol, store.get)
-    row = Row(
-        name,
-        known.label,
-        known.package or known.origin,
-        found,
-        missing=len(missing(name, known.lrs, protocol, store.get)),
-    )
-    lrs = {s.lr for s in store.records if s.contender == name}
-    best = found.best if found.best is not None else next(iter(sorted(lrs)), None) if len(protocol.lrs) == 1 else None
-    if best is not None:
-        runs = {seed: store.get(protocol.final(name, best, seed)) for seed in protocol.seeds}
+    lacking = len(missing(name, known.lrs, protocol, store.get))
+    row = Row(name, known.label, known.package or known.origin, found, found.error, missing=lacking)
+    lr = found.best
+    if lr is None:
+        # The search is not over: long runs there are of a learning rate that was given.
+        long = [s.lr for s in store.records if s == protocol.final(name, s.lr, s.seed)]
+        lr = max(sorted(set(long)), key=long.count, default=None)
+    if lr is not None:
+        runs = {seed: store.get(protocol.final(name, lr, seed)) for seed in protocol.seeds}
         row.finals = {seed: record for seed, record in runs.items() if record and "error" not in record}
+        failed = next((record["error"] for record in runs.values() if record and "error" in record), None)
+        row.error = found.error or failed
     return row
 
 
@@ -186,8 +189,8 @@ def lacking(found: list[Row], protocol: Protocol) -> str:
     """The table of what is missing, and why; "" where nothing is: Markdown."""
     lines = []
     for row in found:
-        if row.found.error:
-            lines.append([titled(row), row.package, f"cannot run: {row.found.error}"])
+        if row.error:
+            lines.append([titled(row), row.package, f"cannot run: {row.error}"])
         elif row.found.wanted:
             tried = len(row.found.losses)
             lines.append([titled(row), row.package, f"{tried} learning rates tried, {len(row.found.wanted)} to try"])
@@ -230,20 +233,11 @@ def about(training: Training, steps: int) -> str:
 def page(found: list[Row], protocol: Protocol) -> str:
     """All tables as one Markdown file."""
     parts = [f"# {about(protocol.training, protocol.steps)}", compared(found)]
-    parts += [f"## Learning rates, {protocol.screen_steps} steps, seed {protocol.seeds[0]}", searched(found)]
+    if any(row.found.losses for row in found):
+        parts += [f"## Learning rates, {protocol.screen_steps} steps, seed {protocol.seeds[0]}", searched(found)]
     rest = lacking(found, protocol)
     parts += ["## Missing", rest] if rest else []
     return "\n\n".join(parts) + "\n"
-
-
-def nats(loss: float) -> str:
-    """A loss, or that there is none."""
-    return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
-
-
-def signed(difference: float) -> str:
-    """A difference of losses; adding 0 turns a rounded -0 into 0."""
-    return f"{round(difference, 3) + 0.0:+.3f}" if math.isfinite(difference) else "-"
 
 
 def spread(values: list[float]) -> str:

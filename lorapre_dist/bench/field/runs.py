@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
-import hashlib
 import math
 import platform
 import statistics
 import time
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
-from lorapre_dist.bench import quality
-from lorapre_dist.training.engines.schedule import scheduler_factory
+from lorapre_dist.bench import training
 
 from .contender import Beside, Contender
 from .registry import contender
-from .setting import Setting, Training
+from .setting import Setting
+from .store import Record
 
 #: Held-out sequences on which a curve's points are evaluated; the loss at the end is that of all.
 ON_THE_WAY = 64
@@ -45,14 +42,10 @@ class Place:
     data_cache: str
 
 
-@functools.lru_cache(maxsize=2)
-def task(training: Training, seed: int, steps: int, data_cache: str) -> quality.Task:
-    """The first weights, and the batches in their order."""
-    options = vars(training) | {"seed": seed, "steps": steps, "data_cache": data_cache, "eval_at": ()}
-    return quality.prepare(argparse.Namespace(**options))
+prepared = functools.lru_cache(maxsize=2)(training.prepare)
 
 
-def run(setting: Setting, place: Place) -> dict[str, Any]:
+def run(setting: Setting, place: Place) -> Record:
     """Train and evaluate; the record, ready for JSON.
 
     The losses are nats per token, None if it diverged. ``error`` says why there is nothing else.
@@ -71,60 +64,42 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _measured(setting: Setting, chosen: Contender, place: Place) -> dict[str, Any]:
+def _measured(setting: Setting, chosen: Contender, place: Place) -> Record:
     begin = time.process_time()
-    data = task(setting.training, setting.seed, setting.steps, place.data_cache)
+    task = prepared(setting.training, setting.steps, setting.seed, place.data_cache)
     torch.manual_seed(setting.seed)
-    model = copy.deepcopy(data.model).train().to(place.device)
+    model = copy.deepcopy(task.model).to(place.device)
     optimizer = Beside(model, setting.lr, chosen)
-    scheduler = scheduler_factory(data.warmup, setting.steps)(optimizer)
-    every = max(1, setting.steps // setting.points) if setting.points else setting.steps + 1
-    digest = hashlib.blake2b(digest_size=8)
-    curve: dict[int, float | None] = {}
-    losses: list[float] = []
-    growth = kept = 0
-    for step, tokens in enumerate(data.batches, 1):
-        digest.update(tokens.numpy().tobytes())
-        losses.append(backward(model, tokens, place, setting.precision))
-        nn.utils.clip_grad_norm_(model.parameters(), quality.CLIP)
-        if step == WATCHED:
-            growth, kept = step_growth(optimizer, place.device), optimizer.kept_bytes()
-        else:
+    memory = {"kept_bytes": 0, "peak_bytes": 0}
+
+    def step(number: int) -> None:
+        if number != WATCHED:
             optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if not math.isfinite(losses[-1]):
-            break
-        if step % every == 0:
-            curve[step] = finite(quality.held_out_loss(model, data.held_out[:ON_THE_WAY], place.micro_batch))
-            model.train()
-    val_loss = quality.held_out_loss(model, data.held_out, place.micro_batch)
+        else:
+            growth = step_growth(optimizer, place.device)
+            kept = optimizer.kept_bytes()
+            memory.update(kept_bytes=kept, peak_bytes=kept + growth)
+
+    def loss_on(held_out: np.ndarray) -> float | None:
+        return finite(training.held_out_loss(model, held_out, place.micro_batch))
+
+    every = max(1, setting.steps // setting.points) if setting.points else setting.steps + 1
+    curve = {}
+    for number, _ in training.steps(task, model, optimizer, place.micro_batch, step):
+        if number % every == 0:
+            curve[str(number)] = loss_on(task.held_out[:ON_THE_WAY])
     # Neither the first step, which makes the state, nor the watched one says how long a step takes.
     seconds = optimizer.seconds[WATCHED:] or optimizer.seconds
     return {
-        "val_loss": finite(val_loss),
+        "val_loss": loss_on(task.held_out),
         "curve": curve,
-        "train_loss": finite(statistics.mean(losses[-50:])),
         "rank": chosen.rank(model),
         "state_bytes": optimizer.state_bytes(),
-        "kept_bytes": kept,
-        "peak_bytes": kept + growth,
+        **memory,
         "step_ms": round(1e3 * statistics.mean(seconds), 3),
         "seconds": round(time.process_time() - begin, 1),
-        "tokens": digest.hexdigest(),
+        "tokens": task.digest,
     }
-
-
-def backward(model: nn.Module, tokens: torch.Tensor, place: Place, precision: str) -> float:
-    """Gradients of the mean loss over ``tokens (batch, seq_len)``; returns the loss, infinite where it is no number."""
-    total = 0.0
-    for part in tokens.split(place.micro_batch):
-        part = part.to(place.device)
-        with torch.autocast(place.device.partition(":")[0], torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(input_ids=part, labels=part).loss * (len(part) / len(tokens))
-        loss.backward()
-        total += loss.item()
-    return total if math.isfinite(total) else math.inf
 
 
 def step_growth(optimizer: Beside, device: str) -> int:

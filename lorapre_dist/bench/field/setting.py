@@ -6,27 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-PRECISIONS = ("fp32", "bf16")
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a run is trained on, and how: the same for all contenders of a table.
-
-    Attributes:
-        model: a preset's name.
-        dataset: as in launch/pretrain.py.
-        batch: sequences of a step, each of ``seq_len`` tokens.
-        warmup: steps of rising lr; then it falls by a cosine to a tenth.
-        precision: of forward and backward; ``"bf16"`` is by autocast. Weights are fp32.
-    """
-
-    model: str = "llama-tiny"
-    dataset: str = "builtin"
-    batch: int = 8
-    seq_len: int = 128
-    warmup: int = 40
-    precision: str = "fp32"
+from lorapre_dist.bench.training import Training
 
 
 @dataclass(frozen=True)

@@ -48,5 +48,9 @@ class Store:
         """The record of a run that has been done; those that failed have an ``error``."""
         return self.records.get(setting)
 
+    def forget_errors(self) -> None:
+        """Let runs that failed be missing, so that they are tried again; the file keeps what it has."""
+        self.records = {setting: record for setting, record in self.records.items() if "error" not in record}
+
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records.values())

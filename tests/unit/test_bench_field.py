@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lorapre_dist.bench.__main__ import main
+from lorapre_dist.bench.field import command, report, runs
+from lorapre_dist.bench.field.contender import BASE_LR, Beside
+from lorapre_dist.bench.field.plan import Protocol, missing, search
+from lorapre_dist.bench.field.registry import CONTENDERS, contender
+from lorapre_dist.bench.field.setting import Setting
+from lorapre_dist.bench.field.store import Store
+from lorapre_dist.bench.training import Training
+from lorapre_dist.config import ConfigError
+from lorapre_dist.config.param_groups import param_groups
+
+PROTOCOL = Protocol(Training(warmup=2), steps=10, screen_steps=5, seeds=(0, 1, 2))
+OWN = (0.5, 1.0, 2.0, 4.0)
+
+
+# contenders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A model of two layers, and tokens ``(2, 16)`` that it is to learn by heart."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2, vocab_size=64, use_cache=False
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config), torch.randint(0, 64, (2, 16))
+
+
+def installed(name):
+    for module in contender(name).modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{contender(name).package} is not installed")
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if not name.endswith("-ao")])
+def test_every_contender_steps_the_matrices_alone_and_learns(name, toy):
+    """But for torchao's, which compile for minutes."""
+    installed(name)
+    model, tokens = copy.deepcopy(toy[0]), toy[1]
+    named, rest = (dict(group["params"]) for group in param_groups(model))
+    known = contender(name)
+    try:
+        optimizer = Beside(model, known.lrs[1], known)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{known.package} needs {error.name}")
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    # Not after the first step already: SOAP only looks at the first gradient.
+    assert all(not torch.equal(p, before[key]) for key, p in named.items())
+    assert losses[-1] < losses[0]
+    stepped = {id(p) for group in optimizer.matrices.param_groups for p in group["params"]}
+    assert stepped == {id(p) for p in named.values()}
+    others = {id(p): group["lr"] for group in optimizer.adamw.param_groups for p in group["params"]}
+    assert others == {id(p): BASE_LR for p in rest.values()}
+    assert 0 < optimizer.state_bytes() <= optimizer.kept_bytes()
+
+
+def test_bytes_of_state_are_those_of_the_moments(toy):
+    def state(name):
+        model = copy.deepcopy(toy[0])
+        optimizer = Beside(model, 0.001, contender(name))
+        model(input_ids=toy[1], labels=toy[1]).loss.backward()
+        optimizer.step()
+        return optimizer.state_bytes(), [p.shape for _, p in param_groups(model)[0]["params"]]
+
+    adamw, shapes = state("adamw")
+    # Two moments of fp32, and a step count of 4 bytes a matrix.
+    assert adamw == sum(8 * p * q + 4 for p, q in shapes)
+    ours, _ = state("lorapre-8+rank_v=1")
+    # Factors of rank 32 / 8 and 1, and a number a row; beside them a count of skipped steps each, and one in all.
+    factors = sum(4 * (5 * (p + q) + p) for p, q in shapes)
+    assert factors <= ours <= factors + 8 * len(shapes) + 1024
+
+
+def test_schedules_reach_the_contender(toy):
+    optimizer = Beside(copy.deepcopy(toy[0]), 0.5, contender("lorapre-8"))
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.matrices.param_groups] == [0.25]
+
+
+def test_options_of_ours_can_be_given(toy):
+    optimizer = Beside(copy.deepcopy(toy[0]), 0.5, contender("lorapre-8+residual=0.1+gammas=(0.1,0.2)"))
+    assert optimizer.matrices.config.residual == 0.1 and optimizer.matrices.config.gammas == (0.1, 0.2)
+    with pytest.raises(ConfigError, match="unknown contender 'lorapr-8': did you mean lorapre-8"):
+        contender("lorapr-8")
+    with pytest.raises(ConfigError, match="'residual' must be OPTION=VALUE"):
+        contender("lorapre-8+residual")
+    with pytest.raises(ConfigError, match="to ours alone, not to adamw"):
+        contender("adamw+eps=1")
+
+
+# plan -----------------------------------------------------------------------------------------------------------
+
+
+def done(losses, **more):
+    """A store's ``get`` with short runs of these losses by lr."""
+    known = {PROTOCOL.screen("x", lr): {"val_loss": loss} for lr, loss in losses.items()} | more.get("finals", {})
+    return known.get
+
+
+def test_search_goes_on_while_an_end_is_best():
+    assert search("x", OWN, PROTOCOL, done({})).wanted == list(OWN)
+    assert search("x", OWN, PROTOCOL, done({0.5: 3, 1.0: 1, 2.0: 2})).wanted == [4.0]
+    inside = search("x", OWN, PROTOCOL, done({0.5: 3, 1.0: 1, 2.0: 2, 4.0: 3}))
+    assert (inside.best, inside.inside, inside.wanted) == (1.0, True, [])
+    assert search("x", OWN, PROTOCOL, done({0.5: 1, 1.0: 2, 2.0: 3, 4.0: 4})).wanted == [0.25]
+    assert search("x", OWN, PROTOCOL, done({0.5: 4, 1.0: 3, 2.0: 2, 4.0: 1})).wanted == [8.0]
+    # All diverged: lower.
+    lost = dict.fromkeys(OWN, None)
+    assert search("x", OWN, PROTOCOL, done(lost)).wanted == [0.25]
+    lost |= {4.0 / 2**i: None for i in range(12)}
+    ended = search("x", OWN, PROTOCOL, done(lost))
+    assert ended.best is None and ended.wanted == []
+
+
+def test_an_end_that_stays_best_is_taken_and_said():
+    falling = search("x", OWN, PROTOCOL, done({0.5 * 2**i: 10 - i for i in range(20)}))
+    assert falling.best == 4.0 * 2**6 and not falling.inside and not falling.wanted
+
+
+def test_long_runs_follow_at_the_best_learning_rate():
+    losses = {0.5: 3, 1.0: 1, 2.0: 2, 4.0: 3}
+    wanted = missing("x", OWN, PROTOCOL, done(losses))
+    assert [(s.lr, s.seed, s.steps) for s in wanted] == [(1.0, 0, 10), (1.0, 1, 10), (1.0, 2, 10)]
+    first = {wanted[0]: {"val_loss": 1.0}}
+    assert missing("x", OWN, PROTOCOL, done(losses, finals=first)) == wanted[1:]
+    assert missing("x", OWN, replace(PROTOCOL, lrs=(7.0,)), done({}))[0].lr == 7.0
+    error = {wanted[0]: {"error": "no"}}
+    assert missing("x", OWN, PROTOCOL, done(losses, finals=error)) == []
+
+
+def test_a_contender_that_cannot_run_is_tried_once():
+    get = {PROTOCOL.screen("x", 0.5): {"error": "needs CUDA"}}.get
+    assert search("x", OWN, PROTOCOL, get).error == "needs CUDA"
+    assert missing("x", OWN, PROTOCOL, get) == []
+
+
+# store ----------------------------------------------------------------------------------------------------------
+
+
+def record(name="adamw", lr=1.0, seed=0, steps=10, loss=4.0, **more):
+    points = 0 if steps == PROTOCOL.screen_steps else PROTOCOL.points
+    setting = replace(PROTOCOL.final(name, lr, seed), steps=steps, points=points)
+    measured = {"rank": 0, "state_bytes": 1024, "kept_bytes": 1024, "peak_bytes": 2048, "step_ms": 1.0, "seconds": 5.0}
+    curve = {} if loss is None else {"5": loss + 1, "10": loss}
+    return setting.as_record() | measured | {"val_loss": loss, "curve": curve} | more
+
+
+def test_records_are_found_again_and_a_cut_line_is_passed_by(tmp_path):
+    path = tmp_path / "runs" / "runs.jsonl"
+    store = Store(path)
+    store.add(record())
+    store.add(record(seed=1))
+    assert Store(path).get(Setting.of(record(seed=1))) == record(seed=1)
+    with path.open("a") as file:
+        file.write('{"contender": "ada')
+    again = Store(path)
+    assert len(again.records) == 2
+    again.add(record(seed=2))
+    with pytest.raises(ConfigError, match=r"runs.jsonl, line 3: not a record"):
+        Store(path)
+
+
+# report ---------------------------------------------------------------------------------------------------------
+
+
+def table_of(tmp_path, *records):
+    store = Store(tmp_path / "runs.jsonl")
+    for each in records:
+        store.add(each)
+    names = list(dict.fromkeys(each["contender"] for each in records))
+    return report.rows(store, PROTOCOL, names)
+
+
+def test_means_spreads_and_differences_by_seed(tmp_path):
+    adamw = [record(seed=seed, loss=4.0 + 0.1 * seed) for seed in range(3)]
+    ours = [record("lorapre-8", seed=seed, loss=4.1 + 0.1 * seed, rank=16, state_bytes=512) for seed in range(2)]
+    found = table_of(tmp_path, *adamw, *ours)
+    first, second = report.compared(found).splitlines()[2:]
+    assert first.startswith("| AdamW | - | torch | 1 | 4.100 ± 0.100 | 3 | - | - | 1 KiB | 100.0% | 2 KiB | 1.0 |")
+    # Of the seeds that both have: each 0.1 behind.
+    assert "| 4.150 ± 0.050 | 2 | +0.100 ± 0.000 | - | 0 KiB | 50.0% |" in second
+    # Both are at the one learning rate of which there are runs; the search is still to be done.
+    assert "4 to try" in report.lacking(found, PROTOCOL)
+
+
+def test_steps_to_adamws_loss_are_read_off_the_curve():
+    curve = {"10": 6.0, "20": 5.0, "30": 4.0}
+    assert report.crossing(curve, 4.5) == pytest.approx(25)
+    assert report.crossing(curve, 4.0) == pytest.approx(30)
+    assert report.crossing(curve, 6.5) == 10
+    assert report.crossing(curve, 3.9) is None
+    assert report.crossing({"10": None}, 3.9) is None
+
+
+def test_searches_errors_and_divergence_are_told(tmp_path):
+    short = [
+        record(lr=lr, steps=5, loss=loss) for lr, loss in ((0.0005, 4.3), (0.001, 4.1), (0.002, None), (0.004, 4.4))
+    ]
+    lost = [record("lion", lr=lr, steps=5, loss=None) for lr in contender("lion").lrs]
+    found = table_of(tmp_path, *short, *lost, record("trion-8", 0.005, steps=5, error="needs CUDA"))
+    lines = report.searched(found).splitlines()
+    assert "4.300 (0.0005), **4.100** (0.001), diverged (0.002), 4.400 (0.004) | 4.100 | - | yes |" in lines[2]
+    text = report.page(found, PROTOCOL)
+    assert "| Trion, hidden/8 | ista-daslab-optimizers | cannot run: needs CUDA |" in text
+    assert "| AdamW | torch | 0 of 3 seeds |" in text
+    assert "| Lion | pytorch-optimizer | 4 learning rates tried, 1 to try |" in text
+
+
+def test_csv_and_figure(tmp_path):
+    found = table_of(tmp_path, record(), record("lorapre-8"), record("lion", loss=math.nan))
+    assert report.as_csv(found).splitlines()[1].startswith("adamw,0,1.0,0,4.0,1024")
+    report.figure(found).savefig(tmp_path / "x.svg")
+    assert "LoRAPre" in (tmp_path / "x.svg").read_text() or (tmp_path / "x.svg").stat().st_size > 5000
+
+
+# the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Three steps of two short sequences on a small text."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("field")
+    texts = [" ".join(f"word{(7 * i + j) % 97}" for j in range(40)) + f" end of text {i}." for i in range(60)]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sizes = ["--steps", "3", "--screen_steps", "2", "--batch", "2", "--seq_len", "16", "--seeds", "0"]
+    return [*sizes, "--dataset", str(corpus), "--data_cache", str(folder / "cache"), "--out", str(folder / "out")]
+
+
+def test_a_table_is_extended_not_done_again(options, capsys):
+    rows = ["--rows", "adamw", "lorapre-8", "--lrs", "0.001"]
+    command.main([*options, *rows])
+    printed = capsys.readouterr()
+    assert printed.err.count("s of CPU)") == 2 and printed.out.count("\n| ") == 4
+    folder = options[options.index("--out") + 1]
+    first = Store(command.Path(folder) / "runs.jsonl")
+    # Same weights, same tokens: the same loss before any optimizer has acted. It repeats exactly in this process.
+    assert len({r["tokens"] for r in first}) == 1
+    for known in first:
+        again = runs.run(Setting.of(known), runs.Place("cpu", 1, options[options.index("--data_cache") + 1]))
+        assert again["val_loss"] == pytest.approx(known["val_loss"], abs=2e-5)
+        assert again["tokens"] == known["tokens"] and again["state_bytes"] == known["state_bytes"]
+    command.main([*options, *rows])
+    assert "of CPU" not in capsys.readouterr().err
+    assert sorted(p.name for p in command.Path(folder).iterdir() if p.suffix != ".lock") == [
+        *("field.csv", "field.md", "field.svg", "runs.jsonl")
+    ]
+
+
+def test_a_contender_that_fails_stays_a_row_that_says_why(options, monkeypatch):
+    setting = replace(PROTOCOL.final("adamw", 0.001, 0), dataset=options[options.index("--dataset") + 1])
+    setting = replace(setting, batch=2, seq_len=16, steps=3)
+
+    def build(matrices, lr):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setitem(CONTENDERS, "broken", replace(CONTENDERS["adamw"], build=build))
+    place = runs.Place("cpu", 2, options[options.index("--data_cache") + 1])
+    assert runs.run(replace(setting, contender="broken"), place)["error"] == "RuntimeError: no kernel"
+
+
+def test_bad_input_is_one_line(options, capsys):
+    for given, message in {
+        ("--lrs", "-1"): "--lrs -1.0: must be positive numbers",
+        ("--jobs", "0"): "--jobs 0: must be at least 1",
+        ("--seeds", "1", "1"): "--seeds 1 1: one of them is given twice",
+        ("--rows", "lorapr-8"): "unknown contender 'lorapr-8': did you mean lorapre-8? one of",
+    }.items():
+        assert main(["field", *options, *given]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["field", *options, "--device", "cuda"]) == 2
+        assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
+    assert main(["fild"]) == 2
+    assert "did you mean field?" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert main([]) == 2
