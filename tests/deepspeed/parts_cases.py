@@ -8,13 +8,17 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.layers import GatherReplacedLayerParams
 from deepspeed.utils import groups, safe_get_full_fp32_param
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorapre_dist
 from lorapre_dist.optimizers import OPTIMIZERS
+from tests import oracle
 
 from . import cases
 from .cases import dense, ds_config, params_of, slopes, worst
+from .checkpoint_cases import scheduler
 
 #: Along which dimension a parameter of ``cases.Net`` is split; parts differ in size.
 DIMS = {
@@ -68,7 +72,7 @@ def model(units: Units) -> torch.nn.Module:
     size, index = units.get_model_parallel_world_size(), units.get_model_parallel_rank()
     for name, dim in DIMS.items():
         module = made.get_submodule(name)
-        part = torch.nn.Parameter(module.weight.data.chunk(size, dim)[index].clone())
+        part = torch.nn.Parameter(module.weight.data.tensor_split(size, dim)[index].clone())
         part.tensor_model_parallel, part.partition_dim, part.partition_stride = True, dim, 1
         module.weight = part
     made.head.weight = made.embed.weight
@@ -79,7 +83,7 @@ def part_of(name: str, tensor: torch.Tensor, units: Units) -> torch.Tensor:
     dim = DIMS.get("embed" if name == "head" else name)
     if dim is None:
         return tensor
-    return tensor.chunk(units.get_model_parallel_world_size(), dim)[units.get_model_parallel_rank()]
+    return tensor.tensor_split(units.get_model_parallel_world_size(), dim)[units.get_model_parallel_rank()]
 
 
 def parameters(engine: Any, units: Units) -> dict[str, torch.Tensor]:
@@ -107,7 +111,7 @@ def build(units: Units, stage: int, precision: str, clip: float, optimizer: str)
     config["optimizer"]["type"] = optimizer
     if precision == "bf16" and stage == 1:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return lorapre_dist.initialize(model=model(units), config=config, mpu=units)[0]
+    return lorapre_dist.initialize(model=model(units), config=config, mpu=units, lr_scheduler=scheduler)[0]
 
 
 def close(engine: Any) -> None:
@@ -138,7 +142,7 @@ def equality_case(
             engine.backward(engine({name: part_of(name, slope, units) for name, slope in batch.items()}))
             engine.step()
         settings = OPTIMIZERS[optimizer].config_class(**params_of(optimizer))
-        error, name = worst(parameters(engine, units), dense(settings, steps, replicas, 1, clip, set(), False))
+        error, name = worst(parameters(engine, units), dense(settings, steps, replicas, 1, clip, set(), True))
         base = engine.basic_optimizer
         return {"error": error, "name": name, "layout": base.layout.name, "factors": sorted(base.factors())}
     finally:
@@ -146,7 +150,7 @@ def equality_case(
 
 
 def visit_case(rank: int, world_size: int, *, size: int, stage: int, folder: str, step: int) -> tuple[float, str]:
-    """As that of ``checkpoint_cases.py``, without a schedule; gradients are the same on every data-parallel rank."""
+    """As that of ``checkpoint_cases.py``; gradients are the same on every data-parallel rank."""
     deepspeed.init_distributed(verbose=False)
     units = Units(size)
     engine = build(units, stage, "fp32", 0.5, "LoRAPre")
@@ -161,3 +165,54 @@ def visit_case(rank: int, world_size: int, *, size: int, stage: int, folder: str
         return worst(parameters(engine, units), torch.load(Path(folder) / f"reference{step + 1}.pt"))
     finally:
         close(engine)
+
+
+def autotp_case(rank: int, world_size: int, *, stage: int, steps: int) -> dict[str, Any]:
+    """A real Llama that DeepSpeed's AutoTP splits over two ranks, against autograd and the reference on one process."""
+    shape = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=88,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        vocab_size=62,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    replicas = world_size // 2
+    batches = [torch.randint(61, (replicas, 2, 16), generator=torch.Generator().manual_seed(s)) for s in range(steps)]
+
+    def llama() -> torch.nn.Module:
+        torch.manual_seed(5)
+        return LlamaForCausalLM(shape)
+
+    options = {**params_of("LoRAPre"), "lr": 1e-3, "target_modules": ["self_attn", "mlp"]}
+    config = {**ds_config(stage, "fp32", 1, 1.0, options), "tensor_parallel": {"autotp_size": 2}}
+    engine = lorapre_dist.initialize(model=llama(), config=config)[0]
+    try:
+        replica = groups.get_data_parallel_rank()
+        for batch in batches:
+            engine.backward(engine(input_ids=batch[replica], labels=batch[replica]).loss)
+            engine.step()
+        got, split = {}, 0
+        for name, p in engine.module.named_parameters():
+            with GatherReplacedLayerParams([p], engine.module, enabled=True):
+                split += hasattr(p, "ds_autotp_universal_checkpoint_meta")
+                got[name] = p.detach().clone()
+        layout = engine.basic_optimizer.layout.name
+    finally:
+        engine.destroy()
+        groups.mpu = None
+        dist.barrier()
+    settings, single = OPTIMIZERS["LoRAPre"].config_class(**options), llama().double()
+    named = dict(single.named_parameters())
+    theta = {n: p.data for n, p in named.items()}
+    state = oracle.init(theta, settings, lambda n, _: "proj" in n)
+    for batch in batches:
+        single.zero_grad()
+        sum(single(input_ids=part, labels=part).loss / replicas for part in batch).backward()
+        torch.nn.utils.clip_grad_norm_(single.parameters(), 1.0)
+        oracle.step(theta, {n: p.grad for n, p in named.items()}, state, settings)
+    error, name = worst(got, theta)
+    return {"error": error, "name": name, "split": split, "layout": layout}

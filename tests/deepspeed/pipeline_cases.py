@@ -193,3 +193,21 @@ def skipping_case(rank: int, world_size: int, *, stage: int) -> tuple[int, bool]
     skipped = engine.basic_optimizer.skipped_steps
     close(engine)
     return skipped, same
+
+
+def refused_case(rank: int, world_size: int) -> list[str]:
+    """What bad names, and a layer that is tied in part, raise."""
+    said = []
+    for names in ({"12": "a"}, {"head": "a"}, {"1": "model", "2": "model"}, {"1": 3}):
+        try:
+            lorapre_dist.deepspeed.name_layers(pipeline(1, 1), names)
+        except lorapre_dist.ConfigError as error:
+            said.append(str(error))
+    tied = ("both", torch.nn.Linear, 8, 8)
+    model = PipelineModule([TiedLayerSpec(*tied), TiedLayerSpec(*tied)], num_stages=2, loss_fn=_loss)
+    try:
+        lorapre_dist.initialize(model=model, config=ds_config(1, "fp32", 1, 0.0, params_of("LoRAPre")))
+    except lorapre_dist.ConfigError as error:
+        said.append(str(error))
+    groups.mpu = None
+    return said

@@ -9,7 +9,7 @@ from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups
 
 from lorapre_dist.config import LoRAPreConfig
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import RankFailure, run_ranks
 
 from .cases import PARAMS, build, dense, ds_config, full_parameters, merge, slopes, train, worst
 
@@ -70,3 +70,8 @@ def test_parts_of_sequences(world, stage, mesh):
     for error, name, size in run_ranks(world, sequences_case, stage=stage, mesh=mesh):
         assert error <= FP32, name
         assert size == 2
+
+
+def test_a_mesh_that_deepspeed_does_not_reduce_over_is_refused():
+    with pytest.raises(RankFailure, match="does not add up the gradients of a sequence's parts there"):
+        run_ranks(2, sequences_case, stage=1, mesh=True)

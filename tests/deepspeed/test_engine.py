@@ -174,7 +174,6 @@ def test_the_engine_knows_the_types_of_layers(stage):
         ({}, {"betas": [0.9, 1.0]}, "betas"),
         ({}, {"target_modules": ["nothing_like_it"]}, "matches no matrix"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}}, {}, "nvme"),
-        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, {}, "zero_hpz_partition_size"),
         ({"zero_optimization": {"elastic_checkpoint": True}}, {}, "elastic_checkpoint"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {}, "torch_autocast"),
     ],

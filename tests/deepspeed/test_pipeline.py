@@ -8,7 +8,7 @@ from tests.distributed.harness import run_ranks
 
 from . import checkpoint_cases
 from .cases import OTHER_PARAMS
-from .pipeline_cases import equality_case, skipping_case, state_case, visit_case
+from .pipeline_cases import equality_case, refused_case, skipping_case, state_case, visit_case
 
 STEPS = 20
 FP32 = 1e-5  # the contract: after 20 steps, fp32 summation order is all that differs
@@ -74,3 +74,17 @@ def test_the_whole_state_is_that_of_all_stages(tmp_path):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_no_stage_takes_a_step_that_is_not_finite_on_another(stage):
     assert run_ranks(4, skipping_case, stage=stage) == [(1, True)] * 4
+
+
+def test_refusals_are_one_clear_line():
+    words = [
+        "'12': must begin",
+        "'head': must begin",
+        "would both be called 'model.weight'",
+        "'1': must begin",
+        "'bias'",
+    ]
+    for said in run_ranks(2, refused_case):
+        assert len(said) == len(words)
+        for text, word in zip(said, words, strict=True):
+            assert word in text and "\n" not in text

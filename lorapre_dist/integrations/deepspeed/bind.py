@@ -258,6 +258,7 @@ def _binding(configure: Any) -> Any:
             trainable = {p: name for p, name in names.of_parameters(engine).items() if p.requires_grad}
             if engine.optimizer_name() not in OPTIMIZERS:  # the caller's function has built it
                 agreement.require(agreement.of_settings(optimizer))
+            names.check_tied(engine.module)
             optimizer.learn_types(engine.module, names.naming(engine.module))
             _check_matches(engine, optimizer, trainable)
             optimizer.bind(engine_layout(engine))

@@ -69,6 +69,21 @@ def naming(module: Any) -> Callable[[str], str]:
     return named
 
 
+def check_tied(module: Any) -> None:
+    """Refuse a pipeline's tied layers that are tied in part: stages would train unlike parameters of one name.
+
+    Raises:
+        ConfigError: which is not tied.
+    """
+    for key, comm in getattr(module, "tied_comms", {}).items():
+        for name, p in comm["module"].named_parameters():
+            if name not in comm["weight_attr"] and p.requires_grad and len(comm["ranks"]) > 1:
+                raise ConfigError(
+                    f"tied layer {key!r}: {name!r} is not in its tied_weight_attr, and each stage would train a copy "
+                    "of its own: name it there"
+                )
+
+
 def expert_layers(module: Any) -> list[tuple[str, Any]]:
     """Each layer of experts, by its name, whose ranks DeepSpeed has told it: ``ep_group`` and ``num_local_experts``."""
     named = [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "num_local_experts")]

@@ -41,7 +41,8 @@ def _dim(name: str, parameter: Any) -> int | None:
     if told is not None:
         if told["replicated"] or told["partition_dim"] is None:
             return None
-        if told["sub_param_shape"] is not None or told["sub_param_sizes"] is not None or told["unsupported_reason"]:
+        fused = told["sub_param_shape"] or told["sub_param_sizes"]
+        if fused or told["conversion"]["unsupported_reason"]:
             raise ConfigError(f"{name}: AutoTP splits the parts of a fused layer one by one; LoRAPre needs them apart")
         return int(told["partition_dim"])
     if not getattr(parameter, "tensor_model_parallel", False):
