@@ -3,9 +3,9 @@
     python -m lorapre_dist.bench tracking --rows lorapre-8 lorapre-32 lorapre-8+residual=0.1 galore-8
 
 A model is trained by AdamW as in ``bench field``. Every other row sees the same gradients of the matrices, from the
-first step on, and its update, at learning rate 1, is compared with AdamW's: in one step, and summed over ``--window`` steps,
-in which the gradients' noise averages out and what is missed for good remains. All matrices are one vector; of each the
-table has the cosine to AdamW's and the ratio of the norms, the mean over windows, those of the warm-up excepted.
+first step on, and its update, at learning rate 1, is compared with AdamW's: in one step, and summed over ``--window``
+steps, in which the gradients' noise averages out and what is missed for good remains. All matrices are one vector; of
+each row the table has the cosine to AdamW's and the ratio of the norms, means over the windows after the warm-up.
 
     cosine 1, size 1     AdamW's update
     cosine c, size c     AdamW's update without a part of it
