@@ -10,6 +10,7 @@ from lorapre_dist.config import ConfigError
 
 BENCHES = {
     "field": "every optimizer at its best lr with several seeds: loss, bytes of state, time of a step",
+    "tracking": "cosine of every optimizer's updates to AdamW's, on AdamW's own path",
     "weights": "validation loss with bf16 weights kept in each way, against fp32 master weights",
     "gauges": "validation loss and condition of the factors under other gauges than the optimizer's",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
