@@ -6,6 +6,12 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from lorapre_dist.bench.field import report
+from lorapre_dist.bench.field.plan import Protocol
+from lorapre_dist.bench.field.registry import CONTENDERS
+from lorapre_dist.bench.field.store import Store
+from lorapre_dist.bench.training import Training
+
 DATA = Path(__file__).resolve().parents[1] / "results" / "data"
 Row = dict[str, str]
 
@@ -98,6 +104,35 @@ def is_native(layout: str) -> bool:
     return not is_zero(layout) and layout != "core alone"
 
 
+def fits() -> str:
+    """What fits where: a line for each model, a column for each kind and number of cards."""
+    rows = [{**row, "cards": f"{row['cards']} x {row['GB a card']} GB"} for row in read("fits")]
+    return pivot(rows, ["model"], "cards", "options")
+
+
+#: How the recorded runs of ``bench field`` were made: the command's defaults.
+FIELD = Protocol(Training(), steps=1000, screen_steps=300, seeds=(0, 1, 2))
+
+
+def field_runs() -> Store:
+    """The recorded runs of ``bench field``."""
+    return Store(DATA / "field.jsonl")
+
+
+def field(table: Callable[[list[report.Row]], str]) -> str:
+    """A table of the recorded runs of ``bench field``, all contenders in their order."""
+    return table(report.rows(field_runs(), FIELD))
+
+
+def contenders() -> str:
+    """Every contender, where it comes from, and the learning rates that it begins with."""
+    rows = [
+        [f"`{name}`", known.label, known.package or known.origin, ", ".join(f"{lr:g}" for lr in known.lrs)]
+        for name, known in CONTENDERS.items()
+    ]
+    return table(["`--rows`", "optimizer of the matrices", "from", "learning rates"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "equality_deepspeed": lambda: equality(is_zero, ["layout", "precision"]),
     "equality_native": lambda: equality(is_native, ["layout"]),
@@ -110,7 +145,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "five_thousand_steps": lambda: pivot(read("five_thousand_steps"), ["run"], "step", "loss"),
     "conditions": lambda: pivot(read("conditions"), ["quantity"], "step", "largest"),
     "soak": lambda: pivot(read("soak"), ["gradients"], "optimizer", "error"),
+    "field_compared": lambda: field(report.compared),
+    "field_searched": lambda: field(report.searched),
+    "field_missing": lambda: field(lambda rows: report.lacking(rows, FIELD)),
+    "field_varied": lambda: report.varied(field_runs(), FIELD, "lorapre-8"),
+    "field_contenders": contenders,
     "finetune": lambda: plain("finetune"),
+    "fits": fits,
+    "training_memory": lambda: plain("training_memory"),
     "scaling": lambda: plain("scaling"),
 }
 

@@ -10,6 +10,7 @@ from lorapre_dist.config import ConfigError
 
 BENCHES = {
     "field": "every optimizer at its best lr with several seeds: loss, bytes of state, time of a step",
+    "tracking": "cosine of every optimizer's updates to AdamW's, on AdamW's own path",
     "weights": "validation loss with bf16 weights kept in each way, against fp32 master weights",
     "gauges": "validation loss and condition of the factors under other gauges than the optimizer's",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
@@ -17,7 +18,8 @@ BENCHES = {
     "launches": "operations that a step starts on a device, and times the host waits for it",
     "experts": "time of a step on many small matrices, stacked and one by one",
     "muon": "bytes sent and time of a distributed LoRAPreMuon step, against one process",
-    "memory": "bytes of optimizer state and workspace per rank",
+    "memory": "bytes of optimizer state and workspace per rank, and of training steps against the plan",
+    "fits": "which models fit on which cards, with which options, by the planner",
     "checkpoint": "memory and time of saving, loading and consolidating",
     "soak": "does the optimizer's state stay sound over 50,000 steps of every kind of gradient",
 }

@@ -1,8 +1,8 @@
 """How many bytes of tensors are alive, at each moment of a training step.
 
-Every operation's inputs and outputs are looked at, those of autograd and of collectives included, and their storages
-counted from then on until they are freed or resized. What a kernel allocates within itself is not seen. It works on any
-device, ``meta`` included, whose tensors take no memory.
+What every operation gives is looked at, those of autograd and of collectives included, and its storage counted from
+then on until it is freed or resized; what was there before has to be shown. What a kernel allocates within itself is
+not seen. It works on any device, ``meta`` included, whose tensors take no memory.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
-    """While entered, counts the bytes of live storages.
+    """While entered, counts the bytes of live storages on one kind of device.
 
     Attributes:
+        device: its type.
         now: bytes alive.
         peaks: the most of it during each :meth:`moment`, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.now = 0
         self.peaks: dict[str, int] = {}
         self._moment = ""
@@ -35,9 +36,9 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, found)):
-            if isinstance(leaf, Tensor):
-                self.see(leaf)
+        for one in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(one, Tensor):
+                self.see(one)
         return found
 
     def __enter__(self) -> Live:
@@ -68,7 +69,7 @@ class Live(TorchDispatchMode):
 
     def see(self, tensor: Tensor) -> None:
         """Count a tensor that is there already."""
-        if not is_traceable_wrapper_subclass(tensor):
+        if not is_traceable_wrapper_subclass(tensor) and tensor.device.type == self.device:
             self._look(tensor.untyped_storage())
 
     def _look(self, storage: torch.UntypedStorage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ def spawn(size: int, work: Callable[..., Any], **arguments: Any) -> list[Any]:
 
 def _run(index: int, size: int, folder: str, work: Callable[..., Any], arguments: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(index)  # which DeepSpeed asks for
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=index, world_size=size)
     result = work(index, size, **arguments)
     (Path(folder) / str(index)).write_text(json.dumps(result))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from torch.optim import Optimizer
 from lorapre_dist.config import extras
 from lorapre_dist.training.engines.schedule import scheduler_factory
 from lorapre_dist.training.run.settings import BUILTIN, load_settings
+
+if TYPE_CHECKING:
+    from lorapre_dist.training.data.sequences import Stream
 
 BASE_LR = 0.01
 BETAS = (0.9, 0.99)
@@ -45,6 +48,7 @@ class Training:
         batch: sequences of a step, each of ``seq_len`` tokens.
         warmup: steps of rising lr; at most all of them.
         precision: of forward and backward; ``"bf16"`` is by autocast. Weights are fp32.
+        eval_batches: held-out sequences, in batches; 0: all there are.
     """
 
     model: str = "llama-tiny"
@@ -53,25 +57,41 @@ class Training:
     seq_len: int = 128
     warmup: int = WARMUP
     precision: str = "fp32"
+    eval_batches: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """What runs share: initial model, batches ``(batch, seq_len)`` in order, held-out ``(n, seq_len)``."""
+    """What runs share.
+
+    Attributes:
+        training: see there.
+        model: with the first weights; runs train copies.
+        data: batches ``(batch, seq_len)``, of which ``start`` is the position of the first.
+        steps: batches of a run.
+        held_out: ``(n, seq_len)``.
+        seed: of weights and order.
+        digest: of the batches that have been given out since the first.
+    """
 
     training: Training
     model: nn.Module
-    batches: list[torch.Tensor]
+    data: Stream
+    start: dict[str, Any]
+    steps: int
     held_out: np.ndarray
     seed: int
+    digest: str = ""
 
-    @property
-    def digest(self) -> str:
-        """Of the batches."""
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The batches of a run, from the first one on."""
+        self.data.load_state_dict(self.start)
         digest = hashlib.blake2b(digest_size=8)
-        for tokens in self.batches:
+        for _ in range(self.steps):
+            tokens = self.data.next_batch()
             digest.update(tokens.numpy().tobytes())
-        return digest.hexdigest()
+            self.digest = digest.hexdigest()
+            yield tokens
 
 
 @dataclass
@@ -83,7 +103,7 @@ class Run:
 
     label: str
     matrix_lr: float
-    batches: str
+    batches: str = ""
     val_loss: float = math.inf
     seconds: float = 0.0
     train_losses: list[float] = field(default_factory=list)
@@ -108,7 +128,7 @@ def prepare(training: Training, steps: int, seed: int, data_cache: str) -> Task:
         "seq_len": training.seq_len,
         "max_steps": steps,
         "warmup_steps": min(training.warmup, steps),
-        "eval_batches": 0,
+        "eval_batches": training.eval_batches,
         "seed": seed,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -119,8 +139,8 @@ def prepare(training: Training, steps: int, seed: int, data_cache: str) -> Task:
     config = model_config(settings)
     data = prepare_data(settings, BatchPlan(training.batch, training.batch, world_size=1, rank=0), config.vocab_size)
     fit_vocabulary(config, settings, data.tokenizer)
-    batches = [data.train.next_batch() for _ in range(steps)]
-    return Task(training, build_model(config, settings), batches, data.held_out, seed)
+    model = build_model(config, settings)
+    return Task(training, model, data.train, data.train.state_dict(), steps, data.held_out, seed)
 
 
 def steps(
@@ -139,8 +159,8 @@ def steps(
         micro_batch: sequences of one forward and backward; default: all of a step's.
         step: makes the optimizer's step, given its number; default: just that.
     """
-    scheduler = scheduler_factory(min(task.training.warmup, len(task.batches)), len(task.batches))(optimizer)
-    for number, tokens in enumerate(task.batches, 1):
+    scheduler = scheduler_factory(min(task.training.warmup, task.steps), task.steps)(optimizer)
+    for number, tokens in enumerate(task.batches(), 1):
         model.train()
         optimizer.zero_grad()
         loss = _backward(model, tokens, micro_batch or len(tokens), task.training.precision)
@@ -188,12 +208,13 @@ def train(
     begin = time.perf_counter()
     torch.manual_seed(task.seed)
     model = copy.deepcopy(task.model)
-    run = Run(label, lr, task.digest)
+    run = Run(label, lr)
     batch = task.training.batch
     for number, loss in steps(task, model, build(model, lr)):
         run.train_losses.append(loss)
         if number in eval_at:
             run.on_the_way[number] = held_out_loss(model, task.held_out, batch)
+    run.batches = task.digest
     run.val_loss = held_out_loss(model, task.held_out, batch)
     run.seconds = time.perf_counter() - begin
     return run

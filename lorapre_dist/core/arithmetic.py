@@ -82,7 +82,10 @@ def _of_stack(one: Held, k: int, needs: Needs, limits: Limits, stable: bool, kin
     outline, interval = one.outline, one.interval
     (_, q), rows, ranks = interval.shape, outline.rows, outline.ranks
     first, last = column_block(q, outline.parts, one.peers.index) if one.peers else (0, q)
-    columns, elements = last - first, interval.numel
+    columns, elements, kept = last - first, interval.numel, rows
+    if one.peers is not None and one.peers.deals_rows(interval.shape):
+        low, high = one.peers.row_blocks(interval.shape)[one.peers.index]
+        kept = high - low
     cut = _cut(one)
     held_cut = sum(segment.rows for segment in cut)
     flops = 0
@@ -96,7 +99,7 @@ def _of_stack(one: Held, k: int, needs: Needs, limits: Limits, stable: bool, kin
         flops += symmetric(r, rows - interval.first_owned, kind, k) + 2 * r * r * columns
         flops += symmetric(r, columns, kind, k)
         if stable:
-            flops += triangular(r, columns, True, k) + triangular(r, rows, False, k)
+            flops += triangular(r, columns, True, k) + triangular(r, kept, False, k)
             flops += 2 * r * r * (0 if one.peers is None or one.peers.columns else held_cut)
         else:
             flops += 2 * r * r * ((rows - held_cut) + one.cut)

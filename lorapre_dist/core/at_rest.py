@@ -53,7 +53,7 @@ def round_back(works: list[Work], workspace: Workspace) -> None:
             if kept.B is wide.B:
                 continue
             begins = [quantized.stream(matrix.salt, matrix.taken, 2 * k + side) for side in range(2)]
-            _round(kept.B, wide.B, -1, begins[0], matrix.interval.first_row, go, workspace)
+            _round(kept.B, wide.B, -1, begins[0], matrix.kept_rows[0], go, workspace)
             _round(kept.A, wide.A, -2, begins[1], matrix.own_column, go, workspace)
 
 

@@ -45,6 +45,7 @@ class Outline:
         turn: see :class:`lorapre_dist.core.interval.Peers`.
         before: see :class:`lorapre_dist.layouts.base.Piece`.
         widened: sum of the ranks of the factors that are kept in fewer bits, and widened for a step.
+        gathered: rows of ``B`` that a step gathers, and with each so many ``row_statistics``.
     """
 
     shape: tuple[int, int]
@@ -59,6 +60,8 @@ class Outline:
     turn: int
     before: tuple[int, int, int]
     widened: int = 0
+    gathered: int = 0
+    row_statistics: int = 0
 
     @property
     def block_size(self) -> int:
@@ -79,12 +82,13 @@ def outline(
     before: tuple[int, int, int],
     *kind: Hashable,
     widened: int = 0,
+    row_statistics: int = 0,
 ) -> Outline:
     """That of a matrix of which this rank holds ``interval``, shared with ``peers``.
 
     Args:
         kind: what else has to be the same of matrices in a stack, beside shape, ranks and how they lie.
-        widened: see :class:`Outline`.
+        widened, row_statistics: see :class:`Outline`.
     """
     shape = interval.shape
     largest = interval.numel if peers is None else peers.largest(shape)
@@ -102,6 +106,8 @@ def outline(
         turn=peers.turn if peers else 0,
         before=before,
         widened=widened,
+        gathered=interval.rows if peers is not None and peers.deals_rows(shape) else 0,
+        row_statistics=row_statistics,
     )
 
 
@@ -187,7 +193,9 @@ def _kept(one: Outline, count: int, columns: int) -> int:
 def transient_bytes(one: Outline) -> int:
     """Bytes of one matrix in a step: gathered factors, their gradients, packed collectives, Grams and inverses."""
     wider = one.widened * (one.rows + one.block_size) * one.itemsize
-    return one.bytes(one.block_size * (1 if one.lends else 5 * one.parts), 4) + wider
+    # What is sent or has come, and what it is put together to.
+    rows = 2 * (one.bytes(one.gathered, 0) + one.gathered * one.row_statistics * one.itemsize)
+    return one.bytes(one.block_size * (1 if one.lends else 5 * one.parts), 4) + wider + rows
 
 
 def overlap_bytes(one: Outline, inverses: bool) -> int:
@@ -197,7 +205,7 @@ def overlap_bytes(one: Outline, inverses: bool) -> int:
         inverses: that of ``A A^T`` is kept as well, in ``paper``.
     """
     whole = one.block_size * (1 if one.lends else one.parts)
-    edges = one.rows if one.lends and one.parts > 1 else 0  # of columns' ranks every row is cut
+    edges = 2 * one.gathered  # of columns' ranks every row is cut, and gathered
     return one.bytes(whole * (1 if one.lends else 2) + edges, int(inverses))
 
 

@@ -184,7 +184,7 @@ def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
     """
     unknown = [item for item in items if item.look is None]
     looks = dict(zip(map(id, unknown), _looks(unknown), strict=True))
-    waits = []
+    rows, waits = _gather_rows(items, comm), []
     for group, shared in by_group(items):
         blocks = [_padded(f.A, x.matrix.block_size) for x in shared for f in _lent(x)]
         packed = [*blocks, *(looks[id(x)].reshape(-1) for x in shared if id(x) in looks)]
@@ -204,9 +204,63 @@ def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
                 # Each sample lies on one rank, and is 0 on the others.
                 looks[id(item)] = gathered[:, at : at + line.numel()].amax(0).view_as(line)
                 at += line.numel()
+    rows()
     known = [looks[id(item)] if item.look is None else item.look for item in items]
     found = sizes(known, items[0].go) if items else []
     return [_work(item, size, whole.get(id(item)), sums) for item, size in zip(items, found, strict=True)]
+
+
+def _gather_rows(items: list[Item], comm: Comm) -> Wait:
+    """Start to bring together all touched rows of ``B``, and of the rows' statistics, where ranks deal them out.
+
+    One exchange a group. The returned function waits.
+    """
+    waits = []
+    for group, shared in by_group(item for item in items if item.matrix.deals_rows):
+        ranks = len(shared[0].matrix.parts_of_rows)
+        leaving: list[list[Tensor]] = [[] for _ in range(ranks)]
+        arriving: list[list[Tensor]] = [[] for _ in range(ranks)]
+        for item in shared:
+            _rows_to_move(item.matrix, leaving, arriving)
+        waits.append(comm.all_to_all(leaving, arriving, group, "gather B"))
+
+    def finish() -> None:
+        for wait in waits:
+            wait()
+
+    return finish
+
+
+def _rows_to_move(matrix: Matrix, leaving: list[list[Tensor]], arriving: list[list[Tensor]]) -> None:
+    """Make room for all touched rows of a stack, and say what of them goes to each rank and comes from it."""
+    blocks, first = matrix.parts_of_rows, matrix.interval.first_row
+    assert matrix.peers is not None
+    own, matrix.rest = matrix.peers.index, {}
+    for key, kept in matrix.rows().items():
+        matrix.rest[key] = kept
+        whole = kept.new_empty(kept.shape[0], matrix.interval.rows, *kept.shape[2:])
+        for k in matrix.peers.team(matrix.interval.shape):
+            low, high = blocks[k]
+            place = whole[:, low - first : high - first]
+            if k == own:
+                place.copy_(kept)
+            else:
+                leaving[k].append(kept)
+                arriving[k].append(place)
+        leaving[own].append(kept[:0])  # of a rank that has nothing to send it is the type
+        arriving[own].append(kept[:0])
+        matrix.take_rows(key, whole)
+
+
+def keep_rows(works: Iterable[Work], statistics: bool) -> None:
+    """Where a step has gathered rows: what this rank keeps of them, as they are now, the statistics or the factors."""
+    for matrix in (work.matrix for work in works if work.matrix.rest is not None):
+        (low, high), first, now = matrix.kept_rows, matrix.interval.first_row, matrix.rows()
+        assert matrix.rest is not None
+        for key, rest in matrix.rest.items():
+            if (key in matrix.vectors) == statistics:
+                rest.copy_(now[key][:, low - first : high - first])
+                matrix.take_rows(key, rest)
 
 
 def gather_ahead(works: Sequence[Work], comm: Comm) -> list[list[Tensor | None]]:

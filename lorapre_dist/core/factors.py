@@ -15,7 +15,7 @@ from torch import Tensor
 from . import forms, quantized, spec
 from .batching import Outline, outline
 from .guard import Counted, sample
-from .interval import Peers, RowInterval, column_block
+from .interval import Peers, Range, RowInterval, column_block
 from .rounding import Rounding
 from .sizes import SAMPLES
 from .spec import Axis
@@ -44,7 +44,8 @@ class Factors:
     """Factors of one moment, ``m ~ B A``, as this rank holds them; in ``stable`` the rows of ``A`` are orthonormal.
 
     Attributes:
-        B: rows x r, the rows that this rank's interval touches; a row cut between ranks is held by each of them.
+        B: rows x r, the rows that this rank's interval touches; a row cut between ranks is held by each of them. Of
+            rows whose columns are split a block of them, but in a step, which gathers all that are touched.
         A: r x columns, this rank's block of the columns of ``A``.
         ahead: what was worked out of them for the next step already; no state. None: nothing.
 
@@ -70,7 +71,7 @@ class Matrix(Counted):
         interval: the piece of the parameter.
         peers: the ranks that share it; None if this rank holds it whole.
         factors: by moment: ``m``, and in some optimizers ``v``, that of ``|g|``.
-        vectors: statistics by name: ``*_row`` of the touched rows, ``*_col`` of all columns, on every rank.
+        vectors: statistics by name: ``*_row`` of the rows of ``B``, ``*_col`` of all columns, on every rank.
         taken: number of updates so far.
         optimizer, variant: by which the state is stepped.
         before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
@@ -78,6 +79,7 @@ class Matrix(Counted):
         wide: the type that a step reckons in, where factors are kept in fewer bits; else None.
         salt: what the random bits begin with that round them (0-d, int64); None where nothing is rounded.
         kept: in a step, the factors as they are kept, where ``factors`` are wider copies.
+        rest: in a step, what this rank keeps of the rows, where all that it touches have been gathered, by name.
         rounding: how the weights are kept.
     """
 
@@ -93,6 +95,7 @@ class Matrix(Counted):
     wide: torch.dtype | None = None
     salt: Tensor | None = None
     kept: dict[str, Factors] | None = None
+    rest: dict[str, Tensor] | None = None
     rounding: Rounding = field(default_factory=Rounding)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -148,6 +151,41 @@ class Matrix(Counted):
         return min(self.interval.shape[1], self.peers.index * self.block_size) if self.peers else 0
 
     @property
+    def deals_rows(self) -> bool:
+        """Whether this rank keeps but some of the rows that it touches."""
+        return self.peers is not None and self.peers.deals_rows(self.interval.shape)
+
+    @property
+    def kept_rows(self) -> Range:
+        """The rows of ``B``, of the whole matrix, that this rank keeps."""
+        if self.peers is not None and self.deals_rows:
+            return self.peers.row_blocks(self.interval.shape)[self.peers.index]
+        return self.interval.first_row, self.interval.first_row + self.interval.rows
+
+    @property
+    def parts_of_rows(self) -> tuple[Range, ...]:
+        """The rows that each of the ranks that share it keeps."""
+        assert self.peers is not None
+        return self.peers.row_blocks(self.interval.shape)
+
+    def rows(self) -> dict[str, Tensor]:
+        """The state that lies with rows, by name."""
+        factors = {f"{moment}_B": f.B for moment, f in self.factors.items()}
+        return factors | {key: v for key, v in self.vectors.items() if spec.axis_of(key) is Axis.ROWS}
+
+    def take_rows(self, key: str, tensor: Tensor) -> None:
+        """Let ``tensor`` be one of those."""
+        if key in self.vectors:
+            self.vectors[key] = tensor
+        else:
+            self.factors[key.removesuffix("_B")].B = tensor
+
+    @property
+    def first_counted(self) -> int:
+        """Index, among the rows that this rank keeps, of the first one that no other rank counts."""
+        return 0 if self.deals_rows else self.interval.first_owned
+
+    @property
     def block_size(self) -> int:
         """Columns in every rank's block of ``A``, the last ones padded."""
         return -(-self.interval.shape[1] // self.parts)
@@ -165,7 +203,8 @@ class Matrix(Counted):
         kind = (*self.factors, *self.forms.values(), self.dtype, self.variant, *self.vectors)
         ranks, widened = tuple(self.ranks.values()), forms.smaller(self.ranks, self.forms)
         of = self.interval, self.peers, ranks, statistics, self.dtype.itemsize, self.before
-        return outline(*of, *kind, widened=widened)
+        of_rows = sum(spec.axis_of(name) is Axis.ROWS for name in self.vectors)
+        return outline(*of, *kind, widened=widened, row_statistics=of_rows)
 
 
 def allocate(
@@ -193,7 +232,8 @@ def allocate(
     """
     kept, q = kept or {}, interval.shape[1]
     columns = column_block(q, len(peers.ranges), peers.index) if peers else (0, q)
-    lengths = {Axis.ROWS: interval.rows, Axis.COLUMNS: columns[1] - columns[0], Axis.ALL_COLUMNS: q}
+    low, high = (0, interval.rows) if peers is None else peers.row_blocks(interval.shape)[peers.index]
+    lengths = {Axis.ROWS: high - low, Axis.COLUMNS: columns[1] - columns[0], Axis.ALL_COLUMNS: q}
 
     def zeros(key: str) -> Tensor:
         one = specs[key]
@@ -205,7 +245,7 @@ def allocate(
         whole = initial_A(interval.name, moment, r, q, init_std, seed)
         block = whole[:, columns[0] : columns[1]].to(device, dtype).contiguous()
         form = kept.get(moment, "fp32")
-        B = zeros(f"{moment}_B") if r else torch.zeros(interval.rows, 0, device=device, dtype=dtype)
+        B = zeros(f"{moment}_B") if r else torch.zeros(high - low, 0, device=device, dtype=dtype)
         return Factors(B, quantized.rounded(block, form, -2))
 
     held = {moment: factors(moment, r) for moment, r in ranks.items()}

@@ -119,7 +119,7 @@ def conditions(matrices: list[Matrix], comm: Comm) -> list[dict[str, Condition]]
     holders = [_Holder(matrix) for matrix in matrices]
     grams = []
     for matrix in matrices:
-        owned = slice(matrix.interval.first_owned, None)
+        owned = slice(matrix.first_counted, None)
         wide = [(f.A.double(), f.B[owned].double()) for f in at_rest.factors(matrix).values()]
         grams.append([G for A, B in wide for G in (gram(A, wide=True), gram(B, wide=False))])
     exchange.sum_grams(holders, grams, comm)

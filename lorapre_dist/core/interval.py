@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,6 +146,37 @@ def _begun_inside(ranges: tuple[Range, ...], columns: tuple[Range, ...], q: int)
     return tuple(sorted({start // q for (start, stop), (first, _) in pairs if start < stop and start % q > first}))
 
 
+@functools.lru_cache(maxsize=256)
+def row_blocks(ranges: tuple[Range, ...], columns: tuple[Range, ...] | None, q: int) -> tuple[Range, ...]:
+    """The rows of ``B`` (and of the statistics of rows) that each rank keeps between steps.
+
+    Those that it touches; the ranks of a team (:func:`row_teams`) deal these out in equal blocks.
+    """
+    found = [(start // q, -(-stop // q)) if start < stop else (0, 0) for start, stop in ranges]
+    if columns is not None:
+        pairs = zip(found, ranges, columns, strict=True)
+        found = [rows if numel_of(*held, q, some) else (0, 0) for rows, held, some in pairs]
+        for members in row_teams(ranges, columns, q).values():
+            for place, k in enumerate(members):
+                start, stop = found[k]
+                low, high = column_block(stop - start, len(members), place)
+                found[k] = start + low, start + high
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def row_teams(ranges: tuple[Range, ...], columns: tuple[Range, ...], q: int) -> dict[Range, tuple[int, ...]]:
+    """The ranks that hold columns of the same whole rows, by these; none if ranks' rows overlap otherwise."""
+    teams: dict[Range, tuple[int, ...]] = {}
+    for k, (rows, (first, last)) in enumerate(zip(ranges, columns, strict=True)):
+        if rows[0] < rows[1] and first < last:
+            teams[rows] = (*teams.get(rows, ()), k)
+    each = sorted(teams)
+    whole = all(start % q == stop % q == 0 for start, stop in each)
+    apart = all(before[1] <= after[0] for before, after in itertools.pairwise(each))
+    return teams if whole and apart else {}
+
+
 def column_block(q: int, parts: int, index: int) -> Range:
     """Columns of block ``index`` when q columns are dealt out in ``parts`` blocks of ``ceil(q / parts)``."""
     size = -(-q // parts)
@@ -169,6 +201,20 @@ class Peers:
     index: int
     columns: tuple[Range, ...] | None = None
     turn: int = 0
+
+    def deals_rows(self, shape: tuple[int, int]) -> bool:
+        """Whether ranks that hold columns of the same rows of a p x q matrix deal out what is kept of these."""
+        return self.columns is not None and bool(row_teams(self.ranges, self.columns, shape[1]))
+
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[Range, ...]:
+        """The rows that each of these ranks keeps of ``B`` of a p x q matrix, see :func:`row_blocks`."""
+        return row_blocks(self.ranges, self.columns, shape[1])
+
+    def team(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """The ranks, this one among them, that hold columns of the same rows; none if it holds nothing."""
+        assert self.columns is not None
+        team = row_teams(self.ranges, self.columns, shape[1]).get(self.ranges[self.index], ())
+        return team if self.index in team else ()
 
     def own_columns(self, shape: tuple[int, int]) -> bool:
         """Whether every rank has all rows of a p x q matrix and just the columns that are its block of ``A``."""

@@ -3,7 +3,8 @@
 Notation as in ``reference.py``. A rank holds rows ``R_k`` of ``B`` and a block of the columns of ``A``. Per matrix and
 moment:
 
-    gather   A whole, from its blocks, and how large the gradient is
+    gather   A whole, from its blocks, and how large the gradient is; where ranks hold columns of the same rows, all of
+             these rows of B, of which each keeps some
     edge     sums over rows cut between ranks: one small all-reduce
     local    block by block of rows: update theta, Y = g A^+, new B[R_k], Z = B^T g
     reduce   Z to its blocks
@@ -172,7 +173,8 @@ class _Rest:
 def _handed_over(work: Work) -> list[Tensor]:
     """Tensors that a step has made for what follows it."""
     size = [x for x in (work.size.inverse, work.size.largest) if x is not None]
-    return [work.item.go.value, *size, *(moment.Z for moment in work.moments), *_grams_of_B(work)]
+    rows = [moment.factors.B for moment in work.moments] if work.matrix.rest is not None else []
+    return [work.item.go.value, *size, *(moment.Z for moment in work.moments), *_grams_of_B(work), *rows]
 
 
 def _grams_of_B(work: Work) -> list[Tensor]:
@@ -206,6 +208,7 @@ def _update(bucket: Prepared, rule: Rule, comm: Comm, workspace: Workspace, labe
         for block in regression.blocks(work, workspace):
             rule.update_block(work, block, workspace)
     rule.finish(works, comm, workspace)
+    exchange.keep_rows(works, statistics=True)
     for run, work in zip(bucket.runs, works, strict=True):
         stacks.unstack(work.item, run)
         work.release()
@@ -216,6 +219,7 @@ def _reduce(works: list[Work], how: Regression, comm: Comm) -> None:
     if how.stable:
         for work in works:
             regression.row_grams(work)
+    exchange.keep_rows(works, statistics=False)
     exchange.reduce(works, comm)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from . import batching
 from .batching import Limits, Outline, evenly_dealt, owned
-from .interval import Peers, RowInterval
+from .interval import Peers, RowInterval, row_teams
 from .rules.muon import cuts
 from .rules.needs import Needs
 from .sizes import SAMPLES, packed_numel
@@ -96,6 +96,7 @@ def by_group(runs: Iterable[Sequence[Held]]) -> list[list[Held]]:
 def _update(groups: list[list[Held]], needs: Needs, limits: Limits, stable: bool, kind: str) -> Iterator[Collective]:
     """What a bucket sends to update theta and to reduce Z."""
     for shared in groups:
+        yield from _gather_rows(shared)
         yield _gather(shared)
     if not stable:
         yield from _dealt(groups, limits, "reduce Gram of A", "send inverse of A")
@@ -117,6 +118,24 @@ def _gather(shared: list[Held]) -> Collective:
     peers, one = _first(shared), shared[0].outline
     looks = len(shared) * (SAMPLES + len(one.ranks) + 1) * one.parts
     return Collective("gather A", peers, _ring((_blocks(shared) + looks) * one.itemsize, peers))
+
+
+def _gather_rows(shared: list[Held]) -> Iterator[Collective]:
+    """Rows of ``B`` and of the rows' statistics, to the ranks that hold other columns of them."""
+    dealt = [m for m in shared if m.peers is not None and m.peers.deals_rows(m.outline.shape)]
+    if not dealt:
+        return
+    each = [0] * len(_first(dealt).ranges)
+    for m in dealt:
+        peers, one = _first([m]), m.outline
+        assert peers.columns is not None
+        blocks = peers.row_blocks(one.shape)
+        numbers = sum(one.ranks) + one.row_statistics
+        for team in row_teams(peers.ranges, peers.columns, one.shape[1]).values():
+            for k in team:
+                low, high = blocks[k]
+                each[k] += (len(team) - 1) * (high - low) * numbers * one.itemsize
+    yield Collective("gather B", _first(dealt), 0, each=tuple(each))
 
 
 def _sum_edges(shared: list[Held], needs: Needs) -> Iterator[Collective]:

@@ -34,6 +34,9 @@ from lorapre_dist.config import ConfigError
 
 from .request import FP32, Parameter, Request
 
+#: In a step: at the loss in the forward and in the backward pass, in the MLP of the last and of the first block in the
+#: backward pass, and when all gradients are there.
+INSTANTS = {"forward": "forward", "loss": "backward", "top": "backward", "bottom": "backward", "end": "backward"}
 #: Width of a head, where the shapes do not tell how many there are: its share is a fraction of a percent.
 HEAD = 64
 _BLOCK = {
@@ -47,16 +50,21 @@ class Instant:
     """One instant of a training step.
 
     Attributes:
-        moment: ``"forward"`` or ``"backward"``.
+        name: one of :data:`INSTANTS`.
         bytes: of activations.
         graded: elements of the parameters that have a gradient by then, where no micro-batch came before.
         cast: elements of the weights of which autocast holds copies.
     """
 
-    moment: str
+    name: str
     bytes: int
     graded: int
     cast: int = 0
+
+    @property
+    def moment(self) -> str:
+        """``"forward"`` or ``"backward"``."""
+        return INSTANTS[self.name]
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def instants(request: Request) -> list[Instant]:
     Without a length of sequences only the last one is known, when every gradient is there.
     """
     if request.seq_len is None:
-        return [Instant("forward", 0, 0), Instant("backward", 0, request.elements)]
+        return [Instant("forward", 0, 0), Instant("end", 0, request.elements)]
     m, tokens, e = shapes_of(request.parameters), request.micro_batch * request.seq_len, request.width
     stream = FP32 if request.autocast else e
     cast = (3, 2, 1) if request.autocast else (1, 1, 1)
@@ -145,9 +153,9 @@ def instants(request: Request) -> list[Instant]:
     loss = kept + head + always
     rows = [
         Instant("forward", loss + logits, 0, forward),
-        Instant("backward", loss + 2 * FP32 * m.vocabulary, 0, backward),
-        Instant("backward", top + working + always, m.head + m.down, backward if not request.checkpointing else one),
-        Instant("backward", first + working + always, m.elements - m.embedding - m.layer + m.down, one),
-        Instant("backward", stream * m.hidden, m.elements, 0),
+        Instant("loss", loss + 2 * FP32 * m.vocabulary, 0, backward),
+        Instant("top", top + working + always, m.head + m.down, backward if not request.checkpointing else one),
+        Instant("bottom", first + working + always, m.elements - m.embedding - m.layer + m.down, one),
+        Instant("end", stream * m.hidden, m.elements, 0),
     ]
-    return [Instant(row.moment, row.bytes * tokens, row.graded, row.cast if request.autocast else 0) for row in rows]
+    return [Instant(row.name, row.bytes * tokens, row.graded, row.cast if request.autocast else 0) for row in rows]

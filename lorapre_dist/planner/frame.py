@@ -32,6 +32,8 @@ class Frame:
         buffers: for collectives, and whole parameters gathered for computation, in forward and backward, at most.
         backward: gradients at the end of the backward pass.
         left: of the buffers, what is there in the step.
+        during: buffers at some instants (:data:`lorapre_dist.planner.activations.INSTANTS`), where they are fewer.
+        late: elements whose gradients are whole in the buffers at an instant, and reduced later.
         host: in host memory under offload: master weights and gradients.
         sent: by purpose, in a step and a ring implementation.
     """
@@ -41,6 +43,8 @@ class Frame:
     buffers: Any
     backward: Any = None
     left: Any = 0
+    during: dict[str, Any] = field(default_factory=dict)
+    late: dict[str, int] = field(default_factory=dict)
     host: Any = 0
     sent: dict[str, int] = field(default_factory=dict)
 
@@ -92,11 +96,13 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
     gradients, backward = (2 * e + (m if m != e else 0)) * part, e * part
     buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
     buffers, host, kept = e * buckets * zero.reduce_bucket_size, 0 * part, request.layout == "zero1"
+    largest = max(p.numel for p in request.parameters)
+    if largest > zero.reduce_bucket_size:  # it goes by itself, from a copy
+        buffers += 2 * e * largest
     if kept and request.accumulation > 1:
         backward = backward + e * request.elements
         gradients = np.maximum(gradients, e * request.elements)
     if request.offload:
-        largest = max(p.numel for p in request.parameters)
         host = (2 * m + e) * part + e * largest
         weights = e * part * size
         gradients = np.full_like(part, e * (request.elements if kept and request.accumulation > 1 else largest))
@@ -108,7 +114,7 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
         sent["all-gather weights"] = _sharded(request, 0, weights_sent)["all-gather weights"]
     else:
         sent = _sharded(request, passes * e * request.elements, weights_sent)
-    return Frame(weights, gradients, buffers, backward, host=host, sent=sent)
+    return Frame(weights, gradients, buffers, backward, during={"forward": 0}, host=host, sent=sent)
 
 
 def _zero3(request: Request, arrangement: Arrangement) -> Frame:
@@ -127,7 +133,7 @@ def _zero3(request: Request, arrangement: Arrangement) -> Frame:
         host, weights, backward, gradients = (2 * m + e) * part, e * part, 0 * part, 0 * part
     padded, passes = int(part[0]) * size, request.accumulation
     sent = _sharded(request, e * passes * padded, 2 * e * passes * padded)
-    return Frame(weights, gradients, e * gathered + bucket, backward, bucket, host, sent)
+    return Frame(weights, gradients, e * gathered + bucket, backward, bucket, host=host, sent=sent)
 
 
 def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
@@ -142,17 +148,34 @@ def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
     padded = np.full_like(partition, partition[0])
     units = {name: sum(_slices(p.shape, n) for p in some) for name, some in request.wrapped().items()}
     rest, layers, largest = units.pop("", 0), sum(units.values()), max(units.values(), default=0)
-    live, passes = rest + min(layers, 2 * largest), request.accumulation
-    alone = n == 1 and e == FP32
-    buffers = 0 if alone else 2 * e * live + FP32 * max(rest, largest)
+    passes, buffers, during, late = request.accumulation, 0, {}, {}
+    if n > 1 or e < FP32:
+        during, late = _gathered(request, rest, layers, largest)
+        buffers = max(during.values())
     sent = _sharded(request, FP32 * passes * (rest + layers), e * passes * (rest + 2 * layers))
     copies = request.world_size // n
     if copies > 1:  # hybrid: each shard of the gradients is summed over the groups
         sent["all-reduce gradients"] = round(2 * (copies - 1) / copies * FP32 * passes * (rest + layers) / n)
     shards = request.stepped * padded
     if request.offload:
-        return Frame(0 * padded, 0 * padded, buffers, host=2 * shards, sent=sent)
-    return Frame(shards, shards, buffers, sent=sent)
+        return Frame(0 * padded, 0 * padded, buffers, during=during, host=2 * shards, sent=sent)
+    return Frame(shards, shards, buffers, during=during, late=late, sent=sent)
+
+
+def _gathered(request: Request, rest: int, layers: int, largest: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Of FSDP2: buffers at each instant, and elements whose gradients are whole in them.
+
+    What is in no layer is gathered from the forward pass to the end of the backward pass, and all of its gradients are
+    reduced then: in fp32, from a copy, into shards that are rounded to the type of the weights. A layer's result waits
+    until the next reduction.
+    """
+    e, n, embedding = request.width, request.sharing, request.parameters[0].numel
+    head, two = max(0, rest - embedding), min(layers, 2 * largest)
+    first, last = e * (rest + head + largest) + FP32 * largest, e * (rest + head + two)
+    end = (2 * e + FP32) * rest + FP32 * largest // n + (FP32 * rest // n if request.stepped < FP32 else 0)
+    computing = e * (rest + largest)
+    during = {"forward": computing, "loss": computing, "top": last, "bottom": first, "end": end}
+    return during, {"top": head, "bottom": head, "end": rest}
 
 
 def _slices(shape: tuple[int, ...], ranks: int) -> int:

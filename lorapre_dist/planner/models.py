@@ -15,8 +15,23 @@ from lorapre_dist.training.engines.presets import PRESETS
 from .request import Parameter
 
 LLAMA = "LlamaForCausalLM"
-#: Sizes to plan for that are no presets of the training program: Llama 2's largest.
+#: Sizes to plan for that are no presets of the training program: Llama 3's smaller and Llama 2's larger ones.
 LARGE: dict[str, dict[str, Any]] = {
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "llama-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "vocab_size": 32000,
+    },
     "llama-70b": {
         "hidden_size": 8192,
         "intermediate_size": 28672,
@@ -24,7 +39,7 @@ LARGE: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "vocab_size": 32000,
-    }
+    },
 }
 NAMES = (*PRESETS, *LARGE)
 # What models are trained for, as transformers sorts them; the first that a model type has is taken.

@@ -12,7 +12,7 @@ from lorapre_dist.config import LowRankConfig
 from lorapre_dist.core import arithmetic, batching, forms, spec, traffic
 from lorapre_dist.core.arithmetic import Work
 from lorapre_dist.core.batching import Limits
-from lorapre_dist.core.interval import Peers, Range, RowInterval, column_block
+from lorapre_dist.core.interval import Peers, Range, RowInterval, column_block, row_blocks
 from lorapre_dist.core.rules import needs as rules
 from lorapre_dist.core.rules.muon import cuts as muon_cuts
 from lorapre_dist.core.rules.needs import Needs
@@ -121,11 +121,8 @@ def _lengths(shape: tuple[int, int], ranges: tuple[Range, ...], columns: tuple[R
     """How long a matrix's state is on each rank, by axis."""
     parts, q = len(ranges), shape[1]
     blocks = [column_block(q, parts, k) for k in range(parts)]
-    touched = [
-        RowInterval("", shape, *held, None if columns is None else columns[k]).rows for k, held in enumerate(ranges)
-    ]
     return {
-        Axis.ROWS: np.array(touched, np.int64),
+        Axis.ROWS: np.array([last - first for first, last in row_blocks(ranges, columns, q)], np.int64),
         Axis.COLUMNS: np.array([last - first for first, last in blocks], np.int64),
         Axis.ALL_COLUMNS: np.full(parts, q, np.int64),
     }
@@ -186,10 +183,13 @@ def _held(ours: LowRankConfig, share: Share, index: int, groups: dict[Hashable, 
         peers = Peers(group, share.ranges, index, share.columns, share.turn)
     columns = share.columns[at] if share.columns else None
     interval = RowInterval(share.name, shape, *share.ranges[at], columns)
-    lengths = {Axis.ROWS: interval.rows, Axis.COLUMNS: 0, Axis.ALL_COLUMNS: shape[1]}
+    low, high = row_blocks(share.ranges, share.columns, shape[1])[at]
+    lengths = {Axis.ROWS: high - low, Axis.COLUMNS: 0, Axis.ALL_COLUMNS: shape[1]}
     statistics = sum(lengths[spec.axis_of(name)] for name in ours.vectors)
     ranks, widened = tuple(ours.ranks.values()), forms.smaller(ours.ranks, ours.forms)
-    outline = batching.outline(interval, peers, ranks, statistics, FP32, share.before, widened=widened)
+    of_rows = sum(spec.axis_of(name) is Axis.ROWS for name in ours.vectors)
+    of = interval, peers, ranks, statistics, FP32, share.before
+    outline = batching.outline(*of, widened=widened, row_statistics=of_rows)
     return Held(outline, interval, peers, share.call)
 
 

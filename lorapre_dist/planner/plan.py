@@ -153,9 +153,11 @@ def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usag
         if early and instant.graded:
             gradients, workspace = waiting, np.maximum(stated.kept, stepping)
         elif request.accumulation == 1:
-            gradients = gradients * instant.graded // request.elements
+            graded = max(0, instant.graded - around.late.get(instant.name, 0))
+            gradients = gradients * graded // request.elements
+        buffers = around.during.get(instant.name, around.buffers)
         activations = instant.bytes + request.width * instant.cast
-        moments[instant.moment].append(parts(gradients, workspace, around.buffers, activations))
+        moments[instant.moment].append(parts(gradients, workspace, buffers, activations))
     if early:
         moments["step"].append(parts(waiting, np.maximum(stated.kept, stepping), around.left))
     else:

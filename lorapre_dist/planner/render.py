@@ -127,7 +127,7 @@ def table(
 ) -> str:
     """The plan for people."""
     ours, share = request.optimizer, request.low_rank_elements / request.elements
-    ranks = f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
+    ranks = _so_many_ranks(request)
     lines = [
         f"{request.model}: {request.elements:,} parameters, {share:.1%} of them in {request.matrices:,} matrices of "
         f"{_ranks_of(ours)}, {ours.variant}",
@@ -137,6 +137,10 @@ def table(
     lines += ["", *_memory(usages), "", *_sent(usages), *([] if rates is None else _seconds(usages, rates))]
     fitting = _fitting(request, fits, limit, options)
     return "\n".join([*lines, *fitting, "", *(f"note: {line}" for line in notes(request, rates))])
+
+
+def _so_many_ranks(request: Request) -> str:
+    return f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
 
 
 def _ranks_of(ours: LowRankConfig) -> str:
@@ -184,7 +188,7 @@ def _sent(usages: Usages) -> list[str]:
 def _fitting(request: Request, fits: Fits, limit: int | None, options: Fit | None) -> list[str]:
     if limit is None or options is None:
         return []
-    which = f"{request.optimizer.optimizer}, {TITLES[request.layout]}, {request.world_size:,} ranks"
+    which = f"{request.optimizer.optimizer}, {TITLES[request.layout]}, {_so_many_ranks(request)}"
     if options.fits:
         how = f"with {options}: {_size(options.bytes)}" if options.options else "as it is"
         said = f"{which}: fits in {_size(limit)} {how}"

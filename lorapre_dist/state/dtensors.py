@@ -304,12 +304,11 @@ def spread(shard: Shard, group: Any = None, placement: Any = None) -> DTensor:
 def _rows(matrix: Matrix) -> Any:
     """How the rows of ``B`` lie on the ranks that share a matrix, in DTensor's words; None if it has none for it."""
     assert matrix.peers is not None
-    (p, q), ranges = matrix.interval.shape, matrix.peers.ranges
-    if matrix.peers.columns is not None:
-        some = all(first < last for first, last in matrix.peers.columns)  # a rank without columns has no rows
-        return Replicate() if some and set(ranges) == {(0, p * q)} else None
-    wanted = [(first * q, last * q) for first, last in equal_ranges(p, len(ranges))]
-    same = all(a == b or (a[0] == a[1] and b[0] == b[1]) for a, b in zip(ranges, wanted, strict=True))
+    (p, q), peers = matrix.interval.shape, matrix.peers
+    wanted, lies = equal_ranges(p, len(peers.ranges)), peers.row_blocks((p, q))
+    if not peers.deals_rows((p, q)):  # rows that are cut lie on several ranks
+        wanted, lies = equal_ranges(p, len(peers.ranges), q), peers.ranges
+    same = all(a == b or (a[0] == a[1] and b[0] == b[1]) for a, b in zip(lies, wanted, strict=True))
     return Split(0) if same else None
 
 

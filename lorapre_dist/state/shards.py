@@ -275,7 +275,7 @@ def state_shards(held: Iterable[tuple[Any, Any]]) -> dict[str, Shard]:
 
 def matrix_shards(matrix: Matrix) -> dict[str, Shard]:
     """Rows of ``B`` (and of the energies) and columns of ``A`` that this rank holds of one matrix."""
-    (p, q), interval = matrix.interval.shape, matrix.interval
+    p, q = matrix.interval.shape
     first = 0 if matrix.peers is None else min(q, matrix.peers.index * matrix.block_size)
     found = {}
     for key, tensor in matrix.low_rank_tensors().items():
@@ -285,7 +285,7 @@ def matrix_shards(matrix: Matrix) -> dict[str, Shard]:
         elif axis is Axis.ALL_COLUMNS:
             found[key] = Shard((q,), 0, tensor)
         else:
-            found[key] = Shard((p, *tensor.shape[1:]), interval.first_row, tensor, skip=interval.first_owned)
+            found[key] = Shard((p, *tensor.shape[1:]), matrix.kept_rows[0], tensor, skip=matrix.first_counted)
     return found
 
 

@@ -326,6 +326,13 @@ def habits_case(rank: int, world_size: int, *, layout: str) -> dict[str, Any]:
     return {"error": max(errors), "calls": calls, "scale": scaler.get_scale()}
 
 
+def factors_case(rank: int, world_size: int, *, layout: str) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Shapes of the factors that this rank keeps, and of the statistics of rows."""
+    model = wrapped(layout, Net(), world_size)
+    optimizer = LoRAPre(model.named_parameters(), **OPTIONS["LoRAPre"])
+    return {(n, key): tuple(t.shape) for n, found in optimizer.factors().items() for key, t in found.items()}
+
+
 def state_case(rank: int, world_size: int, *, model: str, lora_rank: int) -> tuple[int, int]:
     """Bytes of state on this rank under DDP with sharded and with replicated state."""
     module = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for _, shape in projections(model)])

@@ -8,7 +8,16 @@ import torch
 from tests.shapes import state_bytes
 
 from .harness import run_ranks
-from .native_cases import OPTIONS, equality_case, habits_case, policy_case, refused_case, state_case
+from .native_cases import (
+    OPTIONS,
+    SHAPES,
+    equality_case,
+    factors_case,
+    habits_case,
+    policy_case,
+    refused_case,
+    state_case,
+)
 
 WORLDS = {
     "fsdp2": (1, 2, 3, 4),
@@ -79,6 +88,19 @@ def test_ddp_deals_out_the_state(world):
     for sharded, replicated in run_ranks(world, state_case, model="llama-60m", lora_rank=128):
         assert abs(sharded - want / world) <= 0.1 * want / world
         assert replicated == pytest.approx(want)
+
+
+@pytest.mark.parametrize("layout, world", [("tp", 4), ("tp+fsdp2", 4), ("tp+pp+fsdp2", 8)])
+def test_no_factor_is_replicated_over_tensor_parallel_ranks(layout, world):
+    """Rows of B and columns of A lie on one rank each, in equal parts but for one row and one column."""
+    held = run_ranks(world, factors_case, layout=layout)
+    ranks = 4  # that share a matrix
+    for name, (p, q) in SHAPES.items():
+        matrix = f"layers.{name}.weight"
+        for key, side, whole in (("m_B", 0, p), ("v_B", 0, p), ("rms_row", 0, p), ("m_A", 1, q), ("v_A", 1, q)):
+            counts = [found[matrix, key][side] for found in held if (matrix, key) in found]
+            assert sum(counts) == whole and len(counts) == ranks, (name, key, counts)
+            assert max(counts) <= whole / ranks + 1, (name, key, counts)
 
 
 @pytest.mark.parametrize("policy", ["bf16", "cpu offload"])

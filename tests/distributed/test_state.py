@@ -70,5 +70,8 @@ def test_a_full_state_is_loaded_under_any_layout(tmp_path):
 def test_tensor_parallel_columns_need_no_other_ranks_columns():
     """All matrices split by columns: of what is gathered elsewhere the matrices' sizes alone are."""
     for calls, sent in run_ranks(2, columns_case):
-        assert set(calls) == {"finite", "gather A", "edge rows", *SOLVES}
+        assert set(calls) == {"finite", "gather A", "gather B", "edge rows", *SOLVES}
+        assert sent["gather B"] == 2 * 4 * (12 // 2) * (
+            3 + 1 + 1
+        )  # half of the rows of both factors and the statistics
         assert sent["gather A"] == 2 * 4 * (SAMPLES + 3)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lorapre_dist.cli import main
 from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.config.ds_training import batch_sizes, precision, read_deepspeed_config, zero_stage
 from lorapre_dist.integrations.deepspeed.bind import check_config
@@ -24,6 +25,8 @@ OTHERS = {
     **{f"tiny_zero2_{name.removeprefix('LoRAPre').lower()}": name for name in OPTIMIZERS if name != "LoRAPre"},
 }
 FINETUNE = ["finetune_zero2", "finetune_zero3", "finetune_tiny_zero2", "finetune_tiny_zero3"]
+# For cards of 24 GB, with the ranks that they are for.
+CARDS = {"llama_7b_24g": (1, 2, 8), "finetune_llama3_8b_24g": (1,), "finetune_llama3_8b_2x24g": (2,)}
 
 
 class World:
@@ -40,7 +43,12 @@ class World:
 
 def test_nothing_else_is_shipped():
     # Those of the Hugging Face Trainer have tests of their own.
-    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("hf_")} == {*NAMES, *OTHERS, *FINETUNE}
+    assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("hf_")} == {
+        *NAMES,
+        *OTHERS,
+        *FINETUNE,
+        *CARDS,
+    }
 
 
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS, *FINETUNE])
@@ -61,6 +69,26 @@ def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
         assert theirs.zero_optimization_stage == zero_stage(config) == int(name.split("zero")[1][0])
         assert theirs.bfloat16_config.enabled == (precision(config) == "bf16")
         assert theirs.gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_those_for_a_card_are_accepted_and_fit(name, monkeypatch, capsys):
+    """22 GiB of 24, on each rank, with the activations of the shortest sequences that their pages name."""
+    from deepspeed.runtime.config import DeepSpeedConfig, dist
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    config = read_deepspeed_config(str(FOLDER / f"{name}.json"))
+    ours = check_config(config)
+    model, layout = ("llama-7b", ["--layout", "ddp"]) if "7b" in name else ("llama3-8b", [])
+    for size in CARDS[name]:
+        theirs = DeepSpeedConfig(json.loads(json.dumps(config)), mpu=World(size))
+        assert theirs.train_batch_size == batch_sizes(config, size).global_batch
+        assert ours.weights == "stochastic" and theirs.bfloat16_config.bf16_master_weights_and_grads
+    argv = ["plan", "--model", model, *layout, "--deepspeed_config", str(FOLDER / f"{name}.json"), "--json"]
+    argv += ["--world_size", str(CARDS[name][0]), "--gradient_checkpointing"]
+    assert main([*argv, "--seq_len", "2048" if "7b" in name else "1024"]) == 0
+    found = json.loads(capsys.readouterr().out)["optimizers"]["LoRAPre"]["largest_rank"]
+    assert found["total"] <= 22 * 2**30 and found["activations"]
 
 
 @pytest.mark.parametrize("name", OTHERS)

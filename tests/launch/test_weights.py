@@ -11,8 +11,10 @@ import torch
 
 from lorapre_dist.checkpoint import stored
 from lorapre_dist.state.shards import MODEL, OPTIMIZER
+from lorapre_dist.training.data.tokenizer import train_bpe
 from tests.launch import forked_ranks
-from tests.launch.conftest import TINY_LLAMA, ds_json, environment
+from tests.launch.conftest import REPO, TINY_LLAMA, ds_json, environment
+from tests.training.conftest import documents
 
 BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 BATCH = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
@@ -39,6 +41,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base_options: list[str]) -> t
         config = ds_json(folder / f"{name}.json", **BATCH, params=params, bf16=bf16, zero_optimization={"stage": 3})
         argv = [*common, "--deepspeed_config", config, "--backend", backend, "--output_dir", str(folder / name)]
         jobs.append(forked_ranks.job("pretrain.py", world, argv))
+    recipe = json.loads((REPO / "ds_configs" / "llama_7b_24g.json").read_text())
+    recipe["optimizer"]["params"]["rank"] = 8  # of a model as small as this
+    (folder / "24g.json").write_text(json.dumps(recipe))
+    argv = ["--recipe", "llama-7b-24g", *common, "--deepspeed_config", str(folder / "24g.json")]
+    train_bpe(documents(100, 80), 380).save_pretrained(folder / "tokenizer")  # the recipe's own is on the hub
+    argv += ["--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "24g")]
+    jobs.append(forked_ranks.job("pretrain.py", 1, argv))
     return folder, forked_ranks.run(folder, jobs, environment())
 
 
@@ -61,3 +70,17 @@ def test_the_model_is_bf16_under_every_backend(name, runs):
         for key in ("loss", "eval_loss"):
             if b.get(key) is not None and key in a:
                 assert b[key] == pytest.approx(a[key], rel=2e-2), (key, a["step"])
+
+
+@pytest.mark.timeout(600)
+def test_the_recipe_for_a_card_trains(runs):
+    """With a model of a small size: bf16 weights, released gradients, recomputed activations, factors in bf16."""
+    folder, _ = runs
+    steps = [row["loss"] for row in rows(folder / "24g") if row["step"]]
+    assert len(steps) == 2 and all(0 < loss < 7 for loss in steps)
+    settings = json.loads((folder / "24g" / "settings.json").read_text())
+    assert (settings["backend"], settings["gradient_checkpointing"]) == ("ddp", True)
+    found = stored.tensors(stored.locate(folder / "24g"))
+    factors = [name for name in found if name.startswith(OPTIMIZER) and name.endswith(".m_B")]
+    assert {found[name].dtype for name in factors} == {torch.bfloat16}
+    assert any("embed_tokens" in name for name in factors) and any("lm_head" in name for name in factors)

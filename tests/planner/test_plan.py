@@ -480,10 +480,10 @@ def test_weights_of_16_bits_have_no_masters(layout, world):
 
 def test_released_gradients_are_those_of_a_batch():
     model = load("llama-1b")
-    largest, bucket = 4 * max(p.numel for p in model), 64 << 20
+    largest, bucket = 4 * max(p.numel for p in model), 64 << 20  # where it steps
     kept, early = (usage_of(model="llama-1b", rank=256, release_gradients=x) for x in (False, True))
     assert kept.memory["gradients"][0] == 4 * sum(p.numel for p in model)
-    assert largest <= early.memory["gradients"][0] <= bucket + largest
+    assert bucket <= early.memory["gradients"][0] <= bucket + largest
     assert early.when == "backward" and early.total[0] < kept.total[0]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from lorapre_dist.config import ConfigError, extras
 from lorapre_dist.config.ds_training import batch_sizes, precision, read_deepspeed_config, zero_stage
-from lorapre_dist.training.engines.presets import LR_GRID, RECIPES
+from lorapre_dist.training.engines.presets import CARDS, LR_GRID, RECIPES, STAGES
 from lorapre_dist.training.run.settings import load_settings
 
 
@@ -14,7 +14,7 @@ def test_defaults_follow_the_preset(make_settings):
     assert make_settings().model == "llama-tiny"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_recipe_is_the_papers_run(name):
     """10k, 20k, 60k, 100k and 150k steps of 512 x 256 tokens, warm-up 10%, rank 128/256/256/512/1024, scale 0.25."""
     steps, rank, lr = {
@@ -32,6 +32,16 @@ def test_a_recipe_is_the_papers_run(name):
         params = settings.ds_config["optimizer"]["params"]
         assert (params["rank"], params["scale"], params["lr"]) == (rank, 0.25, lr)
         assert lr in LR_GRID
+
+
+def test_a_recipe_for_a_card_sets_what_saves_memory():
+    assert {*STAGES, *CARDS} == set(RECIPES)
+    settings = load_settings(["--recipe", "llama-7b-24g"], 1)
+    assert (settings.model, settings.backend, settings.seq_len) == ("llama-7b", "ddp", 2048)
+    assert settings.gradient_checkpointing and settings.output_dir == "runs/llama-7b-24g"
+    assert (settings.batch.micro_batch, settings.batch.accumulation) == (1, 1)
+    params = settings.ds_config["optimizer"]["params"]
+    assert (params["weights"], params["release_gradients"]) == ("stochastic", True)
 
 
 def test_options_go_before_the_recipe(make_settings):

@@ -157,9 +157,9 @@ def test_a_contender_that_cannot_run_is_tried_once():
 # store ----------------------------------------------------------------------------------------------------------
 
 
-def record(name="adamw", lr=1.0, seed=0, steps=10, loss=4.0, **more):
-    points = 0 if steps == PROTOCOL.screen_steps else PROTOCOL.points
-    setting = replace(PROTOCOL.final(name, lr, seed), steps=steps, points=points)
+def record(name="adamw", lr=1.0, seed=0, steps=PROTOCOL.steps, loss=4.0, **more):
+    short = steps == PROTOCOL.screen_steps
+    setting = replace(PROTOCOL.screen(name, lr), seed=seed) if short else PROTOCOL.final(name, lr, seed)
     measured = {"rank": 0, "state_bytes": 1024, "kept_bytes": 1024, "peak_bytes": 2048, "step_ms": 1.0, "seconds": 5.0}
     curve = {} if loss is None else {"5": loss + 1, "10": loss}
     return setting.as_record() | measured | {"val_loss": loss, "curve": curve} | more
@@ -196,7 +196,9 @@ def test_means_spreads_and_differences_by_seed(tmp_path):
     ours = [record("lorapre-8", seed=seed, loss=4.1 + 0.1 * seed, rank=16, state_bytes=512) for seed in range(2)]
     found = table_of(tmp_path, *adamw, *ours)
     first, second = report.compared(found).splitlines()[2:]
-    assert first.startswith("| AdamW | - | torch | 1 | 4.100 ± 0.100 | 3 | - | - | 1 KiB | 100.0% | 2 KiB | 1.0 |")
+    assert first.startswith(
+        "| AdamW | - | torch | 1 (given) | 4.100 ± 0.100 | 3 | - | - | 1 KiB | 100.0% | 2 KiB | 1.0 |"
+    )
     # Of the seeds that both have: each 0.1 behind.
     assert "| 4.150 ± 0.050 | 2 | +0.100 ± 0.000 | - | 0 KiB | 50.0% |" in second
     # Both are at the one learning rate of which there are runs; the search is still to be done.
@@ -223,7 +225,20 @@ def test_searches_errors_and_divergence_are_told(tmp_path):
     text = report.page(found, PROTOCOL)
     assert "| Trion, hidden/8 | ista-daslab-optimizers | cannot run: needs CUDA |" in text
     assert "| AdamW | torch | 0 of 3 seeds |" in text
-    assert "| Lion | pytorch-optimizer | 4 learning rates tried, 1 to try |" in text
+    assert "| Lion | pytorch-optimizer | 4 learning rates tried, 1 to try; 0 of 3 seeds |" in text
+
+
+def test_options_of_ours_are_compared_with_none(tmp_path):
+    table_of(
+        tmp_path,
+        record(loss=4.0),
+        record("lorapre-8", loss=4.1),
+        record("lorapre-8+residual=0.1", loss=4.05),
+        record("lorapre-8+residual=0.1", lr=2.0, seed=1, loss=4.3),
+        record("lorapre-32", loss=4.2),
+    )
+    lines = report.varied(Store(tmp_path / "runs.jsonl"), PROTOCOL, "lorapre-8").splitlines()[2:]
+    assert lines == ["| as it is | 1 | 4.100 | 1 | - | +0.100 |", "| residual=0.1 | 1 | 4.050 | 1 | -0.050 | +0.050 |"]
 
 
 def test_csv_and_figure(tmp_path):

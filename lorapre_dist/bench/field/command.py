@@ -103,7 +103,7 @@ def devices(device: str, jobs: int) -> list[str]:
 
 
 def _training(args: argparse.Namespace) -> Training:
-    return Training(args.model, args.dataset, args.batch, args.seq_len, args.warmup, args.precision)
+    return Training(args.model, args.dataset, args.batch, args.seq_len, args.warmup, args.precision, args.eval_batches)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -123,7 +123,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dataset", default=kept.dataset, help="as in launch/pretrain.py (default: the built-in text)")
     parser.add_argument("--batch", type=int, default=kept.batch, help=f"sequences per step (default: {kept.batch})")
     parser.add_argument("--seq_len", type=int, default=kept.seq_len, help="tokens per sequence (default: 128)")
-    parser.add_argument("--warmup", type=int, default=kept.warmup, help=f"steps of rising lr (default: {kept.warmup})")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=kept.warmup,
+        help=f"steps of rising lr, at most a quarter of a run's (default: {kept.warmup})",
+    )
+    parser.add_argument("--eval_batches", type=int, default=0, help="of held-out sequences (default: all there are)")
     parser.add_argument("--precision", choices=PRECISIONS, default=kept.precision, help="of forward and backward")
     parser.add_argument("--micro_batch", type=int, help="sequences of one forward and backward (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu; or cuda: each job takes a GPU of its own")

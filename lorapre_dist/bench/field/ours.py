@@ -16,8 +16,8 @@ def lorapre(name: str, share: int) -> Contender:
     """LoRAPre or LoRAPreAdafactor with the defaults of the ``stable`` variant."""
 
     def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
-        given = {"betas": BETAS, "eps": EPS, "scale": 1.0} | options
-        return OPTIMIZERS[name]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **given)
+        given = {"betas": BETAS, "eps": EPS, "scale": 1.0, "rank": matrices.rank} | options
+        return OPTIMIZERS[name]([{"params": matrices.named}], lr=lr, **given)
 
     return Contender(name, build, ADAM_LRS, share, origin="lorapre_dist")
 

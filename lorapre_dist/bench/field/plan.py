@@ -17,6 +17,8 @@ from .store import Record
 Get = Callable[[Setting], Record | None]
 #: Learning rates that are tried at most beyond those a contender begins with.
 BEYOND = 6
+#: Of a run's steps, rising learning rates take this part at most: short runs have a schedule like that of long ones.
+SHARE_OF_WARMUP = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Protocol:
         return self._run(contender, lr, seed, self.steps, self.points)
 
     def _run(self, contender: str, lr: float, seed: int, steps: int, points: int) -> Setting:
-        kept = replace(self.training, warmup=min(self.training.warmup, steps))
+        kept = replace(self.training, warmup=min(self.training.warmup, steps // SHARE_OF_WARMUP))
         return Setting(**vars(kept), contender=contender, lr=lr, seed=seed, steps=steps, points=points)
 
 

@@ -45,9 +45,9 @@ class Row:
     missing: int = 0
 
     @property
-    def any(self) -> Record | None:
-        """A record with what is the same in all of them; a long run's where there is one."""
-        return next(iter(self.finals.values()), None)
+    def record(self) -> Record:
+        """A long run's, with what is the same in all of them."""
+        return next(iter(self.finals.values()))
 
     @property
     def losses(self) -> dict[int, float]:
@@ -139,22 +139,21 @@ def compared(found: list[Row]) -> str:
 
 def cells(row: Row, base: Row | None) -> list[str]:
     """A line of :func:`compared`."""
-    record, losses = row.any, list(row.losses.values())
-    assert record is not None
-    adamw = base.any if base else None
+    record, losses = row.record, list(row.losses.values())
     behind = row.behind(base) if base and row is not base else []
     reached = row.steps_to(base) if base and row is not base else None
     return [
         row.label,
         str(record["rank"] or "-"),
         row.package,
-        f"{record['lr']:g}",
+        f"{record['lr']:g}"
+        + ("" if row.found.inside else " (given)" if row.found.best != record["lr"] else " (an end)"),
         nats(statistics.mean(losses)) + spread(losses),
         str(len(losses)),
         signed(statistics.mean(behind)) + spread(behind) if behind else "-",
         f"{reached:.0f}" if reached is not None else "-",
         kib(record["state_bytes"]),
-        f"{100 * record['state_bytes'] / adamw['state_bytes']:.1f}%" if adamw else "-",
+        f"{100 * record['state_bytes'] / base.record['state_bytes']:.1f}%" if base else "-",
         kib(record["peak_bytes"]),
         f"{statistics.mean(r['step_ms'] for r in row.finals.values()):.1f}",
     ]
@@ -189,16 +188,36 @@ def lacking(found: list[Row], protocol: Protocol) -> str:
     """The table of what is missing, and why; "" where nothing is: Markdown."""
     lines = []
     for row in found:
+        tried, wanted, seeds = len(row.found.losses), len(row.found.wanted), len(row.finals)
+        why = []
         if row.error:
-            lines.append([titled(row), row.package, f"cannot run: {row.error}"])
-        elif row.found.wanted:
-            tried = len(row.found.losses)
-            lines.append([titled(row), row.package, f"{tried} learning rates tried, {len(row.found.wanted)} to try"])
-        elif row.missing:
-            lines.append([titled(row), row.package, f"{len(row.finals)} of {len(protocol.seeds)} seeds"])
-        elif not row.finals and row.found.losses:
-            lines.append([titled(row), row.package, "diverged at every learning rate"])
+            why = [f"cannot run: {row.error}"]
+        elif not row.found.wanted and row.found.losses and row.found.best is None:
+            why = ["diverged at every learning rate"]
+        else:
+            why += [f"{tried} learning rates tried, {wanted} to try"] if wanted else []
+            why += [f"{seeds} of {len(protocol.seeds)} seeds"] if seeds < len(protocol.seeds) else []
+        if why:
+            lines.append([titled(row), row.package, "; ".join(why)])
     return markdown(["optimizer of the matrices", "from", "missing"], lines) if lines else ""
+
+
+def varied(store: Store, protocol: Protocol, name: str) -> str:
+    """The table of long runs of one of ours with other options, against the ``name`` itself: Markdown."""
+    names = dict.fromkeys(s.contender for s in store.records if s.contender.startswith(f"{name}+"))
+    plain, adamw, *others = rows(store, protocol, [name, BASELINE, *names])
+    lines = []
+    for row in [plain, *others]:
+        if row.finals:
+            away = [row.behind(plain), row.behind(adamw)]
+            means = [signed(statistics.mean(x)) + spread(x) if x and row is not plain else "-" for x in away[:1]]
+            means += [signed(statistics.mean(x)) + spread(x) if x else "-" for x in away[1:]]
+            lr, losses = row.record["lr"], list(row.losses.values())
+            options = ", ".join(row.name.split("+")[1:]) or "as it is"
+            lines.append([options, f"{lr:g}", nats(statistics.mean(losses)) + spread(losses), str(len(losses)), *means])
+    return markdown(
+        ["options", "lr", "validation loss", "seeds", f"minus {plain.label} as it is", "minus AdamW"], lines
+    )
 
 
 def as_csv(found: list[Row]) -> str:
@@ -264,8 +283,7 @@ def figure(found: list[Row]) -> Any:
     steps, state, seconds = canvas.subplots(1, 3)
     for i, row in enumerate(drawn):
         style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
-        curve, record = mean_curve(row), row.any
-        assert record is not None
+        curve, record = mean_curve(row), row.record
         steps.plot(list(curve), list(curve.values()), label=titled(row), **style)
         each = statistics.mean(r["seconds"] for r in row.finals.values()) / record["steps"]
         seconds.plot([each * step for step in curve], list(curve.values()), **style)

@@ -29,8 +29,14 @@ class Setting(Training):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Setting:
-        """The setting that a record begins with."""
-        return cls(**{field.name: record[field.name] for field in fields(cls)})
+        """The setting that a record begins with; what it does not say has its default.
+
+        Raises:
+            KeyError: it does not say which contender.
+        """
+        return cls(
+            **{"contender": record["contender"]} | {f.name: record[f.name] for f in fields(cls) if f.name in record}
+        )
 
     @property
     def training(self) -> Training:

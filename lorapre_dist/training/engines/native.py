@@ -26,7 +26,8 @@ class NativeEngine:
 
     fp32 master weights. With bf16 FSDP2 computes in bf16 (``MixedPrecisionPolicy``) and DDP under ``torch.autocast``;
     gradients are reduced in fp32. Where the optimizer's ``weights`` are for bf16 the model is bf16 all through, and DDP
-    reduces in bf16. Under FSDP2 gradients stay sharded between micro-batches; under DDP the last one reduces.
+    reduces in bf16; one rank is not wrapped. Under FSDP2 gradients stay sharded between micro-batches; under DDP the
+    last one reduces.
 
     Raises:
         ConfigError: the optimizer rejects its options or matches nothing.
@@ -38,8 +39,9 @@ class NativeEngine:
         self._model: nn.Module = model
         self._autocast = False
         if settings.backend == "ddp":
-            indices = [self.device.index] if self.device.type == "cuda" else None
-            self._model = DistributedDataParallel(self.module, device_ids=indices, gradient_as_bucket_view=True)
+            if ranks.world_size() > 1:  # one rank has nothing to reduce, and needs no buckets
+                indices = [self.device.index] if self.device.type == "cuda" else None
+                self._model = DistributedDataParallel(self.module, device_ids=indices, gradient_as_bucket_view=True)
             self._autocast = precision(settings.ds_config) == "bf16" and not sixteen_bit_weights(settings.ds_config)
         wanted = settings.ds_config["optimizer"]
         self.basic_optimizer = OPTIMIZERS[wanted["type"]](self.module, **(wanted.get("params") or {}))

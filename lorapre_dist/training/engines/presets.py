@@ -32,22 +32,37 @@ PRESETS = {
 LR_GRID = (0.01, 0.005, 0.001, 0.0005, 0.0001)
 
 # ZeRO stage of each model's recipe; rank, scale, batch (512 sequences) and lr are in ds_configs/.
-RECIPES = {"llama-60m": 2, "llama-130m": 2, "llama-350m": 2, "llama-1b": 2, "llama-7b": 3}
+STAGES = {"llama-60m": 2, "llama-130m": 2, "llama-350m": 2, "llama-1b": 2, "llama-7b": 3}
+
+#: Recipes for a card that has no room for the paper's: what they say otherwise.
+CARDS: dict[str, dict[str, Any]] = {
+    "llama-7b-24g": {
+        "model": "llama-7b",
+        "deepspeed_config": "llama_7b_24g",
+        "backend": "ddp",
+        "seq_len": 2048,
+        "gradient_checkpointing": True,
+        "eval_batches": 512,
+    },
+}
+RECIPES = (*STAGES, *CARDS)
 
 
 def recipe(name: str) -> dict[str, Any]:
     """Options of the training program that run the paper's setting, which is GaLore's, for a model.
 
     C4, GaLore's tokenizer, sequences of 256, evaluated every 1000 steps on 10M tokens (76 global batches); the steps
-    are the preset's and a tenth of them warm up, as always.
+    are the preset's and a tenth of them warm up, as always. Those of :data:`CARDS` have longer sequences in small
+    batches, and are evaluated on 1M tokens.
     """
     return {
         "model": name,
-        "deepspeed_config": f"{name.replace('-', '_')}_zero{RECIPES[name]}",
+        "deepspeed_config": f"{name.replace('-', '_')}_zero{STAGES.get(name)}",
         "dataset": "c4",
         "tokenizer": "t5-base",
         "seq_len": 256,
         "eval_every": 1000,
         "eval_batches": 76,
         "output_dir": f"runs/{name}",
+        **CARDS.get(name, {}),
     }
