@@ -31,7 +31,7 @@ ORACLE = "reference"
 # and reads the JSON (there only inside functions).
 DEEPSPEED_LAZILY = {f"lorapre_dist.{name}" for name in ("training.run.program", "training.run.discovery")}
 DEEPSPEED_LAZILY.add("lorapre_dist.config.ds_training")
-MODELS = {"lorapre_dist.training.engines.models", "lorapre_dist.training.finetune.models"}
+MODELS = {f"lorapre_dist.training.{name}" for name in ("engines.models", "engines.pipeline", "finetune.models")}
 DEEPSPEED = {f"lorapre_dist.integrations.deepspeed.{name}" for name in ("bind", "keys")} | MODELS | DEEPSPEED_LAZILY
 DEEPSPEED_LAYOUTS = "lorapre_dist.layouts.zero"
 # The library's own heavy or optional companions.

@@ -13,9 +13,10 @@ from lorapre_dist.config.ds_training import clipping, ignored, precision
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.data.batches import BatchPlan
 from lorapre_dist.training.data.sequences import TrainingData
-from lorapre_dist.training.engines import models, selection
+from lorapre_dist.training.engines import models, pipeline, selection
 from lorapre_dist.training.engines.native import NativeEngine
 from lorapre_dist.training.engines.schedule import scheduler_factory
+from lorapre_dist.training.run import ranks
 from lorapre_dist.training.run.plots import PLOT_FILE
 from lorapre_dist.training.run.settings import RunSettings
 
@@ -78,15 +79,20 @@ def build_engine(model: PreTrainedModel, settings: RunSettings) -> Engine:
     """
     if settings.backend != "deepspeed":
         return NativeEngine(model, settings)
-    buffers = models.BufferKeeper(model)
+    module, stages = model, getattr(settings, "pipeline", 1)
+    whole = models.outline(model.config) if stages > 1 or getattr(settings, "tensor", 1) > 1 else None
+    if stages > 1:
+        module = pipeline.pipeline(model, stages)
+        del model
+    buffers = models.BufferKeeper(module)
     # How DeepSpeed says what it does not support; torch's optimizers raise TypeError for an unknown option.
     refusals: tuple[type[Exception], ...] = (AssertionError, ValueError, KeyError, NotImplementedError)
     if settings.ds_config["optimizer"]["type"] not in OPTIMIZERS:
         refusals += (TypeError,)
     try:
         engine, _, _, _ = lorapre_dist.initialize(
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            model=module,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
             config=settings.ds_config,
             lr_scheduler=scheduler_factory(settings.warmup_steps, settings.max_steps),
         )
@@ -95,21 +101,25 @@ def build_engine(model: PreTrainedModel, settings: RunSettings) -> Engine:
     except refusals as error:
         raise ConfigError(f"--deepspeed_config {settings.deepspeed_config}: DeepSpeed refuses it: {error}") from error
     buffers.restore(engine.module)
+    if whole is not None:
+        engine.module.whole = (whole,)  # in a tuple, so that it is no part of the module
     return engine
 
 
 def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, data: TrainingData) -> str:
     """Model, batch, data (``what`` is in it) and optimizer state, one line each."""
-    accumulation = plan.per_rank // plan.micro_batch
+    accumulation, whole = plan.per_rank // plan.micro_batch, models.whole(engine.module)
+    axes = [f"{name} {n}" for name in ("pipeline", "tensor") if (n := getattr(settings, name, 1)) > 1]
     lines = [
-        f"model      {settings.model_name}, {models.count_parameters(engine.module):,} parameters, "
+        f"model      {settings.model_name}, {models.count_parameters(whole):,} parameters, "
         f"vocabulary {data.vocab_size:,}, {settings.first_weights}",
-        f"layout     {layout_name(settings)}, {plan.world_size} ranks, {precision(settings.ds_config)}",
+        f"layout     {' x '.join([layout_name(settings), *axes])}, {ranks.world_size()} ranks, "
+        f"{precision(settings.ds_config)}",
         f"batch      {plan.global_batch} x {settings.seq_len} tokens = {plan.world_size} ranks x "
         f"{plan.micro_batch} sequences x {accumulation} accumulation",
         f"data       {settings.dataset}, {what}",
         f"optimizer  {settings.ds_config['optimizer']['type']}{_trained(engine)}",
-        *selection.rows(engine.module, engine.basic_optimizer),
+        *selection.rows(whole, engine.basic_optimizer),
         f"clipping   {_clipping(settings.ds_config)}",
     ]
     unused = ignored(settings.ds_config) if settings.backend != "deepspeed" else []
@@ -133,8 +143,9 @@ def layout_name(settings: RunSettings) -> str:
 
 def _trained(engine: Any) -> str:
     """How many parameters are trained, if not all."""
-    trained = models.count_parameters(engine.module, trained=True)
-    return "" if trained == models.count_parameters(engine.module) else f", trains {trained:,} parameters"
+    whole = models.whole(engine.module)
+    trained = models.count_parameters(whole, trained=True)
+    return "" if trained == models.count_parameters(whole) else f", trains {trained:,} parameters"
 
 
 def memory_report(engine: Any) -> Any:

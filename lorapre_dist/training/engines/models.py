@@ -240,6 +240,18 @@ class BufferKeeper:
             owner._buffers[leaf] = value.to(owner._buffers[leaf].device)
 
 
+def outline(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without its weights."""
+    with torch.device("meta"), no_init_weights():
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return made
+
+
+def whole(module: Any) -> Any:
+    """The model of which an engine's module is a stage or a part of each matrix; the module where it is all of it."""
+    return getattr(module, "whole", (module,))[0]
+
+
 def architecture(model: PreTrainedModel) -> str:
     """Name of the model's class, of which FSDP2 makes one of its own."""
     return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))

@@ -23,7 +23,9 @@ def _set_up(settings: Settings) -> Trainer:
     from lorapre_dist.training.engines import engines, models
     from lorapre_dist.training.run.loop import Trainer
 
-    plan = BatchPlan(settings.batch.global_batch, settings.batch.micro_batch, ranks.world_size(), ranks.rank())
+    replicas = ranks.world_size() // (settings.pipeline * settings.tensor)
+    replica = ranks.rank() % replicas if settings.pipeline > 1 else ranks.rank() // settings.tensor
+    plan = BatchPlan(settings.batch.global_batch, settings.batch.micro_batch, replicas, replica)
     with ranks.together():
         config = models.model_config(settings)
         data = prepare_data(settings, plan, config.get_text_config().vocab_size)

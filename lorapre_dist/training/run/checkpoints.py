@@ -27,7 +27,7 @@ from lorapre_dist.integrations.deepspeed import checkpoint as engine_checkpoints
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.training.data.sequences import Stream, TrainingData
 from lorapre_dist.training.data.streaming import merge_states
-from lorapre_dist.training.engines.models import architecture
+from lorapre_dist.training.engines.models import architecture, whole
 from lorapre_dist.training.run import ranks, resumed
 from lorapre_dist.training.run.interruption import lost_rank
 from lorapre_dist.training.run.settings import RunSettings
@@ -103,8 +103,8 @@ def save(engine: Any, settings: RunSettings, data: TrainingData, step: int, toke
 
     def hugging_face_files(path: Path) -> None:
         if ranks.rank() == 0:
-            config = copy.deepcopy(engine.module.config)
-            config.architectures = [architecture(engine.module)]
+            config = copy.deepcopy(whole(engine.module).config)
+            config.architectures = [architecture(whole(engine.module))]
             config.save_pretrained(path / HF_FOLDER)
             data.tokenizer.save_pretrained(path / HF_FOLDER)
 

@@ -19,6 +19,7 @@ from lorapre_dist.checkpoint import CheckpointError
 from lorapre_dist.training.data.batches import BatchPlan
 from lorapre_dist.training.data.reading import ReadError
 from lorapre_dist.training.data.sequences import TrainingData
+from lorapre_dist.training.engines import pipeline
 from lorapre_dist.training.engines.engines import Engine
 from lorapre_dist.training.run import checkpoints, ranks
 from lorapre_dist.training.run.evaluation import evaluate
@@ -160,14 +161,17 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Columns of metrics, their names beginning with ``eval_``; a collective."""
-        result = evaluate(self.engine, self.data.held_out, self.plan)
+        how = pipeline.evaluate if self._in_stages else evaluate
+        result = how(self.engine, self.data.held_out, self.plan)
         return {"eval_loss": result.loss, "eval_ppl": result.perplexity}
 
     def _train_step(self, micro_batches: Sequence[Any]) -> tuple[torch.Tensor, float | None]:
         """One optimizer step on this rank's micro-batches; the mean loss over them, and the gradient norm."""
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.engine.device)
         norm: float | None = None
-        for micro_batch in micro_batches:
+        if self._in_stages:
+            loss_sum += pipeline.train_step(self.engine, micro_batches) * len(micro_batches)
+        for micro_batch in micro_batches if not self._in_stages else ():
             loss = self.loss(micro_batch)
             loss_sum += loss.detach().float()
             self.engine.backward(loss)
@@ -178,6 +182,11 @@ class Trainer:
         if reported is not None:
             norm = float(reported)
         return loss_sum / len(micro_batches), norm
+
+    @property
+    def _in_stages(self) -> bool:
+        """Whether the engine is a pipeline's, which runs all micro-batches of a step by itself."""
+        return getattr(self.settings, "pipeline", 1) > 1
 
     def _local_grad_norm(self) -> float | None:
         """Under ZeRO-0 in fp32 DeepSpeed reports no norm, but every rank holds the averaged gradients."""

@@ -119,6 +119,8 @@ class Settings(RunSettings):
     vocab_size: int | None
     eval_batches: int
     release_gradients: bool
+    pipeline: int
+    tensor: int
 
     @property
     def model_name(self) -> str:
@@ -176,6 +178,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--release_gradients",
         action="store_true",
         help="step each parameter in the backward pass, so that few gradients exist (fsdp2, ddp)",
+    )
+    run.add_argument(
+        "--pipeline", type=int, default=1, help="stages of ranks that the layers are dealt out to (deepspeed)"
+    )
+    run.add_argument(
+        "--tensor", type=int, default=1, help="ranks that each matrix is split over, by AutoTP (deepspeed)"
     )
     add_run_options(run, save_every=1000)
     add_output_options(parser.add_argument_group("output"), "runs/pretrain")
@@ -297,11 +305,43 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
         ds_config = override_lr(ds_config, args["lr"])
     if args["release_gradients"]:
         ds_config = override(ds_config, release_gradients=True)
-    batch = batch_sizes(ds_config, world_size)
+    ds_config = _with_axes(args, ds_config, world_size)
+    batch = batch_sizes(ds_config, world_size // (args["pipeline"] * args["tensor"]))
+    if args["tensor"] > 1:  # DeepSpeed counts all ranks as data-parallel ones
+        ds_config = {key: value for key, value in ds_config.items() if key != "train_batch_size"}
+        ds_config["train_micro_batch_size_per_gpu"] = batch.micro_batch
+        ds_config["gradient_accumulation_steps"] = batch.accumulation
     if args["backend"] != "deepspeed":
         check_native(args["backend"], ds_config)
     check_release(args["backend"], ds_config, batch)
     return Settings(**args, ds_config=ds_config, batch=batch)
+
+
+def _with_axes(args: dict[str, Any], ds_config: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration for ``--pipeline`` and ``--tensor``, once they fit the rest."""
+    stages, parts, zero = args["pipeline"], args["tensor"], zero_stage(ds_config)
+    named = f"--pipeline {stages}" if stages != 1 else f"--tensor {parts}"
+    if stages == parts == 1:
+        return ds_config
+    if min(stages, parts) < 1:
+        raise ConfigError(f"{named}: must be at least 1")
+    if stages > 1 and parts > 1:
+        raise ConfigError(f"--pipeline {stages} with --tensor {parts} is not supported: take one of them")
+    if args["backend"] != "deepspeed":
+        raise ConfigError(f"{named} with --backend {args['backend']} is not supported: take --backend deepspeed")
+    if world_size % (stages * parts):
+        raise ConfigError(f"{named} on {world_size} ranks: must divide the number of ranks")
+    if zero > (1 if stages > 1 else 2):
+        raise ConfigError(
+            f"{named} with ZeRO stage {zero} is not supported: take stage {'0 or 1' if stages > 1 else '0, 1 or 2'}"
+        )
+    if stages > 1 and args["gradient_checkpointing"]:
+        raise ConfigError(
+            f"{named} with --gradient_checkpointing: set pipeline.activation_checkpoint_interval in the JSON"
+        )
+    if stages > 1:
+        return {"steps_per_print": 10**9, **ds_config}
+    return {**ds_config, "tensor_parallel": {**ds_config.get("tensor_parallel", {}), "autotp_size": parts}}
 
 
 def describe(settings: RunSettings) -> dict[str, Any]:
