@@ -150,6 +150,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "field_missing": lambda: field(lambda rows: report.lacking(rows, FIELD)),
     "field_varied": lambda: report.varied(field_runs(), FIELD, "lorapre-8"),
     "field_contenders": contenders,
+    "tracking": lambda: plain("tracking"),
     "finetune": lambda: plain("finetune"),
     "fits": fits,
     "training_memory": lambda: plain("training_memory"),
