@@ -146,6 +146,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "conditions": lambda: pivot(read("conditions"), ["quantity"], "step", "largest"),
     "soak": lambda: pivot(read("soak"), ["gradients"], "optimizer", "error"),
     "field_compared": lambda: field(report.compared),
+    "field_costs": lambda: report.costs(field_runs(), FIELD.training),
     "field_searched": lambda: field(report.searched),
     "field_missing": lambda: field(lambda rows: report.lacking(rows, FIELD)),
     "field_varied": lambda: report.varied(field_runs(), FIELD, "lorapre-8"),

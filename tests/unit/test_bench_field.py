@@ -241,6 +241,21 @@ def test_options_of_ours_are_compared_with_none(tmp_path):
     assert lines == ["| as it is | 1 | 4.100 | 1 | - | +0.100 |", "| residual=0.1 | 1 | 4.050 | 1 | -0.050 | +0.050 |"]
 
 
+def test_costs_are_those_of_the_longest_run(tmp_path):
+    table_of(
+        tmp_path,
+        record(state_bytes=4096),
+        record("lion", steps=5, state_bytes=2048, step_ms=9.0),
+        record("lion", state_bytes=2048, step_ms=3.0),
+        record("trion-8", error="needs CUDA"),
+    )
+    lines = report.costs(Store(tmp_path / "runs.jsonl"), PROTOCOL.training).splitlines()[2:]
+    assert lines == [
+        "| Lion | pytorch-optimizer | 2 KiB | 50.0% | 1 KiB | 2 KiB | 3.0 |",
+        "| AdamW | torch | 4 KiB | 100.0% | 1 KiB | 2 KiB | 1.0 |",
+    ]
+
+
 def test_csv_and_figure(tmp_path):
     found = table_of(tmp_path, record(), record("lorapre-8"), record("lion", loss=math.nan))
     assert report.as_csv(found).splitlines()[1].startswith("adamw,0,1.0,0,4.0,1024")
