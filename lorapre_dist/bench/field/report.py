@@ -160,7 +160,7 @@ def cells(row: Row, base: Row | None) -> list[str]:
 
 
 def costs(store: Store, training: Training, names: Iterable[str] = CONTENDERS) -> str:
-    """The table of what each contender holds and takes, whatever the length of its runs, by bytes of state: Markdown."""
+    """The table of what each contender holds and takes, of its longest run, by bytes of state: Markdown."""
     longest: dict[str, Record] = {}
     for setting, record in store.records.items():
         if replace(setting.training, warmup=training.warmup) == training and "error" not in record:
