@@ -41,13 +41,12 @@ def main(argv: list[str]) -> None:
     store = Store(Path(args.out) / NAME)
     if args.retry:
         store.forget_errors()
-    absent = {name: contender(name).package for name in args.rows if contender(name).absent}
     if not args.report:
-        fill(store, [name for name in args.rows if name not in absent], protocol, args)
+        fill(store, [name for name in args.rows if not contender(name).obstacle], protocol, args)
     found = report.rows(store, protocol, args.rows)
     for row in found:
-        if row.name in absent and not row.found.losses:
-            row.error = f"not installed: pip install {absent[row.name]}"
+        if not row.finals and not row.found.losses:
+            row.error = row.error or contender(row.name).obstacle or None
     text = report.page(found, protocol)
     (store.path.parent / "field.md").write_text(text, encoding="utf-8")
     (store.path.parent / "field.csv").write_text(report.as_csv(found), encoding="utf-8")

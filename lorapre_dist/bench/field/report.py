@@ -92,7 +92,9 @@ def rows(store: Store, protocol: Protocol, names: Iterable[str] = CONTENDERS) ->
 def _row(name: str, known: Contender, store: Store, protocol: Protocol) -> Row:
     found = search(name, known.lrs, protocol, store.get)
     lacking = len(missing(name, known.lrs, protocol, store.get))
-    row = Row(name, known.label, known.package or known.origin, found, found.error, missing=lacking)
+    row = Row(
+        name, known.label, known.package or known.origin, found, found.error or known.cannot or None, missing=lacking
+    )
     lr = found.best
     if lr is None:
         # The search is not over: long runs there are of a learning rate that was given.
@@ -102,7 +104,7 @@ def _row(name: str, known: Contender, store: Store, protocol: Protocol) -> Row:
         runs = {seed: store.get(protocol.final(name, lr, seed)) for seed in protocol.seeds}
         row.finals = {seed: record for seed, record in runs.items() if record and "error" not in record}
         failed = next((record["error"] for record in runs.values() if record and "error" in record), None)
-        row.error = found.error or failed
+        row.error = row.error or failed
     return row
 
 
