@@ -152,6 +152,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "field_varied": lambda: report.varied(field_runs(), FIELD, "lorapre-8"),
     "field_contenders": contenders,
     "tracking": lambda: plain("tracking"),
+    "large_elements": lambda: plain("large_elements"),
     "finetune": lambda: plain("finetune"),
     "fits": fits,
     "training_memory": lambda: plain("training_memory"),
