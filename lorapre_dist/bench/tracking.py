@@ -5,7 +5,8 @@
 A model is trained by AdamW as in ``bench field``. Every other row sees the same gradients of the matrices, from the
 first step on, and its update, at learning rate 1, is compared with AdamW's: in one step, and summed over ``--window``
 steps, in which the gradients' noise averages out and what is missed for good remains. All matrices are one vector; of
-each row the table has the cosine to AdamW's and the ratio of the norms, means over the windows after the warm-up.
+each row the table has the cosine to AdamW's and the ratio of the norms, and of how many elements a step's update is
+above 1, in thousandths: means over the windows after the warm-up.
 
     cosine 1, size 1     AdamW's update
     cosine c, size c     AdamW's update without a part of it
@@ -49,14 +50,14 @@ class Shadow:
         copies: one for each matrix.
         update: all elements of the last step's update.
         total: of the updates since the window began.
-        samples: of every window (cosine and size in its last step, of its total).
+        samples: of every window (cosine and size in its last step, of its total, thousandths above 1 in the step).
     """
 
     optimizer: Optimizer
     copies: list[nn.Parameter]
     update: Tensor
     total: Tensor
-    samples: list[tuple[float, float, float, float]] = field(default_factory=list)
+    samples: list[tuple[float, ...]] = field(default_factory=list)
 
     @classmethod
     def of(cls, name: str, model: nn.Module) -> Shadow:
@@ -80,7 +81,8 @@ class Shadow:
 
     def sample(self, base: Shadow) -> None:
         """Compare with the shadow of AdamW."""
-        self.samples.append((*compared(self.update, base.update), *compared(self.total, base.total)))
+        large = 1e3 * (self.update.abs() > 1).float().mean().item()
+        self.samples.append((*compared(self.update, base.update), *compared(self.total, base.total), large))
 
 
 def compared(x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -114,7 +116,7 @@ def track(names: list[str], lr: float, task: Task, window: int) -> dict[str, lis
 
 def table(found: dict[str, list[float]], window: int) -> str:
     """Markdown, a line for each row."""
-    heads = ["optimizer", "cosine", "size", f"cosine over {window} steps", f"size over {window} steps"]
+    heads = ["optimizer", "cosine", "size", f"cosine over {window} steps", f"size over {window} steps", "above 1"]
     lines = [heads, ["---"] * len(heads), *([name, *(f"{x:.3f}" for x in means)] for name, means in found.items())]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -20,6 +20,7 @@ from .rivals import Array, numel, over_ranks, zeros
 
 # DeepSpeed's ZeRO-0 all-reduces gradients by this many elements (runtime/engine.py, buffered_allreduce_fallback).
 ZERO0_BUCKET = 500_000_000
+FP64 = 8
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Frame:
         buffers: for collectives, and whole parameters gathered for computation, in forward and backward, at most.
         backward: gradients at the end of the backward pass.
         left: of the buffers, what is there in the step.
+        norm: gradients as the step begins, where their norm is taken in fp64; 0: there is no such copy.
         during: buffers at some instants (:data:`lorapre_dist.planner.activations.INSTANTS`), where they are fewer.
         late: elements whose gradients are whole in the buffers at an instant, and reduced later.
         host: in host memory under offload: master weights and gradients.
@@ -43,6 +45,7 @@ class Frame:
     buffers: Any
     backward: Any = None
     left: Any = 0
+    norm: Any = 0
     during: dict[str, Any] = field(default_factory=dict)
     late: dict[str, int] = field(default_factory=dict)
     host: Any = 0
@@ -86,10 +89,11 @@ def _zero0(request: Request, _: Arrangement) -> Frame:
 def _zero12(request: Request, arrangement: Arrangement) -> Frame:
     """Whole weights in one flat buffer, masters and reduced gradients of one partition.
 
-    At the step the reduced gradients, a flat copy of them and its fp32 form exist together: 8 bytes an element of the
-    partition, whatever the precision; 4 where the masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps
-    the whole gradient from one micro-batch to the next, ZeRO-2 reduces it each time. The reduction is an all-reduce of
-    each bucket unless ``use_multi_rank_bucket_allreduce`` is off.
+    As the step begins the norm of each gradient is taken in fp64, of a copy. Then the reduced gradients, a flat copy of
+    them and its fp32 form exist together: 8 bytes an element of the partition, whatever the precision; 4 where the
+    masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps the whole gradient from one micro-batch to the
+    next, ZeRO-2 reduces it each time. The reduction is an all-reduce of each bucket unless
+    ``use_multi_rank_bucket_allreduce`` is off.
     """
     e, m, part, size = request.width, request.stepped, _partition(arrangement), request.world_size
     zero, weights = request.zero, e * part * size + m * part
@@ -114,7 +118,8 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
         sent["all-gather weights"] = _sharded(request, 0, weights_sent)["all-gather weights"]
     else:
         sent = _sharded(request, passes * e * request.elements, weights_sent)
-    return Frame(weights, gradients, buffers, backward, during={"forward": 0}, host=host, sent=sent)
+    norm = 0 * part if request.offload else e * part + FP64 * np.minimum(part, largest)
+    return Frame(weights, gradients, buffers, backward, norm=norm, during={"forward": 0}, host=host, sent=sent)
 
 
 def _zero3(request: Request, arrangement: Arrangement) -> Frame:
@@ -133,7 +138,12 @@ def _zero3(request: Request, arrangement: Arrangement) -> Frame:
         host, weights, backward, gradients = (2 * m + e) * part, e * part, 0 * part, 0 * part
     padded, passes = int(part[0]) * size, request.accumulation
     sent = _sharded(request, e * passes * padded, 2 * e * passes * padded)
-    return Frame(weights, gradients, e * gathered + bucket, backward, bucket, host=host, sent=sent)
+    # A parameter is put together from a buffer with the parts of all ranks, and its part cast for the norm.
+    largest = max(p.numel for p in request.parameters)
+    if size > 1:
+        gathered += largest + min(request.elements, zero.prefetch_bucket_size + largest)
+    norm = 0 * part if request.offload else e * part + FP64 * -(-largest // size)
+    return Frame(weights, gradients, e * gathered + bucket, backward, bucket, norm, host=host, sent=sent)
 
 
 def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:

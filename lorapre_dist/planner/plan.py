@@ -162,6 +162,7 @@ def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usag
         moments["step"].append(parts(waiting, np.maximum(stated.kept, stepping), around.left))
     else:
         moments["step"].append(parts(around.gradients, stated.workspace, around.left))
+        moments["step"].append(parts(around.norm, stated.kept, around.left))
     worst = {name: _chosen(some, np.argmax([_total(one) for one in some], axis=0)) for name, some in moments.items()}
     return Usage(worst, full(host, arrangement.size), stated.sent, around.sent, stated.work, stated.calls)
 

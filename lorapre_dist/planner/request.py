@@ -40,6 +40,7 @@ class Zero:
     reduce_bucket_size: int = 500_000_000
     sub_group_size: int = 1_000_000_000
     max_live_parameters: int = 1_000_000_000
+    prefetch_bucket_size: int = 50_000_000
     overlap_comm: bool | None = None
     contiguous_gradients: bool = True
     use_multi_rank_bucket_allreduce: bool = True

@@ -138,7 +138,11 @@ def in_rows(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    """The gradients of a batch; of a pipeline's stage in three micro-batches."""
+    """The gradients of a batch; of a pipeline's stage in three micro-batches, or of this rank's part."""
+    if hasattr(model, "context"):
+        index, count = model.context
+        (model({name: part[index::count] for name, part in batch.items()}) * count).backward()
+        return
     if not isinstance(model, Stage):
         model(batch).backward()
         return
@@ -223,6 +227,11 @@ def wrapped(layout: str, model: Net, world_size: int) -> nn.Module:
     if layout == "tp+fsdp2":
         mesh = mesh_of(world_size, "dp", "tp")
         return shard(tensor_parallel(model, mesh["tp"]), mesh["dp"])
+    if layout == "cp+fsdp2":  # the parameters lie over both, as torchtitan has them
+        mesh = mesh_of(world_size, "dp", "cp")
+        model = shard(model, mesh["dp", "cp"]._flatten("dp_cp"))
+        model.context = mesh.get_local_rank("cp"), mesh["cp"].size()
+        return model
     if layout.startswith("ep+fsdp2"):
         return expert_parallel(model, world_size, int(layout[-1]))
     if layout in ("pp", "pp+fsdp2", "tp+pp+fsdp2"):

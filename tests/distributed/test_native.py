@@ -31,6 +31,7 @@ WORLDS = {
     "tp+fsdp2": (4,),
     "pp": (2,),
     "pp+fsdp2": (4,),
+    "cp+fsdp2": (4,),
     "ep+fsdp2 0": (4,),
     "ep+fsdp2 1": (4,),
     "ep+fsdp2 2": (4,),

@@ -83,7 +83,7 @@ def test_all_recorded_results_are_shown() -> None:
     outputs = {path.name for path in results.DATA.glob("*.txt")}
     assert outputs == set(re.findall(r"literalinclude\} data/(\S+)", shown))
     for name, table in results.TABLES.items():
-        assert table().count("\n") > 2, name
+        assert table().count("\n") > 1, name  # a row at least
 
 
 def test_pivot_marks_what_was_not_measured() -> None:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from lorapre_dist.bench import training
 from lorapre_dist.bench.__main__ import BENCHES, main
 
 
@@ -72,3 +73,23 @@ def test_bytes_of_muon_where_the_closed_form_does_not_hold(capsys):
     for shape in (["512", "256"], ["1023", "4096"], ["256", "512"]):
         assert main(["muon", "--parts", "bytes", "--shape", *shape]) == 2
         assert f"--shape {' '.join(shape)}: the closed form is of matrices" in capsys.readouterr().err
+
+
+def test_runs_of_bench_weights_are_made_once(tmp_path, monkeypatch, capsys):
+    """What is in the file is taken from there; a file of other settings is refused."""
+    texts = [" ".join(f"word{(7 * i + j) % 97}" for j in range(40)) + f" end of text {i}." for i in range(60)]
+    corpus, path = tmp_path / "corpus.jsonl", tmp_path / "weights.json"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sizes = ["weights", "--steps", "1", "--batch", "2", "--seq_len", "16", "--json", str(path)]
+    sizes += ["--dataset", str(corpus), "--data_cache", str(tmp_path / "cache")]
+    assert main([*sizes, "--rows", "fp32"]) == 0
+    first = json.loads(path.read_text())
+    assert main([*sizes, "--rows", "fp32", "8bit_state"]) == 0
+    both = json.loads(path.read_text())
+    assert both["runs"]["fp32"] == first["runs"]["fp32"] and both["runs"].keys() == {"fp32", "8bit_state"}
+    assert both["runs"]["8bit_state"]["0"]["batches"] == both["runs"]["fp32"]["0"]["batches"]
+    monkeypatch.setattr(training, "train", None)  # nothing is left to train
+    assert main([*sizes, "--rows", "fp32", "8bit_state"]) == 0
+    assert "factors in 8 bits" in capsys.readouterr().out
+    assert main([*sizes, "--lr", "0.5", "--rows", "fp32"]) == 2
+    assert "holds runs with other settings" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -38,23 +37,18 @@ def toy():
     return transformers.LlamaForCausalLM(config), torch.randint(0, 64, (2, 16))
 
 
-def installed(name):
-    for module in contender(name).modules:
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{contender(name).package} is not installed")
+#: All that can run on a CPU but torchao's, which compile for minutes.
+RUNNING = [name for name, known in CONTENDERS.items() if not known.cannot and known.package != "torchao"]
 
 
-@pytest.mark.parametrize("name", [name for name in CONTENDERS if not name.endswith("-ao")])
+@pytest.mark.parametrize("name", RUNNING)
 def test_every_contender_steps_the_matrices_alone_and_learns(name, toy):
-    """But for torchao's, which compile for minutes."""
-    installed(name)
+    known = contender(name)
+    if known.obstacle:
+        pytest.skip(known.obstacle)
     model, tokens = copy.deepcopy(toy[0]), toy[1]
     named, rest = (dict(group["params"]) for group in param_groups(model))
-    known = contender(name)
-    try:
-        optimizer = Beside(model, known.lrs[1], known)
-    except ModuleNotFoundError as error:
-        pytest.skip(f"{known.package} needs {error.name}")
+    optimizer = Beside(model, known.lrs[1], known)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     losses = []
     for _ in range(6):
@@ -106,6 +100,17 @@ def test_options_of_ours_can_be_given(toy):
         contender("lorapre-8+residual")
     with pytest.raises(ConfigError, match="to ours alone, not to adamw"):
         contender("adamw+eps=1")
+
+
+def test_what_cannot_be_run_says_why(monkeypatch, options, capsys):
+    assert contender("trion-8").obstacle.startswith("its package imports ista_daslab_cuda_tools")
+    monkeypatch.setattr("lorapre_dist.config.extras.has", lambda module: module != "fira")
+    assert contender("fira-8").obstacle == "not installed: pip install fira"
+    assert not contender("adamw").obstacle
+    command.main([*options, "--rows", "trion-8", "fira-8"])
+    printed = capsys.readouterr().out
+    assert "| Fira, hidden/8 | fira | cannot run: not installed: pip install fira |" in printed
+    assert "| Trion, hidden/8 | ista-daslab-optimizers | cannot run: its package imports" in printed
 
 
 # plan -----------------------------------------------------------------------------------------------------------
@@ -219,11 +224,11 @@ def test_searches_errors_and_divergence_are_told(tmp_path):
         record(lr=lr, steps=5, loss=loss) for lr, loss in ((0.0005, 4.3), (0.001, 4.1), (0.002, None), (0.004, 4.4))
     ]
     lost = [record("lion", lr=lr, steps=5, loss=None) for lr in contender("lion").lrs]
-    found = table_of(tmp_path, *short, *lost, record("trion-8", 0.005, steps=5, error="needs CUDA"))
+    found = table_of(tmp_path, *short, *lost, record("racs", 0.01, steps=5, error="needs CUDA"))
     lines = report.searched(found).splitlines()
     assert "4.300 (0.0005), **4.100** (0.001), diverged (0.002), 4.400 (0.004) | 4.100 | - | yes |" in lines[2]
     text = report.page(found, PROTOCOL)
-    assert "| Trion, hidden/8 | ista-daslab-optimizers | cannot run: needs CUDA |" in text
+    assert "| RACS | pytorch-optimizer | cannot run: needs CUDA |" in text
     assert "| AdamW | torch | 0 of 3 seeds |" in text
     assert "| Lion | pytorch-optimizer | 4 learning rates tried, 1 to try; 0 of 3 seeds |" in text
 
@@ -239,6 +244,21 @@ def test_options_of_ours_are_compared_with_none(tmp_path):
     )
     lines = report.varied(Store(tmp_path / "runs.jsonl"), PROTOCOL, "lorapre-8").splitlines()[2:]
     assert lines == ["| as it is | 1 | 4.100 | 1 | - | +0.100 |", "| residual=0.1 | 1 | 4.050 | 1 | -0.050 | +0.050 |"]
+
+
+def test_costs_are_those_of_the_longest_run(tmp_path):
+    table_of(
+        tmp_path,
+        record(state_bytes=4096),
+        record("lion", steps=5, state_bytes=2048, step_ms=9.0),
+        record("lion", state_bytes=2048, step_ms=3.0),
+        record("racs", error="needs CUDA"),
+    )
+    lines = report.costs(Store(tmp_path / "runs.jsonl"), PROTOCOL.training).splitlines()[2:]
+    assert lines == [
+        "| Lion | pytorch-optimizer | 2 KiB | 50.0% | 1 KiB | 2 KiB | 3.0 |",
+        "| AdamW | torch | 4 KiB | 100.0% | 1 KiB | 2 KiB | 1.0 |",
+    ]
 
 
 def test_csv_and_figure(tmp_path):

@@ -39,7 +39,7 @@ def shadows(*names):
 def test_an_optimizer_is_at_one_with_itself():
     pytest.importorskip("pytorch_optimizer")
     _, same, other = shadows("adamw", "lion")
-    assert same.samples[0] == pytest.approx((1, 1, 1, 1), rel=1e-5)
+    assert same.samples[0][:4] == pytest.approx((1, 1, 1, 1), rel=1e-5)
     # Lion's elements are all of size 1, AdamW's of about 1; signs agree.
     cosine, size, *_ = other.samples[0]
     assert cosine > 0.99 and 0.8 < size < 1.3
@@ -47,8 +47,18 @@ def test_an_optimizer_is_at_one_with_itself():
 
 def test_ours_follows_gradients_of_its_rank():
     _, ours = shadows("lorapre-8+rank=2+residual=0.3")
-    cosine, size, over, of = ours.samples[0]
+    cosine, size, over, of, _ = ours.samples[0]
     assert cosine > 0.99 and 0.9 < size < 1.1 and over > 0.99 and 0.9 < of < 1.1
+
+
+def test_elements_above_one_are_counted():
+    base = tracking.Shadow.of("adamw", Small())
+    other = tracking.Shadow.of("adamw", Small())
+    base.step([torch.ones(8, 6)])
+    other.step([torch.ones(8, 6)])
+    other.update[:12] *= -2
+    other.sample(base)
+    assert other.samples[0][4] == 250
 
 
 def test_compared():

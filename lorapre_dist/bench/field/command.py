@@ -36,17 +36,17 @@ def main(argv: list[str]) -> None:
     """
     args = _parse(argv)
     extras.need("train")
-    protocol = plan.Protocol(_training(args), args.steps, args.screen_steps, tuple(args.seeds), tuple(args.lrs))
+    seeds, lrs = tuple(args.seeds), tuple(args.lrs)
+    protocol = plan.Protocol(_training(args), args.steps, args.screen_steps, seeds, lrs, args.points)
     store = Store(Path(args.out) / NAME)
     if args.retry:
         store.forget_errors()
-    absent = {name: contender(name).package for name in args.rows if contender(name).absent}
     if not args.report:
-        fill(store, [name for name in args.rows if name not in absent], protocol, args)
+        fill(store, [name for name in args.rows if not contender(name).obstacle], protocol, args)
     found = report.rows(store, protocol, args.rows)
     for row in found:
-        if row.name in absent and not row.found.losses:
-            row.error = f"not installed: pip install {absent[row.name]}"
+        if not row.finals and not row.found.losses:
+            row.error = row.error or contender(row.name).obstacle or None
     text = report.page(found, protocol)
     (store.path.parent / "field.md").write_text(text, encoding="utf-8")
     (store.path.parent / "field.csv").write_text(report.as_csv(found), encoding="utf-8")
@@ -118,6 +118,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000, help="of the runs that are compared (default: 1000)")
     parser.add_argument("--screen_steps", type=int, default=300, help="of those that look for the lr (default: 300)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and data (default: 0 1 2)")
+    parser.add_argument("--points", type=int, default=10, help="of the long runs' curves (default: 10)")
     parser.add_argument("--lrs", type=float, nargs="+", default=[], help="to begin with in place of a row's own")
     parser.add_argument("--model", default=kept.model, help=f"a preset (default: {kept.model})")
     parser.add_argument("--dataset", default=kept.dataset, help="as in launch/pretrain.py (default: the built-in text)")
@@ -139,7 +140,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in args.rows:
         contender(name)
-    for name in ("steps", "screen_steps", "batch", "seq_len", "jobs", "threads"):
+    for name in ("steps", "screen_steps", "points", "batch", "seq_len", "jobs", "threads"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
     if any(not 0 < lr < math.inf for lr in args.lrs):

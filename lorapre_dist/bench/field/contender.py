@@ -59,6 +59,7 @@ class Contender:
         package: the distribution that has it; None: torch, or this project.
         modules: what is imported of it, all of which must be there.
         origin: where it comes from, where that is no distribution.
+        cannot: why it cannot be run here, where it stays a row that says so.
         iterates_in_bf16: it orthogonalises in bf16, for which CPUs have no fast products: there, it does in fp32.
     """
 
@@ -70,11 +71,14 @@ class Contender:
     modules: tuple[str, ...] = ()
     origin: str = "torch"
     iterates_in_bf16: bool = False
+    cannot: str = ""
 
     @property
-    def absent(self) -> list[str]:
-        """Modules of its package that are not installed."""
-        return [module for module in self.modules if not extras.has(module)]
+    def obstacle(self) -> str:
+        """Why it cannot be run as things are, "" where it can."""
+        if all(map(extras.has, self.modules)):
+            return self.cannot
+        return self.cannot or f"not installed: pip install {self.package}"
 
     def rank(self, model: nn.Module) -> int:
         """Rank for a model of its hidden size; 0: it has none."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lorapre_dist.bench.training import BETAS, EPS
+from lorapre_dist.config import ConfigError
 
 from .contender import ADAM_LRS, LION_LRS, MUON_LRS, Build, Contender, Matrices
 
@@ -115,6 +116,15 @@ def _fira(share: int) -> Contender:
     return of("fira", "fira", "Fira", build, ADAM_LRS, share=share)
 
 
+def _ista(label: str, lrs: tuple[float, ...]) -> Contender:
+    why = "its package imports ista_daslab_cuda_tools, which is built by CUDA's compiler; not tried on a GPU yet"
+
+    def build(matrices: Matrices, lr: float) -> Optimizer:
+        raise ConfigError(f"{label}: {why}")
+
+    return Contender(label, build, lrs, 8, package="ista-daslab-optimizers", cannot=why)
+
+
 PACKAGES = {
     "galore-8": _galore(8),
     "apollo-8": _apollo("APOLLO", 8, "channel", 1.0, PROJECTED_LRS),
@@ -136,20 +146,6 @@ PACKAGES = {
     "galore-32": _galore(32),
     "apollo-32": _apollo("APOLLO", 32, "channel", 1.0, PROJECTED_LRS),
     "fira-32": _fira(32),
-    "trion-8": of(
-        "ista-daslab-optimizers",
-        "ista_daslab_optimizers",
-        "Trion",
-        grouped("ista_daslab_optimizers", "Trion", {}),
-        MUON_LRS,
-        share=8,
-    ),
-    "dct-adamw-8": of(
-        "ista-daslab-optimizers",
-        "ista_daslab_optimizers",
-        "DCT-AdamW",
-        plain("ista_daslab_optimizers", "DCTAdamW", proj="dct", weight_decay=0.0, betas=BETAS),
-        PROJECTED_LRS,
-        share=8,
-    ),
+    "trion-8": _ista("Trion", MUON_LRS),
+    "dct-adamw-8": _ista("DCT-AdamW", PROJECTED_LRS),
 }

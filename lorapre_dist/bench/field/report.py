@@ -7,7 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorapre_dist.bench.training import Training, nats, signed
@@ -92,7 +92,9 @@ def rows(store: Store, protocol: Protocol, names: Iterable[str] = CONTENDERS) ->
 def _row(name: str, known: Contender, store: Store, protocol: Protocol) -> Row:
     found = search(name, known.lrs, protocol, store.get)
     lacking = len(missing(name, known.lrs, protocol, store.get))
-    row = Row(name, known.label, known.package or known.origin, found, found.error, missing=lacking)
+    row = Row(
+        name, known.label, known.package or known.origin, found, found.error or known.cannot or None, missing=lacking
+    )
     lr = found.best
     if lr is None:
         # The search is not over: long runs there are of a learning rate that was given.
@@ -102,7 +104,7 @@ def _row(name: str, known: Contender, store: Store, protocol: Protocol) -> Row:
         runs = {seed: store.get(protocol.final(name, lr, seed)) for seed in protocol.seeds}
         row.finals = {seed: record for seed, record in runs.items() if record and "error" not in record}
         failed = next((record["error"] for record in runs.values() if record and "error" in record), None)
-        row.error = found.error or failed
+        row.error = row.error or failed
     return row
 
 
@@ -159,6 +161,25 @@ def cells(row: Row, base: Row | None) -> list[str]:
     ]
 
 
+def costs(store: Store, training: Training, names: Iterable[str] = CONTENDERS) -> str:
+    """The table of what each contender holds and takes, of its longest run, by bytes of state: Markdown."""
+    longest: dict[str, Record] = {}
+    for setting, record in store.records.items():
+        if replace(setting.training, warmup=training.warmup) == training and "error" not in record:
+            known = longest.setdefault(setting.contender, record)
+            if record["steps"] > known["steps"]:
+                longest[setting.contender] = record
+    shown = sorted((name for name in names if name in longest), key=lambda name: longest[name]["state_bytes"])
+    base, lines = longest.get(BASELINE), []
+    for name in shown:
+        record, known = longest[name], contender(name)
+        part = f"{100 * record['state_bytes'] / base['state_bytes']:.1f}%" if base else "-"
+        sizes = [kib(record["state_bytes"]), part, kib(record["kept_bytes"]), kib(record["peak_bytes"])]
+        lines.append([titled_of(known), known.package or known.origin, *sizes, f"{record['step_ms']:.1f}"])
+    heads = ["optimizer of the matrices", "from", "state", "of AdamW's", "kept", "peak of a step", "ms of a step"]
+    return markdown(heads, lines)
+
+
 def searched(found: list[Row]) -> str:
     """The table of the short runs that look for the learning rate, by the best of them: Markdown."""
     tried = [row for row in found if row.found.losses]
@@ -179,9 +200,13 @@ def searched(found: list[Row]) -> str:
 
 
 def titled(row: Row) -> str:
+    """As :func:`titled_of`, of a row."""
+    return titled_of(contender(row.name))
+
+
+def titled_of(known: Contender) -> str:
     """The label with the part of the hidden size that the rank is, where there is one."""
-    share = contender(row.name).share
-    return f"{row.label}, hidden/{share}" if share else row.label
+    return f"{known.label}, hidden/{known.share}" if known.share else known.label
 
 
 def lacking(found: list[Row], protocol: Protocol) -> str:
