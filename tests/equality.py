@@ -3,17 +3,19 @@
 python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...]
 
 For every ZeRO stage, precision and world size: the largest ``||theta - ref|| / ||ref||`` of any parameter after the
-steps, over gradient accumulation 1 and 4 with and without clipping; the layouts without DeepSpeed; then the core alone,
-in fp64 and fp32, on matrices cut at arbitrary places.
+steps, over gradient accumulation 1 and 4 with and without clipping; the layouts without DeepSpeed; the core alone, in
+fp64 and fp32, on matrices cut at arbitrary places; then the other axes under DeepSpeed.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
 from lorapre_dist.optimizers import OPTIMIZERS
+from tests.deepspeed import expert_cases, parts_cases, pipeline_cases
 from tests.deepspeed.cases import equality_case
 from tests.deepspeed.test_equality import COMBOS
 from tests.distributed.cases import core_case
@@ -35,6 +37,7 @@ def main() -> None:
         deepspeed(optimizer, args.worlds, args.steps)
         native(optimizer, args.steps)
         core(optimizer, args.steps)
+    axes(args.optimizers, args.steps)
     close_pools()
 
 
@@ -64,6 +67,28 @@ def native(optimizer: str, steps: int) -> None:
             arguments["block"] = None if optimizer == "LoRAPre" else 256
             cells[world - 1] = f"{max(r['error'] for r in run_ranks(world, native_case, **arguments)):.1e}"
         print(f"| {layout} | " + " | ".join(cells) + " |", flush=True)
+
+
+def axes(optimizers: list[str], steps: int) -> None:
+    """Axes beside data parallelism under DeepSpeed, in fp32 with clipping."""
+    rows: list[tuple[str, int, int, Any, dict[str, Any]]] = [
+        ("pipeline of 2 stages", 2, 0, pipeline_cases, {"stages": 2}),
+        ("pipeline of 4 stages", 4, 0, pipeline_cases, {"stages": 4}),
+        ("pipeline of 2 stages", 4, 1, pipeline_cases, {"stages": 2}),
+        *(("tensor parallelism, 2 ranks", ranks, stage, parts_cases, {"size": 2}) for ranks, stage in ((2, 0), (4, 1))),
+        *(("tensor parallelism, 2 ranks", 4, stage, parts_cases, {"size": 2}) for stage in (2, 3)),
+        *(("experts over 2 ranks", 4, stage, expert_cases, {"ep_size": 2}) for stage in (1, 2)),
+    ]
+    print(f"\n| axis | ranks | ZeRO | {' | '.join(optimizers)} |\n|---|---|---|{'---|' * len(optimizers)}")
+    for name, ranks, stage, cases, more in rows:
+        more |= {"precision": "fp32", "combos": [(1, 0.5)]} if cases is pipeline_cases else {"clip": 0.5}
+        cells = []
+        for optimizer in optimizers:
+            arguments = {"stage": stage, "steps": steps, "optimizer": optimizer, **more}
+            results = run_ranks(ranks, cases.equality_case, **arguments)
+            found = [one for result in results for one in (result if isinstance(result, list) else [result])]
+            cells.append(f"{max(one['error'] for one in found):.1e}")
+        print(f"| {name} | {ranks} | {stage} | {' | '.join(cells)} |", flush=True)
 
 
 def core(optimizer: str, steps: int) -> None:

@@ -138,6 +138,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equality_native": lambda: equality(is_native, ["layout"]),
     "equality_core": lambda: equality(lambda layout: layout == "core alone", ["layout", "precision"]),
     "equality_others": equality_of_others,
+    "equality_axes": lambda: plain("equality_axes"),
     "resume": lambda: pivot(read("resume"), ["layout"], "ranks", "error", "N = {}"),
     "quality_adamw": lambda: quality("AdamW"),
     "quality_muon": lambda: quality("Muon"),
