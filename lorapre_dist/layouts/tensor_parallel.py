@@ -67,7 +67,7 @@ def join(layout: Layout, found: Mapping[str, Split], ranks: Sequence[int], first
     """
     for unit in layout.units:
         unit.pieces = [
-            _of_whole(piece, found[piece.name]) if piece.name in found else replace(piece, replica=not first)
+            of_whole(piece, found[piece.name]) if piece.name in found else replace(piece, replica=not first)
             for piece in unit.pieces
         ]
     split = {piece.name: piece for unit in layout.units for piece in unit.pieces if piece.name in found}
@@ -77,7 +77,7 @@ def join(layout: Layout, found: Mapping[str, Split], ranks: Sequence[int], first
     layout.world_size, layout.joint = max(layout.world_size, len(ranks)), True
 
 
-def _of_whole(part: Piece, split: Split) -> Piece:
+def of_whole(part: Piece, split: Split) -> Piece:
     """A piece of a part as one of the whole parameter."""
     if split.dim == 0:
         ahead = split.start * math.prod(split.shape[1:])

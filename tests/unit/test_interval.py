@@ -10,7 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lorapre_dist.core.interval import RowInterval, column_block, cut_rows
+from lorapre_dist.layouts.base import Piece
 from lorapre_dist.layouts.geometry.ranges import equal_ranges, overlap
+from lorapre_dist.layouts.tensor_parallel import Split, of_whole
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 12))
 
@@ -170,3 +172,38 @@ def test_overlaps_with_equal_parts_tile_every_parameter(numels, world):
         pieces = [overlap(offset, offset + numel, k * part, (k + 1) * part) for k in range(world)]
         assert [i for low, high in pieces for i in range(low, high)] == list(range(numel))
         offset += numel
+
+
+# columns, cut again ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def parts_of_columns(draw):
+    """Pieces that tile a matrix which is split by columns, each part of which is cut as if it were the matrix."""
+    p, q = draw(shapes)
+    middle, found = draw(st.integers(0, q)), []
+    for first, last in ((0, middle), (middle, q)):
+        whole = Split((p, q), 1, first, last)
+        edges = [0, *sorted(draw(st.lists(st.integers(0, p * (last - first)), max_size=3))), p * (last - first)]
+        pairs = itertools.pairwise(edges) if first < last else []
+        found += [of_whole(Piece("w", (p, last - first), a, b, 0), whole) for a, b in pairs]
+    return [RowInterval("w", (p, q), piece.start, piece.stop, piece.columns) for piece in found]
+
+
+@given(parts_of_columns())
+def test_parts_of_columns_hold_every_element_and_count_every_row_once(pieces):
+    p, q = pieces[0].shape
+    seen, owned = np.zeros((p, q), dtype=int), np.zeros(p, dtype=int)
+    for piece in pieces:
+        at = 0
+        for segment in piece.segments():
+            assert segment.offset == at and segment.numel > 0
+            at += segment.numel
+            for row, col in itertools.product(range(segment.row, segment.row + segment.rows), range(q)):
+                inside = segment.col <= col < segment.col_stop
+                place = segment.offset + (row - segment.row) * (segment.col_stop - segment.col) + col - segment.col
+                assert not inside or piece.place(row, col) == place
+                seen[row, col] += inside
+        assert at == piece.numel
+        owned[piece.first_row + piece.first_owned : piece.first_row + piece.rows] += 1
+    assert (seen == 1).all() and (owned == 1).all()
