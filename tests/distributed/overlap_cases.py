@@ -17,7 +17,7 @@ from lorapre_dist.core import exchange
 from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
 
-from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped
+from .native_cases import OPTIONS, Net, backward, batch_of, full_parameters, wrapped
 from .non_finite_cases import poison
 
 STEPS = 7
@@ -69,9 +69,10 @@ def _trained(rank: int, world_size: int, layout: str, pair: tuple[Any, LowRankOp
         optimizer.zero_grad(set_to_none=True)
         if step == 2 and not layout.startswith("fsdp1"):  # whose parameters cannot be copied
             found = {f"copied {n}": t for n, t in everything(layout, model, copy.deepcopy(optimizer)).items()}
-        model(batch_of(step, torch.float32)).backward()
+        backward(model, batch_of(step, torch.float32))
         if step == 2:
-            next(p for n, p in model.named_parameters() if "up_proj" in n and n.endswith("weight")).grad = None
+            for p in [p for n, p in model.named_parameters() if "up_proj" in n and n.endswith("weight")]:
+                p.grad = None
         if step == 3:
             poison(model, layout, rank, world_size)
         with warnings.catch_warnings():

@@ -11,12 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorapre_dist.bench.training import Training, nats, signed
-from lorapre_dist.config import ConfigError
 
 from .contender import Contender
-from .plan import Protocol, Search, missing, search
+from .plan import Protocol, Search, search
 from .registry import CONTENDERS, contender
-from .setting import Setting
 from .store import Record, Store
 
 BASELINE = "adamw"
@@ -33,7 +31,6 @@ class Row:
         found: of the search for its learning rate.
         error: why it cannot run, where it cannot.
         finals: records of the long runs by seed, all with the same learning rate.
-        missing: runs that can be done now.
     """
 
     name: str
@@ -42,7 +39,6 @@ class Row:
     found: Search
     error: str | None
     finals: dict[int, Record] = field(default_factory=dict)
-    missing: int = 0
 
     @property
     def record(self) -> Record:
@@ -91,10 +87,7 @@ def rows(store: Store, protocol: Protocol, names: Iterable[str] = CONTENDERS) ->
 
 def _row(name: str, known: Contender, store: Store, protocol: Protocol) -> Row:
     found = search(name, known.lrs, protocol, store.get)
-    lacking = len(missing(name, known.lrs, protocol, store.get))
-    row = Row(
-        name, known.label, known.package or known.origin, found, found.error or known.cannot or None, missing=lacking
-    )
+    row = Row(name, known.label, known.package or known.origin, found, found.error or known.cannot or None)
     lr = found.best
     if lr is None:
         # The search is not over: long runs there are of a learning rate that was given.
@@ -333,26 +326,3 @@ def mean_curve(row: Row) -> dict[int, float]:
     curves = [record["curve"] for record in row.finals.values()]
     shared = [step for step in curves[0] if all(curve.get(step) is not None for curve in curves)]
     return {int(step): statistics.mean(curve[step] for curve in curves) for step in shared}
-
-
-def protocols(store: Store) -> list[Protocol]:
-    """Those under which the records of a file were made: a table for each.
-
-    Raises:
-        ConfigError: long runs of one training differ in what looked for their learning rate.
-    """
-    trainings: dict[tuple[Any, ...], list[Setting]] = {}
-    for setting in store.records:
-        trainings.setdefault((setting.model, setting.dataset, setting.batch, setting.seq_len), []).append(setting)
-    result = []
-    for runs in trainings.values():
-        screens = sorted({s.steps for s in runs if not s.points})
-        for steps in sorted({s.steps for s in runs if s.points}):
-            if len(screens) > 1:
-                raise ConfigError(
-                    f"searches of {' and '.join(map(str, screens))} steps: keep them in folders of their own"
-                )
-            seeds = tuple(sorted({s.seed for s in runs if s.points and s.steps == steps}))
-            training = next(s for s in runs if s.points and s.steps == steps).training
-            result.append(Protocol(training, steps, screens[0] if screens else steps, seeds))
-    return result

@@ -124,7 +124,8 @@ def _exchange(tasks: list[Task], comm: Comm, back: bool) -> None:
         leaving, arriving = (in_X, in_pieces) if back else (in_pieces, in_X)
         for source, target in zip(leaving[me], arriving[me], strict=True):
             target.copy_(source)
-        leaving[me], arriving[me] = [], []
+        nothing = (some[0].X if back else some[0].piece).new_empty(0)  # of a rank without a part of any it is the type
+        leaving[me], arriving[me] = [nothing], [nothing]
         waits.append(comm.all_to_all(leaving, arriving, group, "return update" if back else "move m"))
     for wait in waits:
         wait()
