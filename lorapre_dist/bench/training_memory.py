@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import LlamaForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lorapre_dist
 from lorapre_dist.config import LoRAPreConfig
@@ -156,6 +154,9 @@ def write(rows: Iterable[dict[str, str]], path: Path) -> None:
 
 def _training(case: Case, world_size: int, live: Live) -> Callable[[], None]:
     """Takes one step; the model's weights count as there already."""
+    from transformers import LlamaForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     config = preset_config(case.model, case.tokens)
     if case.device == "meta":
         ALL_ATTENTION_FUNCTIONS.register("counted_on_meta", _flash)

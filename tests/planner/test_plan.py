@@ -475,7 +475,8 @@ def test_weights_of_16_bits_have_no_masters(layout, world):
     assert 2 * own <= saved[0] <= 2.01 * own
     assert kahan.memory["weights"].tolist() == stochastic.memory["weights"].tolist()
     assert int((kahan.memory["state"] - stochastic.memory["state"]).sum()) == 2 * elements
-    assert stochastic.memory["gradients"][0] < masters.memory["gradients"][0]
+    # Under ZeRO-1 and 2 gradients are of 16 bits in the backward pass either way.
+    assert stochastic.memory["gradients"][0] <= masters.memory["gradients"][0]
 
 
 def test_released_gradients_are_those_of_a_batch():

@@ -1,14 +1,4 @@
-"""The whole field: every optimizer on the same tokens from the same weights, each at its best learning rate.
-
-    python -m lorapre_dist.bench field --out runs/field
-    python -m lorapre_dist.bench field --out runs/field --report
-
-Only the optimizer of the attention and MLP matrices differs between rows; AdamW at lr 0.01 takes the rest in each, and
-gradients are clipped to norm 1. Short runs look for a contender's learning rate, beyond those it begins with while the
-best is the lowest or the highest; long ones with several seeds are then done with it. ``OUT/runs.jsonl`` has a line for
-every run, and no run is done again: a command that was stopped goes on where it was, and one with more seeds, steps or
-contenders adds to what is there.
-"""
+"""The command line of ``bench field``."""
 
 from __future__ import annotations
 
@@ -107,8 +97,10 @@ def _training(args: argparse.Namespace) -> Training:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
+    from . import __doc__ as purpose
+
     kept = Training()
-    parser = bench_parser("field", __doc__)
+    parser = bench_parser("field", purpose)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the runs, tables and plots")
     parser.add_argument("--report", action="store_true", help="only write tables and plots of the runs that are there")
     parser.add_argument("--retry", action="store_true", help="try again what could not run")
