@@ -305,7 +305,3 @@ def kept_bytes(outlines: Sequence[Outline], sizes: Sizes, kind: str, per_element
         largest, beside, gauged = _of_blocks(runs, limits)
         worst = max(worst, (sum(Z) if stays else max(Z)) + 3 * largest + beside + gauged)
     return worst
-
-
-def _whole(one: Outline) -> int:
-    return one.bytes(one.block_size * one.parts, 0)
