@@ -18,6 +18,9 @@ from typing import Any
 
 from tests import forks
 
+#: Process groups that a pool's ranks may have made before it is replaced: each has three threads, for good.
+MOST_GROUPS = 40
+
 _pools: dict[int, Pool] = {}
 
 
@@ -44,14 +47,14 @@ class Pool:
         """Run ``case`` on every rank; the results in order of rank."""
         for pipe in self.pipes:
             pipe.send((case, arguments))
-        results, failures = [], []
+        results, failures, groups = [], [], 0
         for rank, pipe in enumerate(self.pipes):
             # After a first failure the others are most likely stuck in a collective.
             if not pipe.poll(timeout if not failures else 5):
                 failures.append(f"rank {rank}: no answer after {timeout:.0f} s")
                 continue
             try:
-                ok, value = pipe.recv()
+                ok, value, groups = pipe.recv()
             except EOFError:
                 ok, value = False, "the process died"
             if ok:
@@ -61,6 +64,8 @@ class Pool:
         if failures:
             self.kill()
             raise RankFailure("\n".join(failures))
+        if groups > MOST_GROUPS:
+            self.kill()
         return results
 
     def kill(self) -> None:
@@ -111,6 +116,7 @@ def _serve(rank: int, world_size: int, folder: str, port: int, pipe: Any) -> Non
         while True:
             case, arguments = pipe.recv()
             try:
-                pipe.send((True, case(rank, world_size, **arguments)))
+                ok, value = True, case(rank, world_size, **arguments)
             except BaseException:
-                pipe.send((False, traceback.format_exc()))
+                ok, value = False, traceback.format_exc()
+            pipe.send((ok, value, len(torch.distributed.distributed_c10d._world.pg_map)))
