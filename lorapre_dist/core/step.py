@@ -236,18 +236,23 @@ def _sum_boundary(work: Work, rule: Rule, workspace: Workspace) -> None:
 
 def _invert_grams_of_A(works: list[Work], how: Regression, comm: Comm, workspace: Workspace) -> None:
     """``(A A^T + d)^-1`` where A has no orthonormal rows, unless it was worked out ahead."""
-    lacking = []
-    for work, of in zip(works, _solved_with(works, how), strict=True):
-        ahead = [moment.factors.ahead for moment in work.moments]
-        if all(one is not None and one.inverse is not None and one.of == of for one in ahead):
-            for moment, one in zip(work.moments, ahead, strict=True):
-                moment.inverse = one.inverse if one is not None else None
-        else:
-            lacking.append(work)
+    keys = _solved_with(works, how)
+    # What was solved together is solved together again, though one of it alone is lacking: the last bits depend on it.
+    stale = {of for work, of in zip(works, keys, strict=True) if not _inverted_ahead(work, of)}
+    lacking = [work for work, of in zip(works, keys, strict=True) if of in stale]
+    for work in (work for work, of in zip(works, keys, strict=True) if of not in stale):
+        for moment in work.moments:
+            moment.inverse = None if moment.factors.ahead is None else moment.factors.ahead.inverse
     found = _inverses(lacking, gauge.grams_of_A(lacking), how, comm, "A", workspace)
     for work, some in zip(lacking, found, strict=True):
         for moment, inverse in zip(work.moments, some, strict=True):
             moment.inverse = inverse
+
+
+def _inverted_ahead(work: Work, of: tuple[object, ...]) -> bool:
+    """Whether the inverses of a work were worked out ahead, together with the same matrices."""
+    ahead = [moment.factors.ahead for moment in work.moments]
+    return all(one is not None and one.inverse is not None and one.of == of for one in ahead)
 
 
 def _solved_with(works: list[Work], how: Regression) -> list[tuple[object, ...]]:

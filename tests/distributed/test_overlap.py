@@ -10,14 +10,13 @@ from .harness import run_ranks
 from .overlap_cases import bits_case, doors_case, failing_case, felt_case, memory_case
 
 PAPER = {"variant": "paper", "damping": 1e-3}
-KNOWN = "paper in many waves on three ranks: a matrix in nine differs in its last bits with overlap"
 
 
 @pytest.mark.parametrize(
     "layout, world, options, bucket",
     [
         ("fsdp2", 3, {}, None),
-        pytest.param("fsdp2", 3, PAPER, 2000, marks=pytest.mark.xfail(reason=KNOWN, raises=AssertionError)),
+        ("fsdp2", 3, PAPER, 2000),
         ("fsdp1", 3, {}, 2000),
         ("hsdp", 4, {}, None),
         ("tp", 3, {}, 2000),
