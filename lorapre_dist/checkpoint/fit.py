@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
 
 from ..config import ConfigError
 from ..config.param_groups import in_block, is_low_rank, parameter_name
@@ -35,7 +34,7 @@ def differences(
     fresh = {n: e for n, e in present.items() if n not in then and parameter_name(n) not in moved}
     stacks = {parameter_name(n) for n in fresh} & saved.parameters.keys() - fresh.keys()
     found = [f"{n} was frozen, and a stack of matrices that was cannot go on as trained" for n in sorted(stacks)]
-    found += weight_differences(saved, {n: e for n, e in fresh.items() if parameter_name(n) not in stacks})
+    found += shape_differences(saved, {n: e.shape for n, e in fresh.items() if parameter_name(n) not in stacks})
     gone = [n for n in sorted(then.keys() - present.keys()) if n not in untrained and parameter_name(n) not in moved]
     found += [f"{name} is in it, but no trained parameter here" for name in gone]
     alike: dict[str, list[str]] = {}
@@ -103,27 +102,15 @@ def unusable_groups(saved: Content, optimizer: LowRankOptimizer) -> list[str]:
     return found
 
 
-def weight_differences(saved: Content, present: Mapping[str, Entry]) -> list[str]:
-    """As :func:`differences`, for the weights alone."""
+def shape_differences(saved: Content, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Of tensors here, by name and shape: which are not in a checkpoint, or of another shape there, in words."""
     found = []
-    for name, entry in present.items():
+    for name, shape in shapes.items():
         then = saved.parameters.get(name)
         if then is None:
             found.append(f"{name} is not in it")
-        elif then.shape != entry.shape:
-            found.append(f"{name}: shape was {list(then.shape)}, is {list(entry.shape)}")
-    return found
-
-
-def missing(saved: Content, untrained: Mapping[str, Any]) -> list[str]:
-    """Tensors beside the optimizer's that are not in the checkpoint as they are here."""
-    found = []
-    for name, tensor in untrained.items():
-        entry = saved.parameters.get(name)
-        if entry is None:
-            found.append(f"{name} is not in it")
-        elif entry.shape != tuple(tensor.shape):
-            found.append(f"{name}: shape was {list(entry.shape)}, is {list(tensor.shape)}")
+        elif then.shape != tuple(shape):
+            found.append(f"{name}: shape was {list(then.shape)}, is {list(shape)}")
     return found
 
 

@@ -214,10 +214,11 @@ def _differences(
     resize_rank: bool,
 ) -> list[str]:
     """All that does not fit, in words."""
+    lacking = fit.shape_differences(saved, {name: tensor.shape for name, tensor in untrained.items()})
     if not states:
-        return fit.weight_differences(saved, present) + fit.missing(saved, untrained)
+        return fit.shape_differences(saved, {name: entry.shape for name, entry in present.items()}) + lacking
     found = fit.differences(saved, present, untrained, len(optimizer.param_groups), resize_rank)
-    return found + fit.unusable_groups(saved, optimizer) + fit.missing(saved, untrained)
+    return found + fit.unusable_groups(saved, optimizer) + lacking
 
 
 def _restore_options(optimizer: LowRankOptimizer, saved: Content, resize_rank: bool) -> None:

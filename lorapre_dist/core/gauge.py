@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import at_rest, exchange, quantized
+from . import at_rest, dealing, exchange, quantized
 from .comm import Comm
 from .exchange import Work
 from .factors import Factors, Matrix
@@ -44,7 +44,7 @@ def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace)
     def solved(grams: Tensor) -> Tensor:
         return gauges(grams, damping)
 
-    found = exchange.deal_out(works, grams_of_A(works), solved, received, comm, NAMES, workspace.bucket)
+    found = dealing.deal_out(works, grams_of_A(works), solved, received, comm, NAMES, workspace.bucket)
     for work, both in zip(works, found, strict=True):
         for moment, one in zip(work.moments, both, strict=True):
             _change_gauge(moment.factors, _replicas(work.matrix), one[:, 0], one[:, 1], workspace)

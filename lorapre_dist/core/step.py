@@ -32,7 +32,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import at_rest, batching, exchange, gauge, regression, stacks
+from . import at_rest, batching, dealing, exchange, gauge, regression, stacks
 from .background import Background
 from .batching import Limits
 from .comm import Comm
@@ -300,4 +300,4 @@ def _inverses(
         return damped_inverses(some, how.damping, relative=how.stable)
 
     names = f"reduce Gram of {of}", f"send inverse of {of}"
-    return exchange.deal_out(works, grams, solved, lambda every: every, comm, names, workspace.bucket)
+    return dealing.deal_out(works, grams, solved, lambda every: every, comm, names, workspace.bucket)

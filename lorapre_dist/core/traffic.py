@@ -156,7 +156,7 @@ def _reduce(shared: list[Held]) -> Iterator[Collective]:
 
 
 def _dealt(groups: list[list[Held]], limits: Limits, *names: str) -> Iterator[Collective]:
-    """Grams to the ranks that solve them, and the answers to all (``deal_out`` of ``exchange.py``)."""
+    """Grams to the ranks that solve them, and the answers to all (``dealing.py``)."""
     for shared in groups:
         peers, size = _first(shared), shared[0].outline.itemsize
         n, sides = len(peers.ranges), Counter(r for m in shared for r in m.outline.ranks)

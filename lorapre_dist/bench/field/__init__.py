@@ -17,4 +17,4 @@ def main(argv: list[str]) -> None:
     """The command ``bench field``."""
     from .command import main as run
 
-    run(argv)
+    run(argv, __doc__)

@@ -18,13 +18,16 @@ from .setting import Setting
 from .store import NAME, Record, Store
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], purpose: str) -> None:
     """Do the runs that are missing, and write tables and plots.
+
+    Args:
+        purpose: what ``--help`` says the command is for.
 
     Raises:
         ConfigError: a bad option, or another command is at work in the same folder.
     """
-    args = _parse(argv)
+    args = _parse(argv, purpose)
     extras.need("train")
     seeds, lrs = tuple(args.seeds), tuple(args.lrs)
     protocol = plan.Protocol(_training(args), args.steps, args.screen_steps, seeds, lrs, args.points)
@@ -96,9 +99,7 @@ def _training(args: argparse.Namespace) -> Training:
     return Training(args.model, args.dataset, args.batch, args.seq_len, args.warmup, args.precision, args.eval_batches)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    from . import __doc__ as purpose
-
+def _parse(argv: list[str], purpose: str) -> argparse.Namespace:
     kept = Training()
     parser = bench_parser("field", purpose)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the runs, tables and plots")
