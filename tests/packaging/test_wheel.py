@@ -134,7 +134,7 @@ for words in json.loads(sys.argv[1]):
     found.append([code, said.getvalue()])
 from lorapre_dist.bench.__main__ import main
 with contextlib.redirect_stderr(io.StringIO()) as said:
-    found.append([main(["quality", "--steps", "1"]), said.getvalue()])
+    found.append([main(["field", "--out", "runs", "--steps", "1"]), said.getvalue()])
 for use in (lambda: __import__("lorapre_dist").initialize, lambda: __import__("lorapre_dist.training.hf_trainer")):
     try:
         use()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lorapre_dist.bench import field
 from lorapre_dist.bench.__main__ import main
 from lorapre_dist.bench.field import command, report, runs
 from lorapre_dist.bench.field.contender import BASE_LR, Beside
@@ -107,7 +108,7 @@ def test_what_cannot_be_run_says_why(monkeypatch, options, capsys):
     monkeypatch.setattr("lorapre_dist.config.extras.has", lambda module: module != "fira")
     assert contender("fira-8").obstacle == "not installed: pip install fira"
     assert not contender("adamw").obstacle
-    command.main([*options, "--rows", "trion-8", "fira-8"])
+    field.main([*options, "--rows", "trion-8", "fira-8"])
     printed = capsys.readouterr().out
     assert "| Fira, hidden/8 | fira | cannot run: not installed: pip install fira |" in printed
     assert "| Trion, hidden/8 | ista-daslab-optimizers | cannot run: its package imports" in printed
@@ -285,7 +286,7 @@ def options(tmp_path_factory):
 
 def test_a_table_is_extended_not_done_again(options, capsys):
     rows = ["--rows", "adamw", "lorapre-8", "--lrs", "0.001"]
-    command.main([*options, *rows])
+    field.main([*options, *rows])
     printed = capsys.readouterr()
     assert printed.err.count("s of CPU)") == 2 and printed.out.count("\n| ") == 4
     folder = options[options.index("--out") + 1]
@@ -296,7 +297,7 @@ def test_a_table_is_extended_not_done_again(options, capsys):
         again = runs.run(Setting.of(known), runs.Place("cpu", 1, options[options.index("--data_cache") + 1]))
         assert again["val_loss"] == pytest.approx(known["val_loss"], abs=2e-5)
         assert again["tokens"] == known["tokens"] and again["state_bytes"] == known["state_bytes"]
-    command.main([*options, *rows])
+    field.main([*options, *rows])
     assert "of CPU" not in capsys.readouterr().err
     assert sorted(p.name for p in command.Path(folder).iterdir() if p.suffix != ".lock") == [
         *("field.csv", "field.md", "field.svg", "runs.jsonl")
