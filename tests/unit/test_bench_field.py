@@ -320,6 +320,7 @@ def test_bad_input_is_one_line(options, capsys):
     for given, message in {
         ("--lrs", "-1"): "--lrs -1.0: must be positive numbers",
         ("--jobs", "0"): "--jobs 0: must be at least 1",
+        ("--report", "--out", "/nowhere/at/all"): "--out /nowhere/at/all --report: no runs are recorded there",
         ("--seeds", "1", "1"): "--seeds 1 1: one of them is given twice",
         ("--rows", "lorapr-8"): "unknown contender 'lorapr-8': did you mean lorapre-8? one of",
     }.items():
