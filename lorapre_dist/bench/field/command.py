@@ -32,6 +32,10 @@ def main(argv: list[str], purpose: str) -> None:
     seeds, lrs = tuple(args.seeds), tuple(args.lrs)
     protocol = plan.Protocol(_training(args), args.steps, args.screen_steps, seeds, lrs, args.points)
     store = Store(Path(args.out) / NAME)
+    if args.report and not store.path.is_file():
+        raise ConfigError(
+            f"--out {args.out} --report: no runs are recorded there ({NAME}); leave out --report to do some"
+        )
     if args.retry:
         store.forget_errors()
     if not args.report:
