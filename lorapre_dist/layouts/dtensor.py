@@ -61,6 +61,11 @@ def piece(name: str, p: DTensor, found: Spread) -> Piece:
         held = None if columns is None else columns[found.index]
         return Piece(name, shape, start, stop, 0, peers, held, parameter=None if columns is None else p)
     if any(box[1:] != tuple((0, size) for size in shape[1:]) for box in found.boxes):
+        if any(low == high for (low, high), *_ in found.boxes):  # to be saved, ranks of a slice bring it into rows
+            raise ConfigError(
+                f"{name}: its {shape[0]} matrices lie on more ranks than that, which split them as well: take at most "
+                f"{shape[0]} ranks for dim 0, or split along it alone"
+            )
         return Piece(name, shape, start, stop, 0, parameter=p, spread=found)
     ranges = tuple((box[0][0] * inner, box[0][1] * inner) for box in found.boxes)
     peers = Peers(found.ranks, ranges, found.index) if shared and len(shape) == 3 else None
