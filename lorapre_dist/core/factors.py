@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import forms, quantized, spec
+from . import forms, noise, quantized, spec
 from .batching import Outline, outline
 from .guard import Counted, sample
 from .interval import Peers, Range, RowInterval, column_block
@@ -255,7 +255,7 @@ def allocate(
     made = Matrix(interval, peers, held, statistics, taken, optimizer, variant, before, sampled)
     made.rounding = rounding or made.rounding
     if forms.smaller(ranks, kept):
-        made.wide, made.salt = dtype, torch.tensor(quantized.salt(seed, interval.name), device=device)
+        made.wide, made.salt = dtype, noise.key(seed, interval.name, device)
     return made
 
 
