@@ -82,7 +82,14 @@ def test_rows_that_never_have_a_gradient_have_no_factors_and_do_not_move():
     assert not torch.equal(model.embed.weight[:3], before[:3])
 
 
-@pytest.mark.parametrize("options", [{"other_state": "adafactor"}, {"embeddings": "low_rank", "state_dtype": "8bit"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"other_state": "adafactor"},
+        {"embeddings": "low_rank", "state_dtype": "8bit"},
+        {"other_state": "adamw8bit", "state_dtype": "8bit"},
+    ],
+)
 @pytest.mark.parametrize("way", ["state_dict", "full", "checkpoint", "copy"])
 def test_a_resumed_run_has_the_same_bits(tmp_path, way, options):
     model = Toy(torch.float32)
