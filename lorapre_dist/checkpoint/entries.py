@@ -53,6 +53,11 @@ class Trained(Entry):
     step: int
     compensated: bool = False
 
+    @property
+    def coded(self) -> bool:
+        """Whether AdamW's moments are in 8 bits (``core/codes.py``)."""
+        return False
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
         return super().to_json() | {"step": self.step} | ({"weights": "kahan"} if self.compensated else {})
@@ -75,6 +80,11 @@ class LowRank(Trained):
     ranks: dict[str, int]
     vectors: tuple[str, ...]
     forms: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def coded(self) -> bool:
+        """Whether AdamW's moments are in 8 bits: it has no factors, but scales for its rows."""
+        return any(vector in SCALES for vector in self.vectors)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""

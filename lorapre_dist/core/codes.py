@@ -1,7 +1,7 @@
 """AdamW's moments in 8 bits an element, with a scale for each row of the parameter: its largest element.
 
-    exp_avg      m = sign (c / 127)^2 largest |m| of the row,    c from -127 to 127
-    exp_avg_sq   v = (c / 255)^4 largest v of the row,           c from 0 to 255
+    exp_avg_8bit      m = sign (c / 127)^2 largest |m| of the row,    c from -127 to 127
+    exp_avg_sq_8bit   v = (c / 255)^4 largest v of the row,           c from 0 to 255
 
 Both have the square root of ``|m|``, and of ``sqrt(v)``, in equal steps, so that small numbers of a row lie closer
 together than large ones: elements down to 6e-5 of the largest ``|m|``, and 1.5e-5 of the largest ``sqrt(v)``, are told
@@ -22,7 +22,7 @@ _M, _V = 127, 255
 
 
 def decoded(codes: Tensor, scale: Tensor) -> Tensor:
-    """The numbers of codes (int8: ``exp_avg``, uint8: ``exp_avg_sq``), in the type of ``scale``, which broadcasts."""
+    """The numbers of codes (int8: of ``m``, uint8: of ``v``), in the type of ``scale``, which broadcasts."""
     root = codes.to(scale.dtype)
     if codes.dtype == torch.int8:
         return root.mul_(root.abs()).mul_(scale / _M**2)
@@ -30,7 +30,7 @@ def decoded(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def encoded(wide: Tensor, scale: Tensor, dtype: torch.dtype, random: Tensor | None = None) -> Tensor:
-    """Codes of ``dtype`` (int8 of ``exp_avg``, uint8 of ``exp_avg_sq``).
+    """Codes of ``dtype`` (int8 of ``m``, uint8 of ``v``).
 
     Args:
         wide: what is kept, at most ``scale``.

@@ -80,9 +80,7 @@ class Comm:
         work = _reduce_scatter(out, sent, group=group, async_op=True)
         return lambda: (work.wait(), back(out))[1]
 
-    def all_reduce(
-        self, local: Tensor, group: Any, purpose: str, largest: bool = False
-    ) -> Callable[[], Tensor]:
+    def all_reduce(self, local: Tensor, group: Any, purpose: str, largest: bool = False) -> Callable[[], Tensor]:
         """Start summing ``local`` over ranks, in place; the returned function waits and gives it.
 
         With ``largest`` it is not the sum but the largest of each number.

@@ -365,7 +365,10 @@ def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> W
 def _all_reduce(
     by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: str, largest: bool = False
 ) -> Callable[[], None]:
-    """Start to sum tensors (or to find the largest) in place, packed into one collective a group; the returned function waits."""
+    """Start to sum tensors in place, packed into one collective a group; the returned function waits.
+
+    With ``largest`` it is not their sum but the largest of each number.
+    """
     waits = []
     for group, tensors in by_group:
         if not tensors:

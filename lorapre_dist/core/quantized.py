@@ -2,7 +2,8 @@
 
 A step rounds stochastically, up with the probability that makes it right on average: the second moment's factors move
 by ``1 - beta2^(1/4)`` of themselves a step, 0.00025, where two numbers of bf16 are 0.004 apart, so that the nearest one
-would be the old one for ever. The random bits are those of ``noise.py``, so all layouts round alike. What is rounded once (a state that is loaded) goes to the nearest number.
+would be the old one for ever. The random bits are those of ``noise.py``, so all layouts round alike. What is rounded
+once (a state that is loaded) goes to the nearest number.
 """
 
 from __future__ import annotations

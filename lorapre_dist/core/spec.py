@@ -25,9 +25,9 @@ class Axis(Enum):
     ELEMENTS = "elements"
 
 
-#: AdamW's moments in 8 bits (``codes.py``), and their types; the scales are statistics of rows, ``exp_avg_row``, ....
-CODES = {"exp_avg": "int8", "exp_avg_sq": "uint8"}
-SCALES = {f"{key}_row": key for key in CODES}
+#: AdamW's moments in 8 bits (``codes.py``), and their types; by those of the rows' scales, which are statistics.
+CODES = {"exp_avg_8bit": "int8", "exp_avg_sq_8bit": "uint8"}
+SCALES = {"exp_avg_row": "exp_avg_8bit", "exp_avg_sq_row": "exp_avg_sq_8bit"}
 #: Bytes of a number.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 
@@ -90,7 +90,8 @@ def of_matrix(
             found[key] = TensorSpec(axis_of(key), forms.length(r, form), forms.DTYPES.get(form, dtype))
     vectors = tuple(vectors)
     found |= {key: TensorSpec(axis_of(key), None, dtype) for key in vectors}
-    return found | {SCALES[key]: TensorSpec(Axis.ELEMENTS, None, CODES[SCALES[key]]) for key in vectors if key in SCALES}
+    codes = [SCALES[key] for key in vectors if key in SCALES]
+    return found | {key: TensorSpec(Axis.ELEMENTS, None, CODES[key]) for key in codes}
 
 
 def of_vector(dtype: str = "float32") -> dict[str, TensorSpec]:

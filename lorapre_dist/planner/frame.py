@@ -119,7 +119,8 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
     else:
         sent = _sharded(request, passes * e * request.elements, weights_sent)
     norm = 0 * part if request.offload else e * part + FP64 * np.minimum(part, largest)
-    return Frame(weights, gradients, buffers, backward, norm=norm, during={"forward": 0}, host=host, sent=sent)
+    none = {"gather": 0, "forward": 0}
+    return Frame(weights, gradients, buffers, backward, norm=norm, during=none, host=host, sent=sent)
 
 
 def _zero3(request: Request, arrangement: Arrangement) -> Frame:
@@ -177,14 +178,16 @@ def _gathered(request: Request, rest: int, layers: int, largest: int) -> tuple[d
 
     What is in no layer is gathered from the forward pass to the end of the backward pass, and all of its gradients are
     reduced then: in fp32, from a copy, into shards that are rounded to the type of the weights. A layer's result waits
-    until the next reduction.
+    until the next reduction. What has been gathered is copied to parameters, and stays beside them until what is
+    gathered next has been (``FSDPParamGroup.wait_for_unshard``).
     """
     e, n, embedding = request.width, request.sharing, request.parameters[0].numel
     head, two = max(0, rest - embedding), min(layers, 2 * largest)
     first, last = e * (rest + head + largest) + FP32 * largest, e * (rest + head + two)
     end = (2 * e + FP32) * rest + FP32 * largest // n + (FP32 * rest // n if request.stepped < FP32 else 0)
     computing = e * (rest + largest)
-    during = {"forward": computing, "loss": computing, "top": last, "bottom": first, "end": end}
+    gathering = e * (2 * rest + largest if n > 1 else rest)
+    during = {"gather": gathering, "forward": computing, "loss": computing, "top": last, "bottom": first, "end": end}
     return during, {"top": head, "bottom": head, "end": rest}
 
 

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from lorapre_dist.core.spec import CODES, SCALES
 from lorapre_dist.optimizers import OPTIMIZERS
 
 from .harness import run_ranks
@@ -79,9 +80,9 @@ def test_adamw_in_8_bits_has_the_same_bits_under_every_layout(layout, world):
     for name in coded:
         entry, found = want["state"][name], first["state"][name]
         assert found.keys() == entry.keys()
-        for key, dtype in {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}.items():
-            assert entry[key].dtype == dtype and torch.equal(found[key], entry[key]), (name, key)
-            assert torch.allclose(found[f"{key}_row"], entry[f"{key}_row"], rtol=1e-10), (name, key)
+        for scale, key in SCALES.items():
+            assert entry[key].dtype == getattr(torch, CODES[key]) and torch.equal(found[key], entry[key]), (name, key)
+            assert torch.allclose(found[scale], entry[scale], rtol=1e-10), (name, key)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ from torch import nn
 
 from lorapre_dist import LoRAPre
 from lorapre_dist.core import codes, noise
+from lorapre_dist.core.spec import SCALES
 from lorapre_dist.optimizers import OPTIMIZERS
 
 from .test_report import bound_and_peak
 from .toy import STABLE, Toy, assert_same, loss_of, state_tensors, train
 
-TYPES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+TYPES = {"exp_avg_8bit": torch.int8, "exp_avg_sq_8bit": torch.uint8}
+SCALE_OF = {key: scale for scale, key in SCALES.items()}
 TABLES = {"embed.weight", "head.weight", "k_proj.weight", "up_proj.weight"}
 
 
@@ -82,8 +84,8 @@ def dense(theta, g, state, key, lr=0.01, betas=(0.9, 0.999), eps=1e-8, decay=0.1
     state["t"] += 1
     t, (p, q) = state["t"], theta.shape
     wide = {k: codes.decoded(code, scale) for k, (code, scale) in state["codes"].items()}
-    m = betas[0] * wide["exp_avg"] + (1 - betas[0]) * g
-    v = betas[1] * wide["exp_avg_sq"] + (1 - betas[1]) * g * g
+    m = betas[0] * wide["exp_avg_8bit"] + (1 - betas[0]) * g
+    v = betas[1] * wide["exp_avg_sq_8bit"] + (1 - betas[1]) * g * g
     theta.mul_(1 - lr * decay)
     theta.sub_(lr / (1 - betas[0] ** t) * m / ((v / (1 - betas[1] ** t)).sqrt() + eps))
     words = noise.draw(key, torch.tensor(float(t)), noise.CODES)
@@ -115,7 +117,7 @@ def test_steps_are_those_of_adamw_whose_moments_are_in_codes(optimizer):
         assert torch.allclose(model.get_parameter(name), want, rtol=1e-9, atol=1e-12), name
         for key, (code, scale) in state[name]["codes"].items():
             assert torch.equal(held[name, key].view(code.shape), code), (name, key)
-            assert torch.allclose(held[name, f"{key}_row"], scale[:, 0], rtol=1e-9), (name, key)
+            assert torch.allclose(held[name, SCALE_OF[key]], scale[:, 0], rtol=1e-9), (name, key)
     assert not TABLES & stepper.factors().keys()
     assert held["norm.weight", "exp_avg"].dtype == torch.float64  # vectors keep AdamW's
 
@@ -143,7 +145,7 @@ def test_rows_that_never_have_a_gradient_do_not_move():
         model(torch.tensor([[0, 1, 2]])).square().sum().backward()
         optimizer.step()
     assert torch.equal(model.embed.weight[3:], before[3:])
-    v = state_tensors(optimizer)["embed.weight", "exp_avg_sq"].view(before.shape)
+    v = state_tensors(optimizer)["embed.weight", "exp_avg_sq_8bit"].view(before.shape)
     assert not v[3:].any() and v[:3].all()
 
 

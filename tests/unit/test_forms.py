@@ -62,7 +62,7 @@ def test_what_can_be_kept_is_kept(form):
 
 
 def test_random_bits_are_even_and_nothing_shares_them():
-    """Each of 32 within 5 standard errors, and both halves; no two parameters, seeds, steps or streams have the same."""
+    """Each of 32, and of both halves, within 5 standard errors; parameters, seeds, steps and streams share none."""
     bits = bits_of(12345, 0, 500, 64, -1).view(-1)
     for some, width in ((bits, 32), *((half, 16) for half in noise.halves(bits.clone()))):
         ones = torch.stack([(some >> k) & 1 for k in range(width)]).double().mean(1)
