@@ -11,7 +11,7 @@ from lorapre_dist.core.spec import CODES, SCALES
 from lorapre_dist.optimizers import OPTIMIZERS
 
 from .harness import run_ranks
-from .kept_cases import accumulation_case, fsdp2_accumulation_case, trained_case
+from .kept_cases import accumulation_case, fsdp2_accumulation_case, killed_case, trained_case
 from .native_cases import OPTIONS, Net, batch_of
 
 LAYOUTS = [("fsdp2", 3), ("fsdp1", 3), ("ddp", 2), ("tp", 2), ("tp+fsdp2", 4)]
@@ -138,3 +138,10 @@ def test_fsdp2_accumulates_before_it_reduces():
     want = {"parameters": {n: p.detach() for n, p in model.named_parameters()}}
     for result in run_ranks(2, fsdp2_accumulation_case):
         assert_parameters_match({"parameters": result}, want)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp"])
+def test_a_backward_pass_that_is_killed_on_all_ranks_resumes_to_the_same_bits(layout, tmp_path):
+    for early, differing in run_ranks(2, killed_case, layout=layout, folder=str(tmp_path)):
+        assert any("k_proj" in name for name in early) and not any("q_proj" in name for name in early)
+        assert not differing

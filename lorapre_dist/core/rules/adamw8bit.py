@@ -87,18 +87,18 @@ def _parts(block: Block, workspace: Workspace) -> Iterator[Block]:
         )
 
 
-def _moments(work: Work, block: Block, pace: adamw.Pace) -> list[Tensor]:
+def _moments(work: Work, block: Block, pace: adamw.Pace) -> tuple[Tensor, Tensor]:
     """``exp_avg`` and ``exp_avg_sq`` of a block's elements, after the step."""
     matrix = work.matrix
-    wide = [
+    m, v = (
         codes.decoded(_held(matrix.codes[key], block), matrix.vectors[scale][:, block.rows, None])
         for scale, key in SCALES.items()
-    ]
-    adamw.average(block.grad.to(matrix.dtype), *wide, pace)
-    return wide
+    )
+    adamw.average(block.grad.to(matrix.dtype), m, v, pace)
+    return m, v
 
 
-def _keep(work: Work, block: Block, moments: list[Tensor], words: Tensor) -> None:
+def _keep(work: Work, block: Block, moments: tuple[Tensor, Tensor], words: Tensor) -> None:
     """Round the moments into codes, by the scales that their rows have now; nothing changes where no step is taken."""
     matrix, go = work.matrix, work.item.go
     first, q = matrix.interval.first_row, matrix.interval.shape[1]
