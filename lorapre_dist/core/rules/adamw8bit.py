@@ -73,7 +73,7 @@ class AdamW8bit:
 def _parts(block: Block, workspace: Workspace) -> Iterator[Block]:
     """A block in parts of fewer rows."""
     k, rows, width = block.theta.shape
-    size = max(1, workspace.block // (PARTS * 4 * k * max(1, width)))
+    size = max(1, workspace.block_on(block.theta.device.type) // (PARTS * 4 * k * max(1, width)))
     for low in range(0, rows, size):
         high = min(rows, low + size)
         first = block.rows.start
