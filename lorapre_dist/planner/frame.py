@@ -92,7 +92,7 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
 
     As the step begins the norm of each gradient is taken in fp64, of a copy. Then the reduced gradients, a flat copy of
     them and its fp32 form exist together: 8 bytes an element of the partition, whatever the precision; 4 where the
-    masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps the whole gradient to the end of the backward pass
+    masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps whole gradients to the end of the backward pass
     (``reduce_gradients``), and then allocates the partition into which it moves its part; ZeRO-2 reduces each gradient
     when it is there. The reduction is an all-reduce of each bucket unless ``use_multi_rank_bucket_allreduce`` is off.
     """
