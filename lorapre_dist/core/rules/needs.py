@@ -40,7 +40,7 @@ class Needs:
 
 ADAM = Needs(2, passes=43, block_calls=48, stack_calls=43, wave_calls=142)
 ADAFACTOR = Needs(1, column_sums=True, passes=39, block_calls=47, stack_calls=39, wave_calls=95)
-ADAMW8BIT = Needs(2, passes=60, block_calls=60, stack_calls=30, wave_calls=60)
+ADAMW8BIT = Needs(2, passes=178, block_calls=372, stack_calls=30, wave_calls=60)
 MOMENTUM = Needs()
 LION = Needs(passes=19)
 #: Buckets of Muon are so large that all ranks have matrices to iterate on.
