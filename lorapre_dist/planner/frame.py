@@ -188,7 +188,8 @@ def _gathered(request: Request, rest: int, layers: int, largest: int) -> tuple[d
     e, n, embedding = request.width, request.sharing, request.parameters[0].numel
     head, two = max(0, rest - embedding), min(layers, 2 * largest)
     first, last = e * (rest + head + largest) + FP32 * largest, e * (rest + head + two)
-    end = (2 * e + FP32) * rest + FP32 * largest // n + (FP32 * rest // n if request.stepped < FP32 else 0)
+    rounded = (FP32 + request.stepped) * rest // n if request.stepped < FP32 else 0  # shards, before and after it
+    end = (2 * e + FP32) * rest + FP32 * largest // n + rounded
     computing = e * (rest + largest)
     gathering = e * (2 * rest + largest if n > 1 else rest)
     during = {"gather": gathering, "forward": computing, "loss": computing, "top": last, "bottom": first, "end": end}
