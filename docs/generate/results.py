@@ -151,6 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "field_searched": lambda: field(report.searched),
     "field_missing": lambda: field(lambda rows: report.lacking(rows, FIELD)),
     "field_varied": lambda: report.varied(field_runs(), FIELD, "lorapre-8"),
+    "field_exchanged": lambda: report.varied(field_runs(), FIELD, "lorapre-8", "lorapre-dense-8"),
     "field_varied_32": lambda: report.varied(field_runs(), FIELD, "lorapre-32"),
     "field_contenders": contenders,
     "tracking": lambda: plain("tracking"),
