@@ -55,7 +55,7 @@ class Exchanged:
 
     def step(self, theta: Tensor, g: Tensor, state: State, lr: float, t: int) -> None:
         """See the class."""
-        config, (beta1, beta2), bound = self.config, self.config.betas, self.config.resolved_max_update
+        config, (beta1, _), bound = self.config, self.config.betas, self.config.resolved_max_update
         if self.m == "full":
             state["m"].lerp_(g, 1 - beta1)
             m = state["m"] / (1 - beta1**t)
@@ -82,4 +82,3 @@ class Exchanged:
         state["v_B"], state["v_A"] = reference.refresh(vB, vA, g.abs(), config.resolved_gammas[1], config)
         least = torch.finfo(g.dtype).tiny
         return state["rms_row"][:, None].square() / (1 - beta2**t) * (w + least) / (w.mean(1, keepdim=True) + least)
-
