@@ -19,6 +19,8 @@ and of fp32 weights, of which nothing is rounded but
     8bit_state  factors in 8 bits
     tables      embedding and head with low-rank momenta
     adafactor   embedding and head with Adafactor's second moment, and no first
+    adamw8bit   embedding and head with AdamW's moments in 8 bits
+    8bit        that, and factors in 8 bits: all state but that of vectors
 
 A run whose figures are in the file of ``--json`` already, with the same settings, is not made again.
 """
@@ -104,6 +106,8 @@ ROWS: dict[str, tuple[str, Callable[[nn.Module, float], Optimizer]]] = {
     "8bit_state": ("fp32, factors in 8 bits", with_options(state_dtype="8bit")),
     "tables": ("fp32, embeddings low-rank", with_options(embeddings="low_rank")),
     "adafactor": ("fp32, others under Adafactor", with_options(other_state="adafactor")),
+    "adamw8bit": ("fp32, others under 8-bit AdamW", with_options(other_state="adamw8bit")),
+    "8bit": ("fp32, all state in 8 bits", with_options(state_dtype="8bit", other_state="adamw8bit")),
 }
 
 

@@ -34,9 +34,16 @@ from lorapre_dist.config import ConfigError
 
 from .request import FP32, Parameter, Request
 
-#: In a step: at the loss in the forward and in the backward pass, in the MLP of the last and of the first block in the
-#: backward pass, and when all gradients are there.
-INSTANTS = {"forward": "forward", "loss": "backward", "top": "backward", "bottom": "backward", "end": "backward"}
+#: In a step: when the first parameters have been gathered, at the loss in the forward and in the backward pass, in the
+#: MLP of the last and of the first block in the backward pass, and when all gradients are there.
+INSTANTS = {
+    "gather": "forward",
+    "forward": "forward",
+    "loss": "backward",
+    "top": "backward",
+    "bottom": "backward",
+    "end": "backward",
+}
 #: Width of a head, where the shapes do not tell how many there are: its share is a fraction of a percent.
 HEAD = 64
 _BLOCK = {
@@ -130,10 +137,10 @@ def shapes_of(parameters: Iterable[Parameter]) -> Shapes:
 def instants(request: Request) -> list[Instant]:
     """The instants at which a forward and backward pass may hold most.
 
-    Without a length of sequences only the last one is known, when every gradient is there.
+    Without a length of sequences only those are known at which there are no activations.
     """
     if request.seq_len is None:
-        return [Instant("forward", 0, 0), Instant("end", 0, request.elements)]
+        return [Instant("gather", 0, 0), Instant("forward", 0, 0), Instant("end", 0, request.elements)]
     m, tokens, e = shapes_of(request.parameters), request.micro_batch * request.seq_len, request.width
     stream = FP32 if request.autocast else e
     cast = (3, 2, 1) if request.autocast else (1, 1, 1)
@@ -152,6 +159,7 @@ def instants(request: Request) -> list[Instant]:
         forward, backward, one = everything, everything, m.matrices
     loss = kept + head + always
     rows = [
+        Instant("gather", stream * m.hidden, 0),
         Instant("forward", loss + logits, 0, forward),
         Instant("loss", loss + 2 * FP32 * m.vocabulary, 0, backward),
         Instant("top", top + working + always, m.head + m.down, backward if not request.checkpointing else one),

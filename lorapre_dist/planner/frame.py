@@ -15,6 +15,7 @@ import numpy as np
 
 from lorapre_dist.layouts.geometry.shares import Arrangement
 
+from .activations import INSTANTS
 from .request import FP32, Request
 from .rivals import Array, numel, over_ranks, zeros
 
@@ -91,21 +92,24 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
 
     As the step begins the norm of each gradient is taken in fp64, of a copy. Then the reduced gradients, a flat copy of
     them and its fp32 form exist together: 8 bytes an element of the partition, whatever the precision; 4 where the
-    masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps the whole gradient from one micro-batch to the
-    next, ZeRO-2 reduces it each time. The reduction is an all-reduce of each bucket unless
-    ``use_multi_rank_bucket_allreduce`` is off.
+    masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps whole gradients to the end of the backward pass
+    (``reduce_gradients``), and then allocates the partition into which it moves its part; ZeRO-2 reduces each gradient
+    when it is there. The reduction is an all-reduce of each bucket unless ``use_multi_rank_bucket_allreduce`` is off.
     """
     e, m, part, size = request.width, request.stepped, _partition(arrangement), request.world_size
     zero, weights = request.zero, e * part * size + m * part
     gradients, backward = (2 * e + (m if m != e else 0)) * part, e * part
     buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
     buffers, host, kept = e * buckets * zero.reduce_bucket_size, 0 * part, request.layout == "zero1"
-    largest = max(p.numel for p in request.parameters)
+    largest, during = max(p.numel for p in request.parameters), dict[str, Any]()
+    if kept:
+        moved = buffers + e * np.maximum(part, largest)
+        during = dict.fromkeys(INSTANTS, moved if zero.overlap_comm else buffers) | {"end": moved}
+        backward = np.full_like(part, e * request.elements)
+    if kept and request.accumulation > 1:
+        gradients = np.maximum(gradients, e * request.elements)
     if largest > zero.reduce_bucket_size:  # it goes by itself, from a copy
         buffers += 2 * e * largest
-    if kept and request.accumulation > 1:
-        backward = backward + e * request.elements
-        gradients = np.maximum(gradients, e * request.elements)
     if request.offload:
         host = (2 * m + e) * part + e * largest
         weights = e * part * size
@@ -119,7 +123,8 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
     else:
         sent = _sharded(request, passes * e * request.elements, weights_sent)
     norm = 0 * part if request.offload else e * part + FP64 * np.minimum(part, largest)
-    return Frame(weights, gradients, buffers, backward, norm=norm, during={"forward": 0}, host=host, sent=sent)
+    during |= {"gather": 0, "forward": 0}
+    return Frame(weights, gradients, buffers, backward, norm=norm, during=during, host=host, sent=sent)
 
 
 def _zero3(request: Request, arrangement: Arrangement) -> Frame:
@@ -177,14 +182,16 @@ def _gathered(request: Request, rest: int, layers: int, largest: int) -> tuple[d
 
     What is in no layer is gathered from the forward pass to the end of the backward pass, and all of its gradients are
     reduced then: in fp32, from a copy, into shards that are rounded to the type of the weights. A layer's result waits
-    until the next reduction.
+    until the next reduction. What has been gathered is copied to parameters, and stays beside them until what is
+    gathered next has been (``FSDPParamGroup.wait_for_unshard``).
     """
     e, n, embedding = request.width, request.sharing, request.parameters[0].numel
     head, two = max(0, rest - embedding), min(layers, 2 * largest)
     first, last = e * (rest + head + largest) + FP32 * largest, e * (rest + head + two)
     end = (2 * e + FP32) * rest + FP32 * largest // n + (FP32 * rest // n if request.stepped < FP32 else 0)
     computing = e * (rest + largest)
-    during = {"forward": computing, "loss": computing, "top": last, "bottom": first, "end": end}
+    gathering = e * (2 * rest + largest if n > 1 else rest)
+    during = {"gather": gathering, "forward": computing, "loss": computing, "top": last, "bottom": first, "end": end}
     return during, {"top": head, "bottom": head, "end": rest}
 
 

@@ -107,7 +107,8 @@ def state_bytes(request: Request, arrangement: Arrangement) -> Array:
     for share in arrangement.shares:
         kept = request.kept_as(share.name, share.shape) if len(share.shape) == 2 else None
         if kept is not None:
-            lengths = _lengths((share.shape[0], share.shape[1]), share.ranges, share.columns)
+            lengths = {Axis.ELEMENTS: numel(share)}
+            lengths |= _lengths((share.shape[0], share.shape[1]), share.ranges, share.columns)
             matrix = spec.of_matrix(kept.ranks, kept.vectors, kept=kept.forms)
             size = sum(one.bytes(1) * lengths[one.axis] for one in matrix.values())
         else:
