@@ -6,7 +6,8 @@ A tensor has ``b s h`` numbers of e bytes: tokens of a micro-batch times the hid
                a block, for the input of each of the other projections; with checkpointing the first 2 again. DeepSpeed
                splits the head as well: 1 backward, and its logits are gathered, ``b s V``
     pipeline   each stage but the last sends one to the next, each but the first one back. Where T ranks hold the same,
-               DeepSpeed sends a T-th from each, which they gather: along the tensor axis
+               DeepSpeed sends a T-th from each, which they gather along the tensor axis: what comes from the stage
+               before, and for the backward pass what comes back from the next one and the output that went there
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def sent(request: Request) -> dict[str, int]:
             logits = one // m.hidden * m.vocabulary * n  # this rank's part of the vocabulary, times n
             found["all-gather logits"] = passes * round(logits * (n - 1) / n)
     sliced = n if engine else 1
-    arriving = (part.stage > 0) + (not part.last)
+    arriving = (part.stage > 0) + 2 * (not part.last)
     if not part.last:
         found["send activations"] = passes * -(-one // sliced)
     if part.stage > 0:

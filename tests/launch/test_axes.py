@@ -46,13 +46,28 @@ def assert_same(found: list[dict], wanted: list[dict]) -> None:
                 assert one[key] == pytest.approx(other[key], rel=FP32), (key, one, other)
 
 
-@pytest.mark.parametrize("axis", ["--pipeline", "--tensor"])
-def test_the_same_losses_as_without(axis, options, plain, tmp_path):
-    command = [*options, axis, "2", "--save_every", "0", "--output_dir", str(tmp_path)]
-    ended = Ranks("pretrain.py", command, world_size=4).finish()
+@pytest.mark.parametrize("axes", [["pipeline"], ["tensor"], ["pipeline", "tensor"]])
+def test_the_same_losses_as_without(axes, options, plain, tmp_path):
+    command = [*options, *(word for axis in axes for word in (f"--{axis}", "2"))]
+    ended = Ranks("pretrain.py", [*command, "--save_every", "0", "--output_dir", str(tmp_path)], world_size=4).finish()
     assert ended.codes == [0] * 4, ended.err
-    assert f"{axis.strip('-')} 2, 4 ranks" in ended.out
+    assert f"{' x '.join(f'{axis} 2' for axis in axes)}, 4 ranks" in ended.out
     assert_same(rows(tmp_path), rows(plain))
+
+
+def test_axes_may_stand_in_the_json(options, tmp_path):
+    axes = {"pipeline": {"stages": 2}, "tensor_parallel": {"autotp_size": 2}}
+    config = ds_json(tmp_path / "ds.json", params={"rank": 8}, zero_optimization={"stage": 1}, **axes)
+    command = [*options, "--deepspeed_config", config]
+    found = load_settings(command, world_size=8)
+    assert (found.pipeline, found.tensor, found.batch.accumulation) == (
+        2,
+        2,
+        load_settings(options, 2).batch.accumulation,
+    )
+    assert "tensor_parallel" not in found.ds_config  # AutoTP would take all ranks for data-parallel ones
+    found = load_settings([*command, "--pipeline", "1", "--tensor", "1"], world_size=2)
+    assert (found.pipeline, found.tensor) == (1, 1) and "tensor_parallel" not in found.ds_config
 
 
 def test_a_lost_rank_ends_the_others_and_the_same_command_resumes(options, plain, tmp_path):
@@ -75,8 +90,8 @@ def test_a_lost_rank_ends_the_others_and_the_same_command_resumes(options, plain
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["--pipeline", "3"], "--pipeline 3 on 2 ranks: must divide the number of ranks"),
-        (["--pipeline", "2", "--tensor", "2"], "--pipeline 2 with --tensor 2 is not supported: take one of them"),
+        (["--pipeline", "3"], "--pipeline 3 on 2 ranks: 3 must divide the number of ranks"),
+        (["--pipeline", "2", "--tensor", "2"], "--pipeline 2 --tensor 2 on 2 ranks: 4 must divide the number of ranks"),
         (["--tensor", "2", "--backend", "fsdp2"], "--tensor 2 with --backend fsdp2 is not supported"),
         (["--pipeline", "2", "--gradient_checkpointing"], "pipeline.activation_checkpoint_interval"),
         (["--tensor", "0"], "--tensor 0: must be at least 1"),

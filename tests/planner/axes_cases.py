@@ -70,8 +70,8 @@ class ByAxis(TorchDispatchMode):
     def _count(self, kind: str, times: int, args: Any, kwargs: Any) -> None:
         group = next(found for x in (*args, *kwargs.values()) if (found := _group(x)) is not None)
         ranks, largest = dist.get_process_group_ranks(group), max(map(_bytes, args[:2]))
-        n = len(ranks)
-        self.sent[self.axis(ranks), kind] += round(largest * times * (n - 1) / n) if times else largest
+        if len(ranks) > 1:
+            self.sent[self.axis(ranks), kind] += round(largest * times * (1 - 1 / len(ranks))) if times else largest
 
     def axis(self, ranks: list[int]) -> str:
         if ranks[-1] - ranks[0] >= self.inside:
@@ -157,7 +157,7 @@ def _engine(layout: str, stages: int, parts: int, world_size: int) -> Built:
     deepspeed.init_distributed(verbose=False)
     module = llama()
     if stages > 1:
-        module = pipeline.pipeline(module, stages)
+        module = pipeline.pipeline(module, stages, parts)
     elif parts > 1:
         config["tensor_parallel"] = {"autotp_size": parts}
     engine = lorapre_dist.initialize(model=module, config=config)[0]

@@ -95,9 +95,7 @@ def _joined(each: Sequence[Share], splits: Sequence[Split]) -> Share:
     """The whole parameter of which there is a share for each part."""
     held = list[_Held]()
     for t, (share, split) in enumerate(zip(each, splits, strict=True)):
-        held += [
-            (d * len(each) + t, *split.of_whole(*part)) for d, part in zip(share.ranks, share.ranges, strict=True)
-        ]
+        held += [(d * len(each) + t, *split.of_whole(*part)) for d, part in zip(share.ranks, share.ranges, strict=True)]
     held.sort(key=lambda one: one[0])
     columns = tuple(some for _, _, some in held if some is not None) or None
     ranks, ranges = tuple(rank for rank, _, _ in held), tuple(part for _, part, _ in held)

@@ -61,7 +61,12 @@ class Share:
         if self.columns is None:
             return stop - start
         first, last = _bounds(self.columns)
-        return (stop - start) // self.shape[1] * (last - first)
+
+        def ahead(at: Any) -> Any:  # elements of these columns before it, as in :func:`numel_of`
+            row, col = np.divmod(at, self.shape[1])
+            return row * (last - first) + np.clip(col - first, 0, last - first)
+
+        return ahead(stop) - ahead(start)
 
     @property
     def shared(self) -> bool:
