@@ -48,11 +48,12 @@ def sent(request: Request) -> dict[str, int]:
             logits = one // m.hidden * m.vocabulary * n  # this rank's part of the vocabulary, times n
             found["all-gather logits"] = passes * round(logits * (n - 1) / n)
     sliced = n if engine else 1
+    piece = -(-one // sliced) + (8 * (n + 7) if sliced > 1 else 0)  # with the whole's shape, and where parts begin
     arriving = (part.stage > 0) + 2 * (not part.last)
     if not part.last:
-        found["send activations"] = passes * -(-one // sliced)
+        found["send activations"] = passes * piece
     if part.stage > 0:
-        found["send gradients"] = passes * -(-one // sliced)
+        found["send gradients"] = passes * piece
     if sliced > 1 and arriving:
         found["all-gather activations"] = passes * arriving * round(one * (n - 1) / n)
     return found
