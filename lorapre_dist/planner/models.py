@@ -53,6 +53,10 @@ def find(model: str) -> tuple[str, tuple[Parameter, ...]]:
     Raises:
         ConfigError: there is no such model, or transformers cannot build one from its config.
     """
+    if model in PRESETS and PRESETS[model].experts:
+        from lorapre_dist.training.engines.models import preset_config
+
+        return _built(preset_config(model))
     if model in NAMES:
         return LLAMA, llama(LARGE[model] if model in LARGE else asdict(PRESETS[model]))
     path = Path(model)

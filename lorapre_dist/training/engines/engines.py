@@ -109,7 +109,7 @@ def build_engine(model: PreTrainedModel, settings: RunSettings) -> Engine:
 def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, data: TrainingData) -> str:
     """Model, batch, data (``what`` is in it) and optimizer state, one line each."""
     accumulation, whole = plan.per_rank // plan.micro_batch, models.whole(engine.module)
-    axes = [f"{name} {n}" for name in ("pipeline", "tensor") if (n := getattr(settings, name, 1)) > 1]
+    axes = [f"{name} {n}" for name in ("pipeline", "tensor", "expert") if (n := getattr(settings, name, 1)) > 1]
     lines = [
         f"model      {settings.model_name}, {models.count_parameters(whole):,} parameters, "
         f"vocabulary {data.vocab_size:,}, {settings.first_weights}",

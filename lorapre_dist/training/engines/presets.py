@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """Shapes of a Llama, and optimizer steps: those that the paper trains it for, of 70B as of 7B."""
+    """Shapes of a Llama (with experts: of a Mixtral), and optimizer steps: the paper's, and of 70B those of 7B."""
 
     hidden_size: int
     intermediate_size: int
@@ -18,10 +18,12 @@ class Preset:
     vocab_size: int
     steps: int
     num_key_value_heads: int | None = None
+    experts: int | None = None
 
 
 PRESETS = {
     "llama-tiny": Preset(128, 352, 4, 4, 1024, 2048, 1000),
+    "mixtral-tiny": Preset(128, 176, 4, 4, 1024, 2048, 1000, experts=4),
     "llama-60m": Preset(512, 1376, 8, 8, 1024, 32000, 10_000),
     "llama-130m": Preset(768, 2048, 12, 12, 1024, 32000, 20_000),
     "llama-350m": Preset(1024, 2736, 16, 24, 1024, 32000, 60_000),

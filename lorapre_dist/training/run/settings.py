@@ -122,6 +122,7 @@ class Settings(RunSettings):
     release_gradients: bool
     pipeline: int
     tensor: int
+    expert: int
 
     @property
     def model_name(self) -> str:
@@ -189,6 +190,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--tensor",
         type=int,
         help="ranks that each matrix is split over (deepspeed; default: the JSON's tensor_parallel.autotp_size, or 1)",
+    )
+    run.add_argument(
+        "--expert", type=int, default=1, help="ranks that the experts of each layer are dealt out to (fsdp2)"
     )
     add_run_options(run, save_every=1000)
     add_output_options(parser.add_argument_group("output"), "runs/pretrain")
@@ -325,6 +329,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
 
 def _with_axes(args: dict[str, Any], ds_config: dict[str, Any], world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration for ``--pipeline`` and ``--tensor``, once they fit the rest."""
+    _check_experts(args, world_size)
     stages, parts, zero = args["pipeline"], args["tensor"], zero_stage(ds_config)
     named = " ".join(f"--{name} {n}" for name, n in (("pipeline", stages), ("tensor", parts)) if n != 1)
     if (parts == 1 and model_axes(ds_config)["tensor"] > 1) or stages > 1:  # stages' layers are split without AutoTP
@@ -348,6 +353,21 @@ def _with_axes(args: dict[str, Any], ds_config: dict[str, Any], world_size: int)
     if stages > 1:
         return {"steps_per_print": 10**9, **ds_config}
     return {**ds_config, "tensor_parallel": {**ds_config.get("tensor_parallel", {}), "autotp_size": parts}}
+
+
+def _check_experts(args: dict[str, Any], world_size: int) -> None:
+    """Check ``--expert`` against the rest, but the model."""
+    named = f"--expert {args['expert']}"
+    if args["expert"] == 1:
+        return
+    if args["expert"] < 1:
+        raise ConfigError(f"{named}: must be at least 1")
+    if args["backend"] != "fsdp2":
+        raise ConfigError(f"{named} with --backend {args['backend']} is not supported: take --backend fsdp2")
+    if args["init_from"]:
+        raise ConfigError(f"{named} with --init_from is not supported: train from random weights, or take --expert 1")
+    if world_size % args["expert"]:
+        raise ConfigError(f"{named} on {world_size} ranks: must divide the number of ranks")
 
 
 def describe(settings: RunSettings) -> dict[str, Any]:
