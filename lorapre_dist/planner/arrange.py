@@ -19,7 +19,19 @@ def arranged(request: Request) -> Arrangement:
     def kept(name: str, shape: tuple[int, ...]) -> bool:
         return request.kept_as(name, shape) is not None
 
-    return axes.cut_again(named, request.tensor, request.split_dim, _inner(request, kept)).matrices(kept)
+    inner = _inner(request, kept)
+    if request.expert > 1:
+        return _with_experts(request, named, inner).matrices(kept)
+    return axes.cut_again(named, request.tensor, request.split_dim, inner).matrices(kept)
+
+
+def _with_experts(request: Request, named: Named, inner: Callable[[Named], Arrangement]) -> Arrangement:
+    """Experts over some ranks, and those of each over the others; all else over all ranks."""
+    experts = [(name, shape) for name, shape in named if request.is_stack(shape)]
+    rest = [(name, shape) for name, shape in named if not request.is_stack(shape)]
+    ranks = request.world_size // request.expert
+    apart = axes.cut_again(experts, request.expert, lambda *_: 0, lambda some: rows.fsdp2(some, ranks))
+    return axes.side_by_side(inner(rest), apart, [name for name, _ in named])
 
 
 def _inner(request: Request, kept: IsLowRank) -> Callable[[Named], Arrangement]:

@@ -55,6 +55,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--shard_size", type=int, default=8, help="under hsdp, ranks that share the parameters (default: 8)")
     add("--pipeline", type=int, help="stages that the layers are dealt out to (zero0, zero1, fsdp2; default: 1)")
     add("--tensor", type=int, help="ranks that each matrix is split over (zero0 to zero3, fsdp2; default: 1)")
+    add("--expert", type=int, help="ranks that the experts of each layer are split over (fsdp2; default: 1)")
     add("--replicated_state", action="store_true", help="under ddp, keep all of the state on every rank")
     add("--optimizer", choices=(*CONFIGS, "all"), help="one of ours, or all five of them (default: LoRAPre)")
     add("--rank", type=int, help="of the first moment's factors, also GaLore's (default: 128)")
@@ -144,7 +145,7 @@ def requests_of(given: argparse.Namespace) -> list[Request]:
         values |= found | {"offload": found["offload"] or given.offload}
     values |= {
         k: v
-        for k in ("precision", "accumulation", "micro_batch", "seq_len", "pipeline", "tensor")
+        for k in ("precision", "accumulation", "micro_batch", "seq_len", "pipeline", "tensor", "expert")
         if (v := getattr(given, k, None)) is not None
     }
     values |= {"layout": layout} if layout else {}

@@ -18,7 +18,7 @@ from lorapre_dist.layouts.geometry.shares import Arrangement
 from . import axes
 from .activations import INSTANTS
 from .arrange import arranged
-from .request import FP32, Request
+from .request import FP32, Parameter, Request
 from .rivals import Array, numel, over_ranks, zeros
 
 # DeepSpeed's ZeRO-0 all-reduces gradients by this many elements (runtime/engine.py, buffered_allreduce_fallback).
@@ -178,11 +178,14 @@ def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
     e, n = request.width, request.sharing
     partition = _partition(arrangement)
     padded = np.full_like(partition, partition[0])
-    units = {name: sum(_slices(p.shape, n) for p in some) for name, some in request.wrapped().items()}
-    rest, layers, largest = units.pop("", 0), sum(units.values()), max(units.values(), default=0)
+    wrapped, stacks = request.wrapped(), request.is_stack if request.expert > 1 else lambda _: False
+    units = {name: sum(_slices(p.shape, n) for p in some if not stacks(p.shape)) for name, some in wrapped.items()}
+    apart = {name: _apart(request, [p for p in some if stacks(p.shape)]) for name, some in wrapped.items()}
+    rest, layers = units.pop("", 0), sum(units.values())
+    largest = max((size + apart[name] for name, size in units.items()), default=0)
     passes, buffers, during, late = request.accumulation, 0, {}, {}
     if n > 1 or e < FP32:
-        during, late = _gathered(request, rest, layers, largest)
+        during, late = _gathered(request, rest, layers + sum(apart.values()), largest)
         buffers = max(during.values())
     if request.part is not None and request.part.stages > 1:
         whole = (e + (FP32 if passes > 1 else e)) * (rest + layers)
@@ -191,6 +194,10 @@ def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
         sent = _sharded(request, FP32 * (rest + layers), e * (rest + (passes + 1) * layers))
     else:
         sent = _sharded(request, FP32 * passes * (rest + layers), e * passes * (rest + 2 * layers))
+    if request.expert > 1:
+        part = passes * sum(apart.values())
+        for purpose, more in _rings(request.world_size // request.expert, FP32 * part, 2 * e * part).items():
+            sent[purpose] = sent.get(purpose, 0) + more
     copies = request.world_size // n
     if copies > 1:  # hybrid: each shard of the gradients is summed over the groups
         sent["all-reduce gradients"] = round(2 * (copies - 1) / copies * FP32 * passes * (rest + layers) / n)
@@ -198,6 +205,12 @@ def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
     if request.offload:
         return Frame(0 * padded, 0 * padded, buffers, during=during, host=2 * shards, sent=sent)
     return Frame(shards, shards, buffers, during=during, late=late, sent=sent)
+
+
+def _apart(request: Request, stacks: list[Parameter]) -> int:
+    """Elements of the experts of a layer that one expert-parallel rank has, padded for the ranks that share these."""
+    shapes = [(p.shape[0] // request.expert, *p.shape[1:]) for p in stacks]
+    return sum(_slices(shape, request.world_size // request.expert) for shape in shapes)
 
 
 def _gathered(request: Request, rest: int, layers: int, largest: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -264,7 +277,10 @@ def _all_reduce(request: Request, size: int) -> dict[str, int]:
 
 def _sharded(request: Request, gradients: int, weights: int) -> dict[str, int]:
     """Bytes of whole gradients and weights, as a rank sends them."""
-    n = request.sharing
+    return _rings(request.sharing, gradients, weights)
+
+
+def _rings(n: int, gradients: int, weights: int) -> dict[str, int]:
     ring = (n - 1) / n
     if n == 1:
         return {}

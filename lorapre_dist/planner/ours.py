@@ -95,7 +95,10 @@ def _agreed(request: Request, arrangement: Arrangement) -> dict[str, Array]:
     found, part = {}, request.part or Part()
     tensors, data = len(request.parameters), request.sharing // request.tensor
     if not request.layout.startswith("zero"):
-        agreed = traffic.agreeing(tensors, data) + traffic.agreeing(tensors, request.tensor)
+        groups = [data, request.tensor]
+        if request.expert > 1:
+            groups += [request.expert, request.world_size // request.expert]
+        agreed = sum(traffic.agreeing(tensors, n) for n in groups)
         beyond = part.stages * request.world_size if part.stages > 1 else 1
     else:  # DeepSpeed's optimizers look at gradients themselves; under ZeRO-0 in fp32 there is none
         agreed, alone = 0, request.layout == "zero0" and request.precision == "fp32"

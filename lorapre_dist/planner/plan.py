@@ -146,7 +146,7 @@ def plan(request: Request, of: tuple[str, ...] | None = None) -> dict[str, Usage
     for name, entry in ({request.optimizer.optimizer: Optimizer(costs)} | RIVALS).items():
         if of is not None and name not in of:
             continue
-        one = replace(request, pipeline=1, tensor=1) if entry.whole else request
+        one = replace(request, pipeline=1, tensor=1, expert=1) if entry.whole else request
         found[name] = _joined([_usage(stage, _lying(stage, entry), entry) for stage in one.stages])
     return found
 

@@ -86,6 +86,12 @@ def _of_axes(request: Request) -> list[str]:
     if request.tensor > 1:
         split = "projections and the head" if request.layout.startswith("zero") else "projections"
         found.append(f"tensor: {split} are split; a matrix's factors lie on its tensor- and data-parallel ranks alike")
+    if request.expert > 1:
+        found.append(
+            f"expert: stacks lie over {request.expert} ranks, and their matrices over the others; what tokens take on "
+            "their way is not planned for"
+        )
+        return found
     if found and request.seq_len is None:
         found.append("what is sent along these axes, activations, is planned for with --seq_len")
     return found

@@ -19,6 +19,7 @@ OFFLOADING = ("zero1", "zero2", "zero3", "fsdp2", "hsdp")
 #: Those under which a model's layers can be dealt out to stages, and matrices split over tensor-parallel ranks as well.
 PIPELINED = ("zero0", "zero1", "fsdp2")
 SPLIT = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+EXPERTS = ("fsdp2",)
 FP32 = 4
 BYTES = {"fp32": FP32, "bf16": 2, "fp16": 2}
 MAX_WORLD_SIZE = 1 << 20
@@ -92,6 +93,7 @@ class Request:
         checkpointing: activations are recomputed in the backward pass, block by block.
         pipeline: stages that the layers are dealt out to; ``accumulation`` micro-batches go through them.
         tensor: ranks that each matrix is split over; what is left of ``world_size`` is data-parallel.
+        expert: ranks that the experts of a layer are split over; all other parameters lie over all ranks.
         part: of a request that has been checked; None: it is for a whole model.
 
     Raises:
@@ -115,6 +117,7 @@ class Request:
     checkpointing: bool = False
     pipeline: int = 1
     tensor: int = 1
+    expert: int = 1
     part: Part | None = None
 
     def __post_init__(self) -> None:
@@ -145,15 +148,22 @@ class Request:
             raise ConfigError(explain_no_match(shapes, ours.rank, ours.target_modules, ours.resolved_rank_v))
 
     def _check_axes(self) -> None:
-        for name, count, layouts in (("pipeline", self.pipeline, PIPELINED), ("tensor", self.tensor, SPLIT)):
+        where = {
+            "pipeline": (self.pipeline, PIPELINED),
+            "tensor": (self.tensor, SPLIT),
+            "expert": (self.expert, EXPERTS),
+        }
+        for name, (count, layouts) in where.items():
             if count < 1:
                 raise ConfigError(f"{name} {count}: must be at least 1")
             if count > 1 and self.layout not in layouts:
-                others = f"{', '.join(layouts[:-1])} or {layouts[-1]}"
+                others = " or ".join(filter(None, (", ".join(layouts[:-1]), layouts[-1])))
                 raise ConfigError(f"{name} {count}: is planned for with {others}, not {self.layout}")
         if self.world_size % self.model_ranks:
             sizes = " x ".join(f"{name} {n}" for name, n in self.axis_sizes.items())
             raise ConfigError(f"{sizes}: {self.world_size} ranks are no multiple of {self.model_ranks}")
+        if self.expert > 1:
+            self._check_experts()
         if self.pipeline > 1:
             names = {p.name for p in self.parameters}
             if "model.embed_tokens.weight" in names and "lm_head.weight" not in names:
@@ -167,15 +177,30 @@ class Request:
             except ValueError as error:
                 raise ConfigError(f"pipeline {self.pipeline}: {error}") from error
 
+    def _check_experts(self) -> None:
+        counts = {p.shape[0] for p in self.parameters if self.is_stack(p.shape)}
+        if self.pipeline * self.tensor > 1:
+            raise ConfigError(f"expert {self.expert}: is not planned for with pipeline or tensor; take one of them")
+        if not counts:
+            raise ConfigError(f"expert {self.expert}: {self.model} has no experts in stacks; take 1")
+        if any(count % self.expert for count in counts):
+            raise ConfigError(f"expert {self.expert}: must divide the {min(counts)} experts of a layer")
+
+    @staticmethod
+    def is_stack(shape: tuple[int, ...]) -> bool:
+        """Whether a parameter is of several experts, which expert parallelism splits."""
+        return len(shape) == 3
+
     @property
     def model_ranks(self) -> int:
         """Ranks that have one copy of the model together, data parallelism apart."""
-        return self.pipeline * self.tensor
+        return self.pipeline * self.tensor * self.expert
 
     @property
     def axis_sizes(self) -> dict[str, int]:
         """Sizes of the axes beside data parallelism, those of one rank left out."""
-        return {name: n for name, n in (("pipeline", self.pipeline), ("tensor", self.tensor)) if n > 1}
+        sizes = {"pipeline": self.pipeline, "tensor": self.tensor, "expert": self.expert}
+        return {name: n for name, n in sizes.items() if n > 1}
 
     @functools.cached_property
     def stages(self) -> tuple[Request, ...]:

@@ -17,12 +17,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import lorapre_dist
 from lorapre_dist.integrations.deepspeed.bind import base_optimizer
 from lorapre_dist.layouts.geometry.axes import stages as dealt_out
 from lorapre_dist.training.engines import pipeline
+from lorapre_dist.training.engines.experts import split as split_experts
 from lorapre_dist.training.engines.pipeline import Block, NextToken
 
 from .cases import BUCKET
@@ -41,6 +42,8 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_cache": False,
 }
+#: Four experts over two ranks, and each rank's two over two.
+EXPERTS: dict[str, Any] = {**CONFIG, "intermediate_size": 156, "num_local_experts": 4, "num_hidden_layers": 2}
 PARAMS: dict[str, Any] = {"lr": 1e-3, "rank": 8, "rank_v": 3}
 MICRO_BATCHES, LENGTH = 3, 6
 
@@ -137,6 +140,29 @@ def axes_case(rank: int, world_size: int, *, layout: str, stages: int, parts: in
         }
     finally:
         close()
+
+
+def experts_case(rank: int, world_size: int) -> dict[str, Any]:
+    """A step of a Mixtral whose experts lie over two ranks; gradients are made up."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**EXPERTS))
+    split_experts(model, 2, "cpu")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model._apply(lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
+    for p in model.parameters():
+        torch.nn.init.normal_(p.data.to_local(), std=0.02)
+        p.grad = torch.randn_like(p)
+    optimizer = lorapre_dist.LoRAPre(model.named_parameters(), **PARAMS)
+    optimizer.memory_report()
+    optimizer.comm.reset()
+    optimizer.step()
+    return {
+        "pieces": [_described(p, unit) for unit in optimizer.layout.units for p in unit.pieces],
+        "state": optimizer.memory_report().state_bytes,
+        "sent": {purpose: n for purpose, n in optimizer.comm.bytes.items() if n},
+    }
 
 
 def llama() -> Any:

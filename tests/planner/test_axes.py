@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import MixtralConfig
 
 from lorapre_dist.cli import main
 from lorapre_dist.config import ConfigError, LoRAPreConfig
 from lorapre_dist.layouts.geometry.rows import split_dim
 from lorapre_dist.planner import Request, Zero, plan
 from lorapre_dist.planner.axes import axis_of
-from lorapre_dist.planner.models import llama, load
+from lorapre_dist.planner.models import llama, load, parameters
 from tests.distributed.harness import run_ranks
 
-from .axes_cases import CONFIG, LENGTH, MICRO_BATCHES, PARAMS, axes_case
+from .axes_cases import CONFIG, EXPERTS, LENGTH, MICRO_BATCHES, PARAMS, axes_case, experts_case
 from .cases import BUCKET
 from .test_counted import check_pieces
 
@@ -66,6 +67,24 @@ def test_state_and_bytes_of_each_axis_are_what_is_counted(layout, stages, parts)
         assert {axis for axis, _ in planned} == {*request.axis_sizes, *(["data"] if stages * parts < 4 else [])}
         for key in planned.keys() | counted["frame_sent"].keys():
             assert 0 <= counted["frame_sent"].get(key, 0) - planned[key] <= BESIDE, (rank, key, planned, counted)
+
+
+def test_experts_over_other_ranks_are_what_is_counted():
+    request = Request(
+        "small",
+        parameters(MixtralConfig(**EXPERTS)),
+        "fsdp2",
+        4,
+        "fp32",
+        optimizer=LoRAPreConfig(**PARAMS),
+        cpu=True,
+        expert=2,
+    )
+    usage = plan(request, ("LoRAPre",))["LoRAPre"]
+    for rank, counted in enumerate(run_ranks(4, experts_case)):
+        check_pieces(request, rank, counted["pieces"])
+        assert counted["state"] == usage.memory["state"][rank], rank
+        assert counted["sent"] == {purpose: int(n[rank]) for purpose, n in usage.sent.items() if n[rank]}, rank
 
 
 def test_what_ranks_hold_adds_up_over_all_axes():
@@ -119,6 +138,8 @@ def test_axes_of_the_json_and_of_the_command_line(tmp_path, capsys):
         ({"pipeline": 2, "layout": "zero2"}, "pipeline 2: is planned for with zero0, zero1 or fsdp2, not zero2"),
         ({"tensor": 2, "layout": "ddp"}, "tensor 2: is planned for with zero0, zero1, zero2, zero3 or fsdp2, not ddp"),
         ({"pipeline": 16}, "pipeline 16: 11 layers are fewer than 16 stages"),
+        ({"expert": 2}, "expert 2: is planned for with fsdp2, not zero1"),
+        ({"expert": 2, "layout": "fsdp2"}, "expert 2: 60m has no experts in stacks; take 1"),
         ({"tensor": 0}, "tensor 0: must be at least 1"),
     ],
 )
