@@ -93,7 +93,7 @@ def _add(
 def _agreed(request: Request, arrangement: Arrangement) -> dict[str, Array]:
     """What is sent beside the steps of matrices: whether to step, by all stages or none, and under DDP the results."""
     found, part = {}, request.part or Part()
-    tensors, data = len(request.parameters), request.sharing // request.tensor
+    tensors, data = len(request.parameters), arrangement.size // request.tensor
     if not request.layout.startswith("zero"):
         groups = [data, request.tensor]
         if request.expert > 1:
