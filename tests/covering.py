@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 
 
+def some(values: Iterable[Any], chosen: Iterable[Any]) -> list[Any]:
+    """The ``values`` for ``parametrize``, of which the ``chosen`` run by default and all with ``--exhaustive``."""
+    by_default = list(chosen)
+    return [pytest.param(value, marks=() if value in by_default else pytest.mark.exhaustive) for value in values]
+
+
 def covering(*values: Iterable[Any], strength: int = 2) -> list[Any]:
     """The product of ``values`` for ``parametrize``, of which some run by default and all with ``--exhaustive``.
 
