@@ -10,9 +10,15 @@ import pytest
 
 
 def some(values: Iterable[Any], chosen: Iterable[Any]) -> list[Any]:
-    """The ``values`` for ``parametrize``, of which the ``chosen`` run by default and all with ``--exhaustive``."""
-    by_default = list(chosen)
-    return [pytest.param(value, marks=() if value in by_default else pytest.mark.exhaustive) for value in values]
+    """The ``values`` for ``parametrize``, of which the ``chosen`` run by default and all with ``--exhaustive``.
+
+    A tuple is the values of several parameters.
+    """
+    by_default, found = list(chosen), []
+    for value in values:
+        marks = () if value in by_default else pytest.mark.exhaustive
+        found.append(pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks))
+    return found
 
 
 def covering(*values: Iterable[Any], strength: int = 2) -> list[Any]:

@@ -70,6 +70,7 @@ def _engine_leg(layout: str, world_size: int, optimizer: str, folder: str, leg: 
         dist.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer, legs", some([("LoRAPre", 9), ("LoRAPreAdafactor", 5)], [("LoRAPre", 9)]))
 def test_training_goes_on_under_other_parallelism(optimizer, legs, tmp_path):
     """fp32, since an engine is among them: rounding alone leaves 1e-6."""

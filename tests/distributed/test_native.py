@@ -44,11 +44,8 @@ BETWEEN = [("fsdp2", 2), ("fsdp1", 2), ("ddp", 2), ("ddp", 3), ("ddp replicated"
 OTHERS = [name for name in OPTIONS if name != "LoRAPre"]
 
 
-@pytest.mark.parametrize(
-    "where", some(CASES, [case for case in CASES if case not in BETWEEN]), ids="{0[0]}-{0[1]}".format
-)
-def test_parameters_match_reference_in_fp64(where, steps):
-    layout, world = where
+@pytest.mark.parametrize("layout, world", some(CASES, [case for case in CASES if case not in BETWEEN]))
+def test_parameters_match_reference_in_fp64(layout, world, steps):
     for result in run_ranks(world, equality_case, layout=layout, dtype=torch.float64, steps=steps):
         assert result["error"] <= 1e-10, (result["name"], result["error"])
 

@@ -46,6 +46,7 @@ def assert_same(found: list[dict], wanted: list[dict]) -> None:
                 assert one[key] == pytest.approx(other[key], rel=FP32), (key, one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["--pipeline", "--tensor"])
 def test_the_same_losses_as_without(axis, options, plain, tmp_path):
     command = [*options, axis, "2", "--save_every", "0", "--output_dir", str(tmp_path)]
@@ -55,6 +56,7 @@ def test_the_same_losses_as_without(axis, options, plain, tmp_path):
     assert_same(rows(tmp_path), rows(plain))
 
 
+@pytest.mark.slow
 def test_a_lost_rank_ends_the_others_and_the_same_command_resumes(options, plain, tmp_path):
     command = [*options, "--pipeline", "2", "--save_every", "4", "--collective_timeout", "10"]
     command += ["--output_dir", str(tmp_path)]
