@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from lorapre_dist.bench import weights
 from lorapre_dist.bench.field import report
 from lorapre_dist.bench.field.plan import Protocol
 from lorapre_dist.bench.field.registry import CONTENDERS
@@ -133,6 +134,14 @@ def contenders() -> str:
     return table(["`--rows`", "optimizer of the matrices", "from", "learning rates"], rows)
 
 
+def fewer_bits() -> str:
+    """The recorded runs of ``bench weights``."""
+    losses: weights.Losses = {}
+    for row in read("weights"):
+        losses.setdefault(row["row"], {})[int(row["seed"])] = float(row["loss"])
+    return weights.table(losses, sorted({seed for of in losses.values() for seed in of}))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "equality_deepspeed": lambda: equality(is_zero, ["layout", "precision"]),
     "equality_native": lambda: equality(is_native, ["layout"]),
@@ -151,10 +160,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "field_searched": lambda: field(report.searched),
     "field_missing": lambda: field(lambda rows: report.lacking(rows, FIELD)),
     "field_varied": lambda: report.varied(field_runs(), FIELD, "lorapre-8"),
+    "field_exchanged": lambda: report.varied(field_runs(), FIELD, "lorapre-8", "lorapre-dense-8"),
     "field_varied_32": lambda: report.varied(field_runs(), FIELD, "lorapre-32"),
     "field_contenders": contenders,
     "tracking": lambda: plain("tracking"),
     "large_elements": lambda: plain("large_elements"),
+    "weights": fewer_bits,
     "finetune": lambda: plain("finetune"),
     "fits": fits,
     "training_memory": lambda: plain("training_memory"),

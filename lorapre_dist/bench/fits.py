@@ -35,6 +35,7 @@ LETTERS = {
     ("release_gradients", True): "r",
     ("weights", "kahan"): "k",
     ("state_dtype", "bf16"): "b",
+    ("other_state", "adamw8bit"): "a",
     ("weights", "stochastic"): "s",
     ("state_dtype", "8bit"): "8",
     ("embeddings", "low_rank"): "e",

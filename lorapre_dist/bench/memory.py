@@ -6,7 +6,7 @@
 ``state``: the state is allocated as rank 0 of each world size holds it (the largest share) and its bytes are counted.
 ``peak``: the growth of this process's resident memory during a step on one matrix.
 ``training``: live tensor bytes of whole training steps, with each option that saves memory alone and with all of them,
-on the device ``meta`` (``--device cpu``: really computed, the same bytes) and, with ``--layouts``, on two real ranks;
+on the device ``meta`` (``--device cpu``: really computed, the same bytes), or with ``--layouts`` on two real ranks;
 beside them what ``lorapre plan`` says.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from lorapre_dist.config import ConfigError
+from lorapre_dist.config.checks import choice
 from lorapre_dist.core.interval import Peers
 from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.layouts.geometry.ranges import equal_ranges
@@ -32,6 +33,7 @@ from .options import bench_parser
 from .shapes import projections
 
 PARTS = ("state", "peak", "training")
+LAYOUTS = ("one", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def main(argv: list[str]) -> None:
@@ -49,8 +51,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of training, in its one sequence (default: 128)")
     parser.add_argument("--device", choices=("meta", "cpu"), default="meta", help="of training in one process")
     parser.add_argument(
-        "--layouts", nargs="+", choices=("fsdp2", "zero2", "zero3"), default=[], help="of training on two ranks as well"
+        "--layouts",
+        nargs="+",
+        choices=LAYOUTS,
+        default=["one"],
+        help="of training: one device, and of two ranks others",
     )
+    parser.add_argument("--options", nargs="+", metavar="NAME", help="of training, rows of the table (default: all)")
     parser.add_argument("--csv", type=Path, help="file for the rows of training")
     args = parser.parse_args(argv)
     if "state" in args.parts:
@@ -82,13 +89,17 @@ def _print_training(args: argparse.Namespace) -> None:
     from .ranks import spawn
 
     rows = []
+    for name in args.options or ():
+        choice("--options", name, tuple(training.OPTIONS))
     for model, rank in (_model_and_rank(text) for text in args.models):
         cases = {
             name: training.Case(model, rank, options=options, tokens=args.tokens, device=args.device)
             for name, options in training.OPTIONS.items()
+            if name in (args.options or training.OPTIONS)
         }
-        rows += [_printed(training.row(case, name, training.measured(case))) for name, case in cases.items()]
-        for layout in args.layouts:
+        if "one" in args.layouts:
+            rows += [_printed(training.row(case, name, training.measured(case))) for name, case in cases.items()]
+        for layout in (layout for layout in args.layouts if layout != "one"):
             here = {name: replace(case, layout=layout, device="cpu") for name, case in cases.items()}
             found = spawn(2, training.on_rank, cases=[asdict(case) for case in here.values()])
             for k, (name, case) in enumerate(here.items()):

@@ -2,6 +2,9 @@
 
     python -m lorapre_dist.bench step --model llama-60m --rank 128
 
+The bare GEMMs are those with the gradient. What is r x r comes on top of them and is the step's floor with them: Grams
+of both factors, their Cholesky factors and inverses, the refresh of A with one, the gauge of A and B with the other.
+
 Beside it a fused AdamW step, and a step of GaLore at rank 128 between its SVDs where galore-torch is installed. All are
 measured alternately in one run, on one thread unless told otherwise; one thread's time is its CPU time, so that it does
 not count while other work has the core. Medians and minima are compared: other work on a shared machine slows memory
@@ -22,6 +25,11 @@ from typing import Any
 import torch
 
 from lorapre_dist.config.options import KERNELS
+from lorapre_dist.core.factors import Factors
+from lorapre_dist.core.gauge import change
+from lorapre_dist.core.linalg import addmm, gram
+from lorapre_dist.core.refresh import damped_inverses, gauges, unpacked
+from lorapre_dist.core.workspace import Workspace
 from lorapre_dist.optimizers import LoRAPre
 
 from .options import bench_parser
@@ -50,7 +58,7 @@ def main(argv: list[str]) -> None:
     print(f"{args.model}, rank {args.rank}, rank_v {figures['rank_v']}, {args.variant}, fp32, {args.device}, ", end="")
     print(f"{args.threads} thread(s), {args.repeats} rounds, kernels {args.kernels!r}")
     print(f"  {'':<42} {'median':>9} {'minimum':>9}")
-    for label in ("bare GEMMs", "memory pass", "AdamW step", "GaLore step", "LoRAPre step"):
+    for label in ("bare GEMMs", "memory pass", "r x r work", "AdamW step", "GaLore step", "LoRAPre step"):
         if label in figures:
             print(f"  {label:<42} {figures[label][0] * 1e3:6.1f} ms {figures[label][1] * 1e3:6.1f} ms")
     for label, (median, least) in figures["ratios"].items():
@@ -81,6 +89,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "LoRAPre step": optimizer.step,
         "bare GEMMs": _gemms(params, [args.rank, rank_v]),
         "memory pass": _memory_pass(params),
+        "r x r work": _square(params, [args.rank, rank_v], optimizer.config.resolved_damping),
         "AdamW step": adamw.step,
     }
     if importlib.util.find_spec("galore_torch"):
@@ -96,8 +105,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if repeat:
                 times[label].append(clock() - begin)
     figures: dict[str, Any] = {label: (statistics.median(values), min(values)) for label, values in times.items()}
-    step, gemms, memory = (figures[label] for label in ("LoRAPre step", "bare GEMMs", "memory pass"))
-    yardsticks = {"(bare GEMMs + memory pass)": [gemms[k] + memory[k] for k in (0, 1)]}
+    step, *parts = (figures[label] for label in ("LoRAPre step", "bare GEMMs", "memory pass", "r x r work"))
+    yardsticks = {
+        "(bare GEMMs + memory pass)": [sum(part[k] for part in parts[:2]) for k in (0, 1)],
+        "(these + r x r work)": [sum(part[k] for part in parts) for k in (0, 1)],
+    }
     yardsticks |= {label: figures[label] for label in ("AdamW step", "GaLore step") if label in figures}
     figures["ratios"] = {f"LoRAPre step / {of}": [step[k] / one[k] for k in (0, 1)] for of, one in yardsticks.items()}
     figures["rank_v"] = rank_v
@@ -132,6 +144,30 @@ def _gemms(params: list[torch.nn.Parameter], ranks: list[int]) -> Callable[[], N
             torch.mm(B.T, g, out=Z)
 
     return run
+
+
+def _square(params: list[torch.nn.Parameter], ranks: list[int], damping: float) -> Callable[[], None]:
+    """What is r x r in a step of ``stable``, in the functions that a step has for it, and in its batches."""
+    workspace, device = Workspace(), params[0].device
+    every = []
+    for r in ranks:
+        made = [(torch.randn(1, p, r, device=device), torch.randn(1, r, q, device=device)) for p, q in _shapes(params)]
+        every.append([(Factors(B, A), torch.randn_like(A)) for B, A in made])
+
+    def run() -> None:
+        for some in every:
+            grams = torch.cat([gram(factors.B, wide=False) for factors, _ in some])
+            for (factors, Z), inverse in zip(some, damped_inverses(grams, damping, relative=True), strict=True):
+                addmm(factors.A, inverse[None], Z, beta=0.95, alpha=0.05)
+            grams = torch.cat([gram(factors.A, wide=True) for factors, _ in some])
+            for (factors, _), both in zip(some, unpacked(gauges(grams, damping)), strict=True):
+                change(factors, [], both[None, 0], both[None, 1], workspace)
+
+    return run
+
+
+def _shapes(params: list[torch.nn.Parameter]) -> list[tuple[int, int]]:
+    return [(p.shape[0], p.shape[1]) for p in params]
 
 
 def _memory_pass(params: list[torch.nn.Parameter]) -> Callable[[], None]:

@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kahan": {"weights": "kahan"},
     "bf16 state": {"state_dtype": "bf16"},
     "8-bit state": {"state_dtype": "8bit"},
+    "8-bit AdamW": {"other_state": "adamw8bit"},
     "adafactor": {"other_state": "adafactor"},
     "low-rank embeddings": {"embeddings": "low_rank"},
 }

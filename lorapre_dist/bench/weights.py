@@ -19,6 +19,8 @@ and of fp32 weights, of which nothing is rounded but
     8bit_state  factors in 8 bits
     tables      embedding and head with low-rank momenta
     adafactor   embedding and head with Adafactor's second moment, and no first
+    adamw8bit   embedding and head with AdamW's moments in 8 bits
+    8bit        that, and factors in 8 bits: all state but that of vectors
 
 A run whose figures are in the file of ``--json`` already, with the same settings, is not made again.
 """
@@ -104,34 +106,42 @@ ROWS: dict[str, tuple[str, Callable[[nn.Module, float], Optimizer]]] = {
     "8bit_state": ("fp32, factors in 8 bits", with_options(state_dtype="8bit")),
     "tables": ("fp32, embeddings low-rank", with_options(embeddings="low_rank")),
     "adafactor": ("fp32, others under Adafactor", with_options(other_state="adafactor")),
+    "adamw8bit": ("fp32, others under 8-bit AdamW", with_options(other_state="adamw8bit")),
+    "8bit": ("fp32, all state in 8 bits", with_options(state_dtype="8bit", other_state="adamw8bit")),
 }
 
 
-def table(runs: dict[str, dict[int, training.Run]], seeds: list[int]) -> str:
-    """Markdown: a line for each row, losses by seed, and their mean difference to ``master`` with its spread."""
+#: Losses by row and seed.
+Losses = dict[str, dict[int, float]]
+
+
+def table(losses: Losses, seeds: list[int]) -> str:
+    """Markdown: a line for each row, losses by seed, and their mean difference to ``master`` with its spread.
+
+    "-" where there is no run; differences are of the seeds that both have.
+    """
     lines = [
         "| weights | " + " | ".join(f"seed {seed}" for seed in seeds) + " | minus master: mean | least | most |",
         "|---" * (len(seeds) + 4) + "|",
     ]
-    for name, of in runs.items():
-        cells = [f"{of[seed].val_loss:.4f}" for seed in seeds]
-        behind = _behind(runs, name, seeds)
+    for name, of in losses.items():
+        cells = [f"{of[seed]:.4f}" if seed in of else "-" for seed in seeds]
+        behind = _behind(losses, name, seeds)
         cells += [f"{x:+.4f}" for x in (statistics.mean(behind), min(behind), max(behind))] if behind else ["-"] * 3
         lines.append("| " + " | ".join([ROWS[name][0], *cells]) + " |")
     return "\n".join(lines)
 
 
-def _behind(runs: dict[str, dict[int, training.Run]], name: str, seeds: list[int]) -> list[float]:
-    if "master" not in runs:
-        return []
-    return [runs[name][seed].val_loss - runs["master"][seed].val_loss for seed in seeds]
+def _behind(losses: Losses, name: str, seeds: list[int]) -> list[float]:
+    master = losses.get("master", {})
+    return [losses[name][seed] - master[seed] for seed in seeds if seed in master and seed in losses[name]]
 
 
-def remarks(runs: dict[str, dict[int, training.Run]], seeds: list[int]) -> list[str]:
+def remarks(losses: Losses, seeds: list[int]) -> list[str]:
     """Whether each limit is met, by the mean over the seeds."""
     found = []
     for name, limit in LIMITS.items():
-        behind = _behind(runs, name, seeds) if name in runs else []
+        behind = _behind(losses, name, seeds) if name in losses else []
         if behind:
             mean = statistics.mean(behind)
             verdict = "met" if mean <= limit else "NOT MET"
@@ -168,7 +178,8 @@ def main(argv: list[str]) -> None:
         f"{args.batch} x {args.seq_len} tokens, {torch.get_num_threads()} thread(s), "
         f"{(time.perf_counter() - begin) / 60:.1f} minutes\n"
     )
-    print("\n".join([table(runs, args.seeds), "", *remarks(runs, args.seeds)]))
+    losses = {name: {seed: run.val_loss for seed, run in of.items()} for name, of in runs.items()}
+    print("\n".join([table(losses, args.seeds), "", *remarks(losses, args.seeds)]))
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from ..config.options import STATE_DTYPES
 from ..core.factors import SQUARES
+from ..core.spec import SCALES
 from . import files
 
 #: What says the rank of each moment's factors; an optimizer without a low-rank second moment has no ``rank_v``.
@@ -52,6 +53,11 @@ class Trained(Entry):
     step: int
     compensated: bool = False
 
+    @property
+    def coded(self) -> bool:
+        """Whether AdamW's moments are in 8 bits (``core/codes.py``)."""
+        return False
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
         return super().to_json() | {"step": self.step} | ({"weights": "kahan"} if self.compensated else {})
@@ -74,6 +80,11 @@ class LowRank(Trained):
     ranks: dict[str, int]
     vectors: tuple[str, ...]
     forms: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def coded(self) -> bool:
+        """Whether AdamW's moments are in 8 bits: it has no factors, but scales for its rows."""
+        return any(vector in SCALES for vector in self.vectors)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
@@ -110,12 +121,12 @@ def _of_factors(entry: dict[str, Any]) -> dict[str, Any]:
     optimizer, variant = entry.get("optimizer", "LoRAPre"), entry.get("variant")  # the first versions had but one
     ranks = {moment: entry.get(key) for moment, key in RANKS.items() if moment == "m" or key in entry}
     for moment, rank in ranks.items():
-        if not (files.is_count(rank) and (rank or optimizer == "LoRAPreAdafactor")):
+        if not (files.is_count(rank) and (rank or optimizer in ("LoRAPreAdafactor", "AdamW8bit"))):
             raise ValueError(f"a {RANKS[moment]} that is no rank: {rank!r:.80}")
     if not isinstance(variant, str) or not isinstance(optimizer, str):
         raise ValueError("an optimizer or variant that is no text")
     vectors = entry.get("vectors", ["v_row"] if variant == "stable" else [])  # nor did they say these
-    if not isinstance(vectors, list) or any(v not in (*SQUARES, *SQUARES.values()) for v in vectors):
+    if not isinstance(vectors, list) or any(v not in (*SQUARES, *SQUARES.values(), *SCALES) for v in vectors):
         raise ValueError(f"statistics that are not known: {vectors!r:.80}")
     forms = entry.get("forms", {})
     if not isinstance(forms, dict) or any(m not in RANKS or form not in STATE_DTYPES for m, form in forms.items()):

@@ -52,11 +52,15 @@ def differences(
 
 
 def _kinds(parameters: Mapping[str, Entry]) -> dict[str, str]:
-    return {parameter_name(name): entry.kind for name, entry in parameters.items()}
+    # AdamW's moments are converted where they are in 8 bits on one side alone.
+    coded = {name for name, entry in parameters.items() if isinstance(entry, Trained) and entry.coded}
+    return {parameter_name(n): Trained.kind if n in coded else entry.kind for n, entry in parameters.items()}
 
 
 def _difference(then: Trained, present: Trained, resize: bool) -> str | None:
     """The first difference between a parameter's entries, in words."""
+    if then.coded != present.coded:
+        return None if then.shape == present.shape else f"shape was {list(then.shape)}, is {list(present.shape)}"
     was, roots = then.to_json(), {square: root for root, square in SQUARES.items()}
     if isinstance(then, LowRank):
         was["vectors"] = [roots.get(square, square) for square in then.vectors]

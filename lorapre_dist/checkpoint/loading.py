@@ -24,7 +24,7 @@ from ..state.shards import (
     weight_shards,
 )
 from ..state.state_dict import restore_groups, tell_converted
-from . import content, dcp, fit, halves, stored
+from . import content, dcp, fit, halves, moments, stored
 from .content import Content
 from .entries import LowRank, Trained
 from .resize import load_resized
@@ -72,6 +72,7 @@ def load(
     bring_home(to.shards)
     halves.load(path / content.TENSORS, to.change, to.shards, to.lower, group)
     if states:
+        moments.load(path / content.TENSORS, to.recoded, to.factors, group)
         _finish(path, saved, to, optimizer, resize_rank, team)
     return extra
 
@@ -111,6 +112,7 @@ class _Target:
         held: the pieces whose state was saved, with it; ``factors``: that state's tensors by name.
         lower, change: the bits that 16-bit weights lack, and where only one side has them.
         changed: matrices whose factors have another rank; ``converted``: how many are kept in another form.
+        recoded: where AdamW's moments are in 8 bits on one side alone.
     """
 
     shards: dict[str, Any]
@@ -122,6 +124,7 @@ class _Target:
     change: halves.Change
     changed: dict[str, LowRank]
     converted: int
+    recoded: moments.Change
 
 
 def _target(
@@ -154,18 +157,20 @@ def _target(
     if team.rank == 0:
         change.say()
     changed: dict[str, LowRank] = {}
-    converted = 0
+    converted, recoded = 0, moments.Change.between(was, present)
     if states:
         both = _low_rank(was, present)
         changed = {name: now for name, (then, now) in both.items() if then.ranks != now.ranks}
         converted = sum(then.forms != now.forms for then, now in both.values())
-        resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"}
+        resized = {f"{OPTIMIZER}{name}.{m}_{f}" for name in changed for m in "mv" for f in "BA"} | recoded.names()
+        if team.rank == 0:
+            recoded.say()
         as_saved = _as_saved(factors, dcp.shapes(path / content.TENSORS)) if converted else factors
         shards.update({name: shard for name, shard in as_saved.items() if name not in resized})
     roots = {}
     if saved.format == 1:
         roots = {n: n.removesuffix(r) + s for n in shards for r, s in SQUARES.items() if n.endswith(f".{r}")}
-    return _Target(shards, lies | roots, roots, held, factors, lower, change, changed, converted)
+    return _Target(shards, lies | roots, roots, held, factors, lower, change, changed, converted, recoded)
 
 
 def _finish(

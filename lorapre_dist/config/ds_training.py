@@ -117,6 +117,13 @@ def ignored(config: dict[str, Any]) -> list[str]:
     return sorted(config.keys() - NATIVE)
 
 
+def model_axes(config: dict[str, Any]) -> dict[str, int]:
+    """Stages of the pipeline and tensor-parallel ranks that the JSON names, 1 where it names none."""
+    stages = (config.get("pipeline") or {}).get("stages")
+    parts = (config.get("tensor_parallel") or {}).get("autotp_size")
+    return {name: n if type(n) is int and n > 0 else 1 for name, n in (("pipeline", stages), ("tensor", parts))}
+
+
 def batch_sizes(config: dict[str, Any], world_size: int) -> BatchSizes:
     """Fill in the one of the three batch settings that the JSON leaves out, as DeepSpeed does.
 

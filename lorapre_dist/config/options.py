@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("stable", "paper")
 STATE_DTYPES = ("fp32", "bf16", "8bit")
-OTHER_STATES = ("adamw", "adafactor")
+OTHER_STATES = ("adamw", "adamw8bit", "adafactor")
 EMBEDDINGS = ("full", "low_rank")
 #: The values of ``weights`` that are for bf16 weights without an fp32 copy.
 SIXTEEN = ("stochastic", "kahan")
@@ -59,8 +59,9 @@ class LowRankConfig:
         max_skipped: steps in a row with a gradient that is not finite after which ``step`` raises an error.
         state_dtype: in which form the factors are kept between steps: ``"fp32"``, ``"bf16"``, or ``"8bit"`` with a
             scale for each row of ``B`` and column of ``A``; a step reckons in fp32 and rounds stochastically.
-        other_state: what is kept of the 2-D parameters that are no low-rank matrices: ``"adamw"``, or ``"adafactor"``,
-            the means of the gradient's square over rows and columns, and no first moment.
+        other_state: what is kept of the 2-D parameters that are no low-rank matrices: ``"adamw"``, ``"adamw8bit"``, the
+            same two numbers an element in 8 bits each with scales for every row, or ``"adafactor"``, the means of the
+            gradient's square over rows and columns, and no first moment.
         embeddings: ``"low_rank"`` gives embedding and output layer low-rank momenta, too, stepped at AdamW's settings;
             ``"full"`` leaves them to ``other_state``.
         release_gradients: step each parameter in the backward pass, as soon as its gradient is complete, and forget the
@@ -317,6 +318,25 @@ class LoRAPreAdafactorConfig(LowRankConfig):
     def resolved_gammas(self) -> tuple[float, float]:
         """Refresh rate with the coupling of the paper filled in, and 0.0: the second moment has no factors."""
         return self.gamma if self.gamma is not None else 1.0 - math.sqrt(self.betas[0]), 0.0
+
+
+@dataclass(frozen=True)
+class AdamW8bitConfig(LowRankConfig):
+    """Settings of AdamW with moments in 8 bits, for what is no projection (``others.py``): no optimizer by itself.
+
+    Attributes:
+        betas, eps: as in ``torch.optim.AdamW``.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    optimizer = "AdamW8bit"
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Scales of the rows' moments, with which there are codes."""
+        return ("exp_avg_row", "exp_avg_sq_row")
 
 
 @dataclass(frozen=True)

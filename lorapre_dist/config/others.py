@@ -1,11 +1,12 @@
 """The 2-D parameters that are no projections: embedding, head, routers, what is smaller than the rank.
 
     other_state="adamw"       two numbers an element, as vectors have
+    other_state="adamw8bit"   the same in 8 bits each, with two scales a row (``core/codes.py``)
     other_state="adafactor"   the means of g^2 over rows and columns (arXiv 1804.04235), p + q numbers; no first moment
     embeddings="low_rank"     embedding and head as LoRAPre has matrices, with the same rank
 
-The last two are matrices to the core: with factors of rank 0 in the first case. Either way they are stepped as AdamW
-would step them: at its lr, betas, eps and weight decay, whatever the optimizer of the projections is, and without
+The last three are matrices to the core, with factors of rank 0 but in the last case. Either way they are stepped as
+AdamW would step them: at its lr, betas, eps and weight decay, whatever the optimizer of the projections is, and without
 GaLore's ``scale``. Vectors keep AdamW's state: they are few.
 """
 
@@ -15,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import param_groups
-from .options import LoRAPreAdafactorConfig, LoRAPreConfig, LowRankConfig
+from .options import AdamW8bitConfig, LoRAPreAdafactorConfig, LoRAPreConfig, LowRankConfig
 
-Settings = LoRAPreConfig | LoRAPreAdafactorConfig
+Settings = LoRAPreConfig | LoRAPreAdafactorConfig | AdamW8bitConfig
 
 
 def settings(
@@ -33,12 +34,14 @@ def settings(
     if len(shape) != 2 or min(shape) < 2:
         return None
     low_rank = config.embeddings == "low_rank" and 0 < config.rank < min(shape) and _is_table(name, kinds)
-    same = {**adamw, "seed": config.seed, "init_std": config.init_std, "scale": 1.0}
+    same = {**adamw, "seed": config.seed, "init_std": config.init_std}
     if low_rank:
-        return LoRAPreConfig(rank=config.rank, state_dtype=config.state_dtype, **same)
+        return LoRAPreConfig(rank=config.rank, state_dtype=config.state_dtype, scale=1.0, **same)
     if config.other_state == "adafactor":
         same["betas"] = 0.0, adamw.get("betas", (0.9, 0.999))[1]
-        return LoRAPreAdafactorConfig(rank=0, residual=0.0, **same)
+        return LoRAPreAdafactorConfig(rank=0, residual=0.0, scale=1.0, **same)
+    if config.other_state == "adamw8bit":
+        return AdamW8bitConfig(rank=0, **same)
     return None
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import quantized
+from . import noise, quantized
 from .exchange import Item, Work
 from .factors import Factors, Matrix
 from .guard import Go
@@ -52,12 +52,12 @@ def round_back(works: list[Work], workspace: Workspace) -> None:
             wide = matrix.factors[moment]
             if kept.B is wide.B:
                 continue
-            begins = [quantized.stream(matrix.salt, matrix.taken, 2 * k + side) for side in range(2)]
-            _round(kept.B, wide.B, -1, begins[0], matrix.kept_rows[0], go, workspace)
-            _round(kept.A, wide.A, -2, begins[1], matrix.own_column, go, workspace)
+            words = [noise.draw(matrix.salt, matrix.taken, noise.FACTORS + 2 * k + side) for side in range(2)]
+            _round(kept.B, wide.B, -1, words[0], matrix.kept_rows[0], go, workspace)
+            _round(kept.A, wide.A, -2, words[1], matrix.own_column, go, workspace)
 
 
-def _round(kept: Tensor, wide: Tensor, dim: int, begin: Tensor, first: int, go: Go, workspace: Workspace) -> None:
+def _round(kept: Tensor, wide: Tensor, dim: int, words: Tensor, first: int, go: Go, workspace: Workspace) -> None:
     """Round k factors into ``kept``, some vectors at a time; where no step is taken not a bit changes."""
     across = -3 - dim  # the dimension along which the vectors are numbered
     r, count = wide.shape[dim], wide.shape[across]
@@ -66,7 +66,7 @@ def _round(kept: Tensor, wide: Tensor, dim: int, begin: Tensor, first: int, go: 
     size = workspace.rows(count, r * len(wide), wide)
     for low in range(0, count, size):
         n = min(size, count - low)
-        bits = quantized.random_bits(begin, first + low, n, r, dim)
+        bits = quantized.random_bits(words, first + low, n, r, dim)
         part = kept.narrow(across, low, n)
         fresh = quantized.rounded(wide.narrow(across, low, n), quantized.form_of(kept), dim, bits)
         part.copy_(fresh if go.sure else torch.where(go.value > 0, fresh, part))

@@ -80,13 +80,17 @@ class Comm:
         work = _reduce_scatter(out, sent, group=group, async_op=True)
         return lambda: (work.wait(), back(out))[1]
 
-    def all_reduce(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
-        """Start summing ``local`` over ranks, in place; the returned function waits and gives it."""
+    def all_reduce(self, local: Tensor, group: Any, purpose: str, largest: bool = False) -> Callable[[], Tensor]:
+        """Start summing ``local`` over ranks, in place; the returned function waits and gives it.
+
+        With ``largest`` it is not the sum but the largest of each number.
+        """
         group = self._own(group)
         size = dist.get_world_size(group)
         sent, _ = _staged(local, group)
         self._count(purpose, sent, 2 * (size - 1) / size)
-        work = dist.all_reduce(sent, group=group, async_op=True)
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        work = dist.all_reduce(sent, op, group=group, async_op=True)
         return lambda: (work.wait(), local if sent is local else local.copy_(sent))[1]
 
     def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> Callable[[], None]:

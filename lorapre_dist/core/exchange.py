@@ -279,16 +279,16 @@ def gather_ahead(works: Sequence[Work], comm: Comm) -> list[list[Tensor | None]]
     return [found.get(id(work)) or [None] * len(work.moments) for work in works]
 
 
-def sum_edges(works: list[Work], comm: Comm) -> Callable[[], None]:
+def sum_edges(works: list[Work], comm: Comm, largest: bool = False) -> Callable[[], None]:
     """Start to sum what the optimizer needs of rows that are cut between ranks: one all-reduce a group.
 
-    The returned function waits.
+    With ``largest`` it is the largest over the ranks. The returned function waits.
     """
     tensors = []
     for group, shared in by_group(works):
         parts = [work.edge for work in shared if work.edge.numel()]
         tensors.append((group, [*parts, *(w.column_sums for w in shared if w.column_sums is not None)]))
-    return _all_reduce(tensors, comm, "edge rows")
+    return _all_reduce(tensors, comm, "edge rows", largest)
 
 
 def reduce(works: list[Work], comm: Comm) -> None:
@@ -362,14 +362,19 @@ def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> W
     return Work(item, moments, size, {row: line for line, row in enumerate(rows)}, edge)
 
 
-def _all_reduce(by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: str) -> Callable[[], None]:
-    """Start to sum tensors in place, packed into one collective a group; the returned function waits."""
+def _all_reduce(
+    by_group: list[tuple[Any, list[Tensor]]], comm: Comm, purpose: str, largest: bool = False
+) -> Callable[[], None]:
+    """Start to sum tensors in place, packed into one collective a group; the returned function waits.
+
+    With ``largest`` it is not their sum but the largest of each number.
+    """
     waits = []
     for group, tensors in by_group:
         if not tensors:
             continue
         packed = torch.cat([t.reshape(-1) for t in tensors])
-        waits.append((comm.all_reduce(packed, group, purpose), tensors))
+        waits.append((comm.all_reduce(packed, group, purpose, largest), tensors))
 
     def finish() -> None:
         for wait, tensors in waits:

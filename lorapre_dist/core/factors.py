@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import forms, quantized, spec
+from . import forms, noise, quantized, spec
 from .batching import Outline, outline
 from .guard import Counted, sample
 from .interval import Peers, Range, RowInterval, column_block
@@ -72,12 +72,13 @@ class Matrix(Counted):
         peers: the ranks that share it; None if this rank holds it whole.
         factors: by moment: ``m``, and in some optimizers ``v``, that of ``|g|``.
         vectors: statistics by name: ``*_row`` of the rows of ``B``, ``*_col`` of all columns, on every rank.
+        codes: AdamW's moments in 8 bits by name (``codes.py``), one for each element of the piece; mostly none.
         taken: number of updates so far.
         optimizer, variant: by which the state is stepped.
         before: what is ahead of this one in the layout, see :class:`lorapre_dist.layouts.base.Piece`.
         sampled: places in this rank's piece of what :func:`lorapre_dist.core.guard.sample` names; -1: not here.
         wide: the type that a step reckons in, where factors are kept in fewer bits; else None.
-        salt: what the random bits begin with that round them (0-d, int64); None where nothing is rounded.
+        salt: key of the random bits that round them, or ``codes`` (0-d, int64); None where nothing is rounded.
         kept: in a step, the factors as they are kept, where ``factors`` are wider copies.
         rest: in a step, what this rank keeps of the rows, where all that it touches have been gathered, by name.
         rounding: how the weights are kept.
@@ -97,10 +98,15 @@ class Matrix(Counted):
     kept: dict[str, Factors] | None = None
     rest: dict[str, Tensor] | None = None
     rounding: Rounding = field(default_factory=Rounding)
+    codes: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """State by name: the low-rank state, and that of ``rounding``."""
-        return self.low_rank_tensors() | self.rounding.tensors()
+        """State by name: the low-rank state, and what there is for each element."""
+        return self.low_rank_tensors() | self.elementwise()
+
+    def elementwise(self) -> dict[str, Tensor]:
+        """State with a number, or two bytes, for each element: codes, and that of ``rounding``."""
+        return self.codes | self.rounding.tensors()
 
     def low_rank_tensors(self) -> dict[str, Tensor]:
         """``m_B`` rows x r, ``m_A`` r x columns, ``v_B``, ``v_A``, and the statistics."""
@@ -234,6 +240,7 @@ def allocate(
     columns = column_block(q, len(peers.ranges), peers.index) if peers else (0, q)
     low, high = (0, interval.rows) if peers is None else peers.row_blocks(interval.shape)[peers.index]
     lengths = {Axis.ROWS: high - low, Axis.COLUMNS: columns[1] - columns[0], Axis.ALL_COLUMNS: q}
+    lengths[Axis.ELEMENTS] = interval.numel
 
     def zeros(key: str) -> Tensor:
         one = specs[key]
@@ -254,8 +261,11 @@ def allocate(
     sampled = _sampled(replace(interval, name=""), device)
     made = Matrix(interval, peers, held, statistics, taken, optimizer, variant, before, sampled)
     made.rounding = rounding or made.rounding
+    made.codes = {key: zeros(key) for key, one in specs.items() if one.axis is Axis.ELEMENTS}
     if forms.smaller(ranks, kept):
-        made.wide, made.salt = dtype, torch.tensor(quantized.salt(seed, interval.name), device=device)
+        made.wide = dtype
+    if made.wide is not None or made.codes:
+        made.salt = noise.key(seed, interval.name, device)
     return made
 
 
@@ -272,7 +282,8 @@ def state_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Whole shapes of what :meth:`Matrix.tensors` holds of a p x q matrix; ``kept`` as in :func:`allocate`."""
     lengths = {Axis.ROWS: shape[0], Axis.COLUMNS: shape[1], Axis.ALL_COLUMNS: shape[1]}
-    return {key: one.shape(lengths[one.axis]) for key, one in spec.of_matrix(ranks, vectors, kept=kept).items()}
+    specs = spec.of_matrix(ranks, vectors, kept=kept).items()
+    return {key: shape if one.axis is Axis.ELEMENTS else one.shape(lengths[one.axis]) for key, one in specs}
 
 
 def initial_A(name: str, moment: str, r: int, q: int, std: float, seed: int) -> Tensor:

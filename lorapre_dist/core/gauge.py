@@ -47,7 +47,7 @@ def regauge(works: list[Work], damping: float, comm: Comm, workspace: Workspace)
     found = dealing.deal_out(works, grams_of_A(works), solved, received, comm, NAMES, workspace.bucket)
     for work, both in zip(works, found, strict=True):
         for moment, one in zip(work.moments, both, strict=True):
-            _change_gauge(moment.factors, _replicas(work.matrix), one[:, 0], one[:, 1], workspace)
+            change(moment.factors, _replicas(work.matrix), one[:, 0], one[:, 1], workspace)
 
 
 def _replicas(matrix: Matrix) -> list[int]:
@@ -58,7 +58,7 @@ def _replicas(matrix: Matrix) -> list[int]:
     return [row - first for row in matrix.peers.replicated_rows(matrix.interval.shape) if 0 <= row - first < rows]
 
 
-def _change_gauge(factors: Factors, replicas: list[int], lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
+def change(factors: Factors, replicas: list[int], lower: Tensor, inverse: Tensor, workspace: Workspace) -> None:
     """``A <- L^-1 A`` and ``B <- B L``; of a large matrix's triangles in stripes, without most of the zeros.
 
     A product rounds a row as its place among the others has it. ``replicas`` are multiplied by themselves, so that all

@@ -2,22 +2,19 @@
 
 A step rounds stochastically, up with the probability that makes it right on average: the second moment's factors move
 by ``1 - beta2^(1/4)`` of themselves a step, 0.00025, where two numbers of bf16 are 0.004 apart, so that the nearest one
-would be the old one for ever. The random bits are a function of seed, parameter, factor, step and element, so all
-layouts round alike. What is rounded once (a state that is loaded) goes to the nearest number.
+would be the old one for ever. The random bits are those of ``noise.py``, so all layouts round alike. What is rounded
+once (a state that is loaded) goes to the nearest number.
 """
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
-from . import forms
+from . import forms, noise
 
 DTYPES = {"bf16": torch.bfloat16, "8bit": torch.int8}
 _FORMS = {dtype: form for form, dtype in DTYPES.items()}
-_LOW = 0xFFFFFFFF
 
 
 def form_of(kept: Tensor) -> str:
@@ -44,7 +41,7 @@ def rounded(wide: Tensor, form: str, dim: int, bits: Tensor | None = None) -> Te
     """A factor in another form; itself in fp32.
 
     Args:
-        bits: 32 random ones for each element; None: to the nearest number.
+        bits: 32 random ones for each element, which are overwritten; None: to the nearest number.
     """
     if form == "fp32":
         return wide
@@ -53,10 +50,10 @@ def rounded(wide: Tensor, form: str, dim: int, bits: Tensor | None = None) -> Te
         if bits is None:
             return wide.bfloat16()
         # Of the 16 bits that are cut off those that carry are as many as their value says.
-        raised = wide.contiguous().view(torch.int32) + bits.bitwise_and(0xFFFF)
+        raised = wide.contiguous().view(torch.int32) + noise.upper(bits)
         return raised.bitwise_and_(-0x10000).view(torch.float32).bfloat16()
     scale = wide.abs().amax(dim, keepdim=True).div_(127)
-    up = 0.5 if bits is None else bits.bitwise_right_shift(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+    up = 0.5 if bits is None else bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
     codes = (wide / scale.clamp_min(torch.finfo(torch.float32).tiny)).add_(up).floor_().clamp_(-127, 127)
     return torch.cat([codes.to(torch.int8), _viewed(scale, dim, torch.int8)], dim)
 
@@ -74,37 +71,14 @@ def converted(kept: Tensor, like: Tensor, dim: int) -> Tensor:
     return rounded(widened(kept, dim, torch.float32), form_of(like), dim)
 
 
-def salt(seed: int, name: str) -> int:
-    """What the random bits of a parameter begin with: 31 bits."""
-    digest = hashlib.blake2b(f"{seed}:round:{name}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def stream(salts: Tensor, taken: Tensor, factor: int) -> Tensor:
-    """The beginnings of a factor's random bits in one step of k parameters (k, int32).
-
-    Args:
-        salts: k, int64, of :func:`salt`.
-        taken: k, steps so far.
-    """
-    x = (salts + taken.long() * 0x9E3779B1 + factor * 0x85EBCA77).bitwise_and_(_LOW)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)).mul_(factor).bitwise_and_(_LOW)
-    x = x ^ (x >> 16)
-    return (x + (1 << 31)).bitwise_and_(_LOW).sub_(1 << 31).to(torch.int32)
-
-
-def random_bits(begin: Tensor, first: int, count: int, r: int, dim: int) -> Tensor:
+def random_bits(words: Tensor, first: int, count: int, r: int, dim: int) -> Tensor:
     """32 random bits for each element of the vectors ``[first, first + count)`` of k factors (int32).
 
     k x count x r with ``dim`` -1, k x r x count with -2. An element's are a function of its vector and place alone.
+
+    Args:
+        words: k x 2, of :func:`lorapre_dist.core.noise.draw`.
     """
-    vectors = torch.arange(first, first + count, dtype=torch.int32, device=begin.device)
-    places = torch.arange(r, dtype=torch.int32, device=begin.device)
-    index = vectors.mul_(r)[:, None] + places if dim == -1 else places[:, None] + vectors.mul_(r)
-    x = index ^ begin[:, None, None]
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
-        x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)
-        x *= factor
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x
+    index = noise.places((first, first + count), (0, r), r, words.device)
+    index = index if dim == -1 else index.T
+    return noise.bits(index.reshape(-1), words).view(-1, *index.shape)

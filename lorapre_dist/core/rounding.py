@@ -7,14 +7,12 @@ A step widens a part of the weights, changes it and puts it back; one of these s
     Kahan       to the nearest, and what is lost is kept beside it in 16 bits more ("kahan")
 
 fp32 has the exponent of bf16 and 16 more bits of significand, so both work on an fp32 number's bits as on an integer:
-its upper half is the bf16 weight. The random bits are a hash of (seed, name, step, element), the element's place in the
-whole parameter in row-major order, so every layout draws the same ones. A weight that a step leaves as it is (because
-the step is skipped) keeps all its bits in each of the three.
+its upper half is the bf16 weight. The random bits are those of ``noise.py``: every layout draws the same ones. A weight
+that a step leaves as it is (because the step is skipped) keeps all its bits in each of the three.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,14 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import noise
+
 #: Key of what :class:`Kahan` keeps, among the tensors of a parameter's state.
 COMPENSATION = "compensation"
 
 _UPPER, _HALF = -(1 << 16), 1 << 15  # the upper 16 bits of an int32; half of what its lower ones hold
-# Odd factors of two 32-bit rounds (the constants of "lowbias32") and of splitmix64, as signed integers.
-_FACTORS_32 = (0x7FEB352D, 0x846CA68B - (1 << 32))
-_FACTORS_64 = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
-_STEP_64 = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 class Rounding:
@@ -84,12 +80,12 @@ class Stochastic(Rounding):
         """16 random bits (int32) for ``count`` elements of the piece from ``at``: count, of a stack k x count."""
         index = torch.arange(count, dtype=torch.int32, device=self.keys.device)
         if self.width == self.stride:
-            index.add_(_signed(self.start + at, 32))
+            index.add_(noise.signed(self.start + at, 32))
         else:
             index.add_(at + self.phase)
             rows = torch.div(index, self.width, rounding_mode="floor")
-            index.add_(rows.mul_(_signed(self.stride - self.width, 32))).add_(_signed(self.start, 32))
-        return _hashed(index, self.keys)
+            index.add_(rows.mul_(noise.signed(self.stride - self.width, 32))).add_(noise.signed(self.start, 32))
+        return noise.upper(noise.bits(index, self.keys))
 
 
 @dataclass
@@ -142,9 +138,7 @@ def stochastic(
     name: str, seed: int, start: int, width: int, stride: int, device: torch.device, phase: int = 0
 ) -> Stochastic:
     """For a piece of the parameter ``name``; see :class:`Stochastic`."""
-    digest = hashlib.blake2b(f"{seed}:rounding:{name}".encode(), digest_size=8).digest()
-    key = torch.tensor(int.from_bytes(digest, "little", signed=True), device=device)
-    return Stochastic(key, start, width, stride, phase=phase)
+    return Stochastic(noise.key(seed, name, device), start, width, stride, phase=phase)
 
 
 def draw(states: Sequence[Any]) -> None:
@@ -154,9 +148,8 @@ def draw(states: Sequence[Any]) -> None:
         if isinstance(state.rounding, Stochastic):
             devices.setdefault(state.taken.device, []).append(state)
     for some in devices.values():
-        steps = torch.stack([state.taken for state in some]).to(torch.int64)
-        mixed = _mixed(torch.stack([state.rounding.key for state in some]) + steps * _STEP_64)
-        keys = torch.stack([mixed, mixed >> 32], dim=1).to(torch.int32)
+        of, taken = (torch.stack(each) for each in zip(*((s.rounding.key, s.taken) for s in some), strict=True))
+        keys = noise.draw(of, taken, noise.WEIGHTS)
         for state, own in zip(some, keys.unbind(), strict=True):
             state.rounding.keys = own
 
@@ -166,29 +159,3 @@ def stacked(each: Sequence[Any]) -> Stochastic:
     keys = [one.keys for one in each]
     made: Stochastic = replace(each[0], keys=torch.stack(keys) if len(keys) > 1 else keys[0][None])
     return made
-
-
-def _hashed(index: Tensor, keys: Tensor) -> Tensor:
-    """16 bits of each element of ``index`` (n, int32), under each pair of keys (2, or k x 2): n, or k x n.
-
-    Two rounds, each of which a key opens. Elements 2^32 apart get the same bits.
-    """
-    x, spare = index, None
-    for k, (shift, factor) in enumerate(zip((16, 15), _FACTORS_32, strict=True)):
-        x = x.bitwise_xor_(keys[..., k, None]) if spare is not None else torch.bitwise_xor(x, keys[..., k, None])
-        spare = torch.bitwise_right_shift(x, shift, out=spare)
-        x.bitwise_xor_(spare.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
-    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """splitmix64's finaliser of int64 numbers."""
-    for shift, factor in zip((30, 27), _FACTORS_64, strict=True):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(value: int, bits: int) -> int:
-    """A number modulo ``2^bits``, as a signed integer of so many."""
-    half = 1 << (bits - 1)
-    return (value + half) % (1 << bits) - half

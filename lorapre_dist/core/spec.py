@@ -25,6 +25,9 @@ class Axis(Enum):
     ELEMENTS = "elements"
 
 
+#: AdamW's moments in 8 bits (``codes.py``), and their types; by those of the rows' scales, which are statistics.
+CODES = {"exp_avg_8bit": "int8", "exp_avg_sq_8bit": "uint8"}
+SCALES = {"exp_avg_row": "exp_avg_8bit", "exp_avg_sq_row": "exp_avg_sq_8bit"}
 #: Bytes of a number.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 
@@ -72,11 +75,11 @@ def axis_of(key: str) -> Axis:
 def of_matrix(
     ranks: Mapping[str, int], vectors: Iterable[str], dtype: str = "float32", kept: Mapping[str, str] | None = None
 ) -> dict[str, TensorSpec]:
-    """The state of a low-rank matrix.
+    """The state of a matrix.
 
     Args:
         ranks: of the factors by moment.
-        vectors: names of the statistics, see :class:`lorapre_dist.core.factors.Matrix`.
+        vectors: names of the statistics, see :class:`lorapre_dist.core.factors.Matrix`; :data:`SCALES` have codes.
         dtype: of the statistics, and of the factors where ``kept`` names no other form.
         kept: form in which the factors are kept, by moment, see :mod:`lorapre_dist.core.forms`.
     """
@@ -85,7 +88,10 @@ def of_matrix(
         form = (kept or {}).get(moment, "fp32")
         for key in (f"{moment}_B", f"{moment}_A") if r else ():
             found[key] = TensorSpec(axis_of(key), forms.length(r, form), forms.DTYPES.get(form, dtype))
-    return found | {key: TensorSpec(axis_of(key), None, dtype) for key in vectors}
+    vectors = tuple(vectors)
+    found |= {key: TensorSpec(axis_of(key), None, dtype) for key in vectors}
+    codes = [SCALES[key] for key in vectors if key in SCALES]
+    return found | {key: TensorSpec(Axis.ELEMENTS, None, CODES[key]) for key in codes}
 
 
 def of_vector(dtype: str = "float32") -> dict[str, TensorSpec]:

@@ -32,10 +32,12 @@ def stacked(run: list[Item]) -> Item:
     matrices = [item.matrix for item in run]
     factors = {moment: _factors([m.factors[moment] for m in matrices]) for moment in matrices[0].factors}
     vectors = {name: _lying_together([m.vectors for m in matrices], name) for name in matrices[0].vectors}
+    codes = {name: _lying_together([m.codes for m in matrices], name) for name in matrices[0].codes}
     matrix = replace(
         matrices[0],
         factors=factors,
         vectors=vectors,
+        codes=codes,
         taken=_lying_together(matrices, "taken"),
         salt=None if matrices[0].salt is None else _lying_together(matrices, "salt"),
         rounding=_rounding([m.rounding for m in matrices]),

@@ -56,6 +56,10 @@ class Rule(Protocol):
         """Numbers that are summed for each row that is cut between ranks, beside ``Y``."""
 
     @property
+    def boundary_largest(self) -> bool:
+        """Whether it is not their sum over ranks that is asked for, but the largest."""
+
+    @property
     def per_element(self) -> int:
         """Numbers per element of a matrix that it keeps from the first block to :meth:`finish`."""
 
@@ -190,7 +194,7 @@ def _prepare(runs: list[list[Item]], rule: Rule, comm: Comm, workspace: Workspac
         _sum_boundary(work, rule, workspace)
     if not rule.regression.stable:
         _invert_grams_of_A(works, rule.regression, comm, workspace)
-    return Prepared(runs, works, exchange.sum_edges(works, comm))
+    return Prepared(runs, works, exchange.sum_edges(works, comm, rule.boundary_largest))
 
 
 def _update(bucket: Prepared, rule: Rule, comm: Comm, workspace: Workspace, label: str | None) -> None:

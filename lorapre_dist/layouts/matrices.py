@@ -27,7 +27,7 @@ def arrange(layout: Layout, is_low_rank: LowRank) -> None:
     Of any other tensor that is spread there is but one group to find. Where a rank lists only what it holds a part of,
     those are numbered that the same ranks share.
     """
-    counted, shared = Numbering(True, layout.numbered), defaultdict[Any, Numbering](Numbering)
+    counted, shared = Numbering(layout.numbered), defaultdict[Any, Numbering](Numbering)
     for unit in layout.units:
         pieces, over = [], None
         for piece in unit.pieces:

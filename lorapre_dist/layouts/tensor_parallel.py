@@ -6,9 +6,8 @@ a part of rows is an interval, a part of columns an interval within these column
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -17,16 +16,7 @@ from ..config import ConfigError
 from ..core.comm import all_ranks
 from ..core.interval import Peers, Range
 from .base import Layout, Piece
-
-
-@dataclass(frozen=True)
-class Split:
-    """What a rank has of a parameter: ``[start, stop)`` of dimension ``dim`` of a tensor of ``shape``."""
-
-    shape: tuple[int, ...]
-    dim: int
-    start: int
-    stop: int
+from .geometry.axes import Split
 
 
 def splits(parts: Mapping[str, tuple[tuple[int, ...], int]], group: Any) -> dict[str, Split]:
@@ -79,17 +69,7 @@ def join(layout: Layout, found: Mapping[str, Split], ranks: Sequence[int], first
 
 def of_whole(part: Piece, split: Split) -> Piece:
     """A piece of a part as one of the whole parameter."""
-    if split.dim == 0:
-        ahead = split.start * math.prod(split.shape[1:])
-        return replace(part, shape=split.shape, start=part.start + ahead, stop=part.stop + ahead, peers=None)
-    width, q = split.stop - split.start, split.shape[1]
-
-    def place(at: int) -> int:
-        row, col = divmod(at, width)
-        return row * q + (split.start + col if col else 0)
-
-    start, stop = place(part.start), place(part.stop)
-    columns = split.start, split.stop
+    (start, stop), columns = split.of_whole(part.start, part.stop)
     return replace(part, shape=split.shape, start=start, stop=stop, columns=columns, peers=None)
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from ..config import LoRAPreConfig
+from ..config.options import AdamW8bitConfig
 from ..config.others import Settings
 from ..core.regression import Regression
 from ..core.rules.adafactor import Adafactor
 from ..core.rules.adam import Adam
+from ..core.rules.adamw import Hyper
+from ..core.rules.adamw8bit import AdamW8bit
 from ..core.step import Rule
 
 
 def other_rule(config: Settings) -> Rule:
     """The rule of such parameters, from their settings."""
+    if isinstance(config, AdamW8bitConfig):
+        return AdamW8bit(Hyper(config.lr, config.betas, config.eps, config.weight_decay))
     kind = Adam if isinstance(config, LoRAPreConfig) else Adafactor
     return kind(
         lr=config.lr,

@@ -34,9 +34,16 @@ from lorapre_dist.config import ConfigError
 
 from .request import FP32, Parameter, Request
 
-#: In a step: at the loss in the forward and in the backward pass, in the MLP of the last and of the first block in the
-#: backward pass, and when all gradients are there.
-INSTANTS = {"forward": "forward", "loss": "backward", "top": "backward", "bottom": "backward", "end": "backward"}
+#: In a step: when the first parameters have been gathered, at the loss in the forward and in the backward pass, in the
+#: MLP of the last and of the first block in the backward pass, and when all gradients are there.
+INSTANTS = {
+    "gather": "forward",
+    "forward": "forward",
+    "loss": "backward",
+    "top": "backward",
+    "bottom": "backward",
+    "end": "backward",
+}
 #: Width of a head, where the shapes do not tell how many there are: its share is a fraction of a percent.
 HEAD = 64
 _BLOCK = {
@@ -90,7 +97,7 @@ class Shapes:
 
 
 def shapes_of(parameters: Iterable[Parameter]) -> Shapes:
-    """The sizes, from the parameters' names and shapes.
+    """The sizes, from the parameters' names and shapes; of a stage that has no blocks, theirs are 0.
 
     Raises:
         ConfigError: it is no Llama.
@@ -104,23 +111,30 @@ def shapes_of(parameters: Iterable[Parameter]) -> Shapes:
         else:
             rest[p.name] = p
     first: dict[str, Parameter] = next(iter(blocks.values()), {})
+    nothing = Parameter("", (0, 0))
     alike = all(
         {k: p.shape for k, p in one.items()} == {k: p.shape for k, p in first.items()} for one in blocks.values()
     )
-    if not alike or {key.rpartition(".")[0] for key in first} != _BLOCK or "model.embed_tokens.weight" not in rest:
+    ends = {"model.embed_tokens.weight", "lm_head.weight"} & rest.keys()
+    if not alike or not (blocks or ends) or (blocks and {key.rpartition(".")[0] for key in first} != _BLOCK):
         raise ConfigError(
             "--seq_len: the formula of activations is for the blocks of Llama, which this model has not; leave it out"
         )
-    embedding = rest["model.embed_tokens.weight"]
+    embedding, head = rest.get("model.embed_tokens.weight", nothing), rest.get("lm_head.weight", nothing)
+    norms = [p.shape[0] for name, p in {**rest, **first}.items() if "norm" in name]
+
+    def side(name: str) -> int:
+        return first.get(f"{name}.weight", nothing).shape[0]
+
     return Shapes(
-        hidden=embedding.shape[1],
-        queries=first["self_attn.q_proj.weight"].shape[0],
-        keys=first["self_attn.k_proj.weight"].shape[0],
-        inner=first["mlp.gate_proj.weight"].shape[0],
-        vocabulary=embedding.shape[0],
+        hidden=max(*norms, embedding.shape[1], head.shape[1]),
+        queries=side("self_attn.q_proj"),
+        keys=side("self_attn.k_proj"),
+        inner=side("mlp.gate_proj"),
+        vocabulary=head.shape[0] or embedding.shape[0],
         layers=len(blocks),
         layer=sum(p.numel for p in first.values()),
-        down=first["mlp.down_proj.weight"].numel,
+        down=first.get("mlp.down_proj.weight", nothing).numel,
         head=sum(p.numel for name, p in rest.items() if p is not embedding),
         embedding=embedding.numel,
         elements=sum(p.numel for one in (rest, *blocks.values()) for p in one.values()),
@@ -130,32 +144,45 @@ def shapes_of(parameters: Iterable[Parameter]) -> Shapes:
 def instants(request: Request) -> list[Instant]:
     """The instants at which a forward and backward pass may hold most.
 
-    Without a length of sequences only the last one is known, when every gradient is there.
+    Without a length of sequences only those are known at which there are no activations. A stage of a pipeline holds
+    what several micro-batches keep (:attr:`Request.in_flight`), and an output and a gradient that are sent, ``s h``
+    each; only the last one has the loss.
     """
     if request.seq_len is None:
-        return [Instant("forward", 0, 0), Instant("end", 0, request.elements)]
-    m, tokens, e = shapes_of(request.parameters), request.micro_batch * request.seq_len, request.width
+        return [Instant("gather", 0, 0), Instant("forward", 0, 0), Instant("end", 0, request.elements)]
+    m, tokens = shapes_of(request.parameters), request.micro_batch * request.seq_len
+    e, part = request.width, request.part
     stream = FP32 if request.autocast else e
     cast = (3, 2, 1) if request.autocast else (1, 1, 1)
     norms = [(FP32 + stream + e * n) * m.hidden + FP32 for n in cast]
     block = norms[0] + norms[1] + e * (2 * m.queries + 2 * m.keys + 4 * m.inner) + FP32 * (m.queries // HEAD)
-    head, always = norms[2] + FP32 * m.vocabulary, 2 * stream * HEAD + 16
+    vocabulary = m.vocabulary * (part.tensor if part and request.layout.startswith("zero") else 1)
+    last = part is None or part.last
+    head, always = (norms[2] + FP32 * vocabulary) if last else 0, 2 * stream * HEAD + 16
     inputs = stream * m.hidden
     working = 2 * e * m.inner + stream * m.hidden
-    logits = (FP32 + (e if e < FP32 else 0)) * m.vocabulary
+    logits = (FP32 + (e if e < FP32 else 0)) * vocabulary
     everything = m.layers * m.matrices + m.head
     if request.checkpointing:
-        kept, first = m.layers * inputs, block + (0 if stream == FP32 else inputs)
-        top, forward, backward, one = kept + block - (inputs if stream == FP32 else 0), everything, m.head, m.matrices
+        one, first = m.layers * inputs, block + (0 if stream == FP32 else inputs)
+        top, forward, backward, cast_one = block - (inputs if stream == FP32 else 0), everything, m.head, m.matrices
     else:
-        kept, first, top = m.layers * block, block, m.layers * block
-        forward, backward, one = everything, everything, m.matrices
+        one, first, top = m.layers * block, block, 0
+        forward, backward, cast_one = everything, everything, m.matrices
+    kept = one * request.in_flight
+    if part is not None and part.stages > 1:
+        always += inputs * (request.in_flight + 1)
+    if not m.layers:
+        working = first = top = 0
+    bottom = first + kept - one
     loss = kept + head + always
     rows = [
-        Instant("forward", loss + logits, 0, forward),
-        Instant("loss", loss + 2 * FP32 * m.vocabulary, 0, backward),
-        Instant("top", top + working + always, m.head + m.down, backward if not request.checkpointing else one),
-        Instant("bottom", first + working + always, m.elements - m.embedding - m.layer + m.down, one),
+        Instant("gather", stream * m.hidden + kept - one, 0),
+        Instant("forward", loss + (logits if last else working), 0, forward),
+        Instant("loss", loss + 2 * FP32 * vocabulary, 0, backward),
+        Instant("top", kept + top + working + always, m.head + m.down, cast_one if request.checkpointing else backward),
+        Instant("bottom", bottom + working + always, m.elements - m.embedding - m.layer + m.down, cast_one),
         Instant("end", stream * m.hidden, m.elements, 0),
     ]
+    rows = rows if last else [row for row in rows if row.name != "loss"]
     return [Instant(row.name, row.bytes * tokens, row.graded, row.cast if request.autocast else 0) for row in rows]

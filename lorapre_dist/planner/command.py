@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -52,6 +53,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage: another name of --layout zero0 to zero3")
     add("--world_size", type=int, default=1, help="ranks (default: 1)")
     add("--shard_size", type=int, default=8, help="under hsdp, ranks that share the parameters (default: 8)")
+    add("--pipeline", type=int, help="stages that the layers are dealt out to (zero0, zero1, fsdp2; default: 1)")
+    add("--tensor", type=int, help="ranks that each matrix is split over (zero0 to zero3, fsdp2; default: 1)")
     add("--replicated_state", action="store_true", help="under ddp, keep all of the state on every rank")
     add("--optimizer", choices=(*CONFIGS, "all"), help="one of ours, or all five of them (default: LoRAPre)")
     add("--rank", type=int, help="of the first moment's factors, also GaLore's (default: 128)")
@@ -137,16 +140,16 @@ def requests_of(given: argparse.Namespace) -> list[Request]:
     values: dict[str, Any] = {"world_size": given.world_size, "offload": given.offload}
     kind, ours = "LoRAPre", dict[str, Any]()
     if given.deepspeed_config:
-        found, kind, ours = _from_json(given.deepspeed_config, given.world_size, given.accumulation, layout)
+        found, kind, ours = _from_json(given.deepspeed_config, given, layout)
         values |= found | {"offload": found["offload"] or given.offload}
     values |= {
         k: v
-        for k in ("precision", "accumulation", "micro_batch", "seq_len")
+        for k in ("precision", "accumulation", "micro_batch", "seq_len", "pipeline", "tensor")
         if (v := getattr(given, k, None)) is not None
     }
     values |= {"layout": layout} if layout else {}
     values |= {"shard_size": given.shard_size, "shard_state": not given.replicated_state}
-    values["checkpointing"] = given.gradient_checkpointing
+    values["checkpointing"] = given.gradient_checkpointing or values.get("checkpointing", False)
     chosen = given.optimizer or kind
     options = {k: v for k in SETTINGS if (v := getattr(given, k, None)) is not None}
     name = Path(given.model).name or given.model
@@ -164,9 +167,7 @@ def requests_of(given: argparse.Namespace) -> list[Request]:
     return requests
 
 
-def _from_json(
-    path: str, world_size: int, accumulation: int | None, layout: str | None
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def _from_json(path: str, given: argparse.Namespace, layout: str | None) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Settings of the request; the name of our optimizer (LoRAPre for another one), and its settings."""
     # It imports DeepSpeed.
     from lorapre_dist.config import ds_training
@@ -178,10 +179,12 @@ def _from_json(
     section = {} if section is True else section  # DeepSpeed's old switch
     if (section.get("offload_param") or {}).get("device", "none") != "none":
         raise ConfigError(f"--deepspeed_config {path}: zero_optimization.offload_param is not planned for; remove it")
-    micro_batch = config.get("train_micro_batch_size_per_gpu") or 1
+    micro_batch, accumulation = config.get("train_micro_batch_size_per_gpu") or 1, given.accumulation
+    axes = ds_training.model_axes(config)
+    axes |= {name: value for name in axes if (value := getattr(given, name)) is not None}
     if accumulation is None:
         try:
-            batch = ds_training.batch_sizes(config, world_size)
+            batch = ds_training.batch_sizes(config, max(1, given.world_size // max(1, math.prod(axes.values()))))
         except ConfigError as error:
             raise ConfigError(f"--deepspeed_config {path}: {error}, or give --accumulation") from error
         accumulation, micro_batch = batch.accumulation, batch.micro_batch
@@ -192,6 +195,8 @@ def _from_json(
         "micro_batch": micro_batch,
         "offload": (section.get("offload_optimizer") or {}).get("device", "none") == "cpu" and layout != "ddp",
         "zero": _zero(path, section),
+        "checkpointing": bool((config.get("pipeline") or {}).get("activation_checkpoint_interval")),
+        **axes,
     }
     params = config["optimizer"].get("params") or {}
     return (values, kind, dict(params)) if kind in CONFIGS else (values, "LoRAPre", {})
@@ -233,5 +238,5 @@ def _fits(request: Request, limit: int) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for name in OFFLOADING if request.offload else LAYOUTS:
         with contextlib.suppress(ConfigError):
-            found[name] = smallest_world(replace(request, layout=name, world_size=1), limit)
+            found[name] = smallest_world(replace(request, layout=name, world_size=request.model_ranks), limit)
     return found

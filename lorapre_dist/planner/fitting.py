@@ -22,6 +22,7 @@ RUNGS: tuple[tuple[str, str | bool], ...] = (
     ("release_gradients", True),
     ("weights", "kahan"),
     ("state_dtype", "bf16"),
+    ("other_state", "adamw8bit"),
     ("weights", "stochastic"),
     ("state_dtype", "8bit"),
     ("embeddings", "low_rank"),
@@ -104,6 +105,8 @@ def _helps(request: Request, name: str, value: str | bool) -> bool:
         return request.precision == "bf16" and ours.weights in (None, "master", "kahan") and ours.weights != value
     if name == "state_dtype":
         return ours.state_dtype != "8bit" and ours.state_dtype != value
+    if name == "other_state":
+        return ours.other_state == "adamw"
     return bool(getattr(ours, name) != value)
 
 

@@ -7,7 +7,7 @@ model's computation, ``P`` the model's elements, ``N`` the ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -15,6 +15,9 @@ import numpy as np
 
 from lorapre_dist.layouts.geometry.shares import Arrangement
 
+from . import axes
+from .activations import INSTANTS
+from .arrange import arranged
 from .request import FP32, Request
 from .rivals import Array, numel, over_ranks, zeros
 
@@ -55,9 +58,19 @@ class Frame:
         if self.backward is None:
             self.backward = self.gradients
 
+    def repeated(self, times: int) -> Frame:
+        """The same of so many ranks in the place of each."""
+        several = {name: value for name, value in vars(self).items() if name not in ("during", "late", "sent")}
+        found = {name: np.repeat(value, times) if np.ndim(value) else value for name, value in several.items()}
+        during = {name: np.repeat(value, times) if np.ndim(value) else value for name, value in self.during.items()}
+        return replace(self, **found, during=during)
+
 
 def frame(request: Request, arrangement: Arrangement) -> Frame:
-    """The frame of the request's layout."""
+    """The frame of the request's layout, and what its further axes send.
+
+    Tensor-parallel ranks each have the frame of their own parts: that of the first one, which has most.
+    """
     make: dict[str, Callable[[Request, Arrangement], Frame]] = {
         "zero0": _zero0,
         "zero1": _zero12,
@@ -69,7 +82,9 @@ def frame(request: Request, arrangement: Arrangement) -> Frame:
         "tp": _tp,
         "ddp": _ddp,
     }
-    return make[request.layout](request, arrangement)
+    one = request.local
+    found = make[request.layout](one, arrangement if one is request else arranged(one))
+    return replace(found.repeated(request.tensor), sent=found.sent | axes.sent(request))
 
 
 def plain(request: Request) -> Frame:
@@ -91,21 +106,24 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
 
     As the step begins the norm of each gradient is taken in fp64, of a copy. Then the reduced gradients, a flat copy of
     them and its fp32 form exist together: 8 bytes an element of the partition, whatever the precision; 4 where the
-    masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps the whole gradient from one micro-batch to the
-    next, ZeRO-2 reduces it each time. The reduction is an all-reduce of each bucket unless
-    ``use_multi_rank_bucket_allreduce`` is off.
+    masters are bf16 (``bf16_master_weights_and_grads``). ZeRO-1 keeps whole gradients to the end of the backward pass
+    (``reduce_gradients``), and then allocates the partition into which it moves its part; ZeRO-2 reduces each gradient
+    when it is there. The reduction is an all-reduce of each bucket unless ``use_multi_rank_bucket_allreduce`` is off.
     """
     e, m, part, size = request.width, request.stepped, _partition(arrangement), request.world_size
     zero, weights = request.zero, e * part * size + m * part
     gradients, backward = (2 * e + (m if m != e else 0)) * part, e * part
     buckets = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients else 0
     buffers, host, kept = e * buckets * zero.reduce_bucket_size, 0 * part, request.layout == "zero1"
-    largest = max(p.numel for p in request.parameters)
+    largest, during = max(p.numel for p in request.parameters), dict[str, Any]()
+    if kept:
+        moved = buffers + e * np.maximum(part, largest)
+        during = dict.fromkeys(INSTANTS, moved if zero.overlap_comm else buffers) | {"end": moved}
+        backward = np.full_like(part, e * request.elements)
+    if kept and request.accumulation > 1:
+        gradients = np.maximum(gradients, e * request.elements)
     if largest > zero.reduce_bucket_size:  # it goes by itself, from a copy
         buffers += 2 * e * largest
-    if kept and request.accumulation > 1:
-        backward = backward + e * request.elements
-        gradients = np.maximum(gradients, e * request.elements)
     if request.offload:
         host = (2 * m + e) * part + e * largest
         weights = e * part * size
@@ -119,7 +137,8 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
     else:
         sent = _sharded(request, passes * e * request.elements, weights_sent)
     norm = 0 * part if request.offload else e * part + FP64 * np.minimum(part, largest)
-    return Frame(weights, gradients, buffers, backward, norm=norm, during={"forward": 0}, host=host, sent=sent)
+    during |= {"gather": 0, "forward": 0}
+    return Frame(weights, gradients, buffers, backward, norm=norm, during=during, host=host, sent=sent)
 
 
 def _zero3(request: Request, arrangement: Arrangement) -> Frame:
@@ -152,6 +171,9 @@ def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
     Assumes ``fully_shard`` on each layer and on the model and, below fp32, ``MixedPrecisionPolicy(param_dtype,
     reduce_dtype=torch.float32)``: whole weights and gradients of two layers and of the rest of the model in e bytes,
     and one unit's in fp32 on the way to the reduction. Layers are gathered forward and backward, the rest once.
+
+    In a stage of a pipeline layers stay gathered from a backward to the next forward pass, and gradients whole until
+    they are reduced after the last micro-batch: of M of them, 1F1B gathers layers M + 1 times.
     """
     e, n = request.width, request.sharing
     partition = _partition(arrangement)
@@ -162,7 +184,13 @@ def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
     if n > 1 or e < FP32:
         during, late = _gathered(request, rest, layers, largest)
         buffers = max(during.values())
-    sent = _sharded(request, FP32 * passes * (rest + layers), e * passes * (rest + 2 * layers))
+    if request.part is not None and request.part.stages > 1:
+        whole = (e + (FP32 if passes > 1 else e)) * (rest + layers)
+        during, late = {name: max(size, whole) for name, size in during.items()}, {}
+        buffers = max(during.values(), default=0)
+        sent = _sharded(request, FP32 * (rest + layers), e * (rest + (passes + 1) * layers))
+    else:
+        sent = _sharded(request, FP32 * passes * (rest + layers), e * passes * (rest + 2 * layers))
     copies = request.world_size // n
     if copies > 1:  # hybrid: each shard of the gradients is summed over the groups
         sent["all-reduce gradients"] = round(2 * (copies - 1) / copies * FP32 * passes * (rest + layers) / n)
@@ -177,14 +205,17 @@ def _gathered(request: Request, rest: int, layers: int, largest: int) -> tuple[d
 
     What is in no layer is gathered from the forward pass to the end of the backward pass, and all of its gradients are
     reduced then: in fp32, from a copy, into shards that are rounded to the type of the weights. A layer's result waits
-    until the next reduction.
+    until the next reduction. What has been gathered is copied to parameters, and stays beside them until what is
+    gathered next has been (``FSDPParamGroup.wait_for_unshard``).
     """
-    e, n, embedding = request.width, request.sharing, request.parameters[0].numel
+    e, n, first = request.width, request.sharing, request.parameters[0]
+    embedding = first.numel if first in request.wrapped().get("", ()) else 0
     head, two = max(0, rest - embedding), min(layers, 2 * largest)
-    first, last = e * (rest + head + largest) + FP32 * largest, e * (rest + head + two)
+    bottom, top = e * (rest + head + largest) + FP32 * largest, e * (rest + head + two)
     end = (2 * e + FP32) * rest + FP32 * largest // n + (FP32 * rest // n if request.stepped < FP32 else 0)
     computing = e * (rest + largest)
-    during = {"forward": computing, "loss": computing, "top": last, "bottom": first, "end": end}
+    gathering = e * (2 * rest + largest if n > 1 else rest)
+    during = {"gather": gathering, "forward": computing, "loss": computing, "top": top, "bottom": bottom, "end": end}
     return during, {"top": head, "bottom": head, "end": rest}
 
 

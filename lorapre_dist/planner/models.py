@@ -15,7 +15,7 @@ from lorapre_dist.training.engines.presets import PRESETS
 from .request import Parameter
 
 LLAMA = "LlamaForCausalLM"
-#: Sizes to plan for that are no presets of the training program: Llama 3's smaller and Llama 2's larger ones.
+#: Sizes to plan for that are no presets of the training program: Llama 3's smaller one, and one of Llama 2's.
 LARGE: dict[str, dict[str, Any]] = {
     "llama3-8b": {
         "hidden_size": 4096,
@@ -30,14 +30,6 @@ LARGE: dict[str, dict[str, Any]] = {
         "intermediate_size": 13824,
         "num_hidden_layers": 40,
         "num_attention_heads": 40,
-        "vocab_size": 32000,
-    },
-    "llama-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
         "vocab_size": 32000,
     },
 }
@@ -61,6 +53,10 @@ def find(model: str) -> tuple[str, tuple[Parameter, ...]]:
     Raises:
         ConfigError: there is no such model, or transformers cannot build one from its config.
     """
+    if model in PRESETS and PRESETS[model].experts:
+        from lorapre_dist.training.engines.models import preset_config
+
+        return _built(preset_config(model))
     if model in NAMES:
         return LLAMA, llama(LARGE[model] if model in LARGE else asdict(PRESETS[model]))
     path = Path(model)

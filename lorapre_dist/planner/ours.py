@@ -21,7 +21,7 @@ from lorapre_dist.core.spec import Axis
 from lorapre_dist.core.traffic import Held
 from lorapre_dist.layouts.geometry.shares import Arrangement, Share
 
-from .request import FP32, Parameter, Request
+from .request import FP32, Parameter, Part, Request
 from .rivals import Array, Costs, is_matrix, numel, over_ranks, zeros
 
 
@@ -91,10 +91,17 @@ def _add(
 
 
 def _agreed(request: Request, arrangement: Arrangement) -> dict[str, Array]:
-    """What is sent beside the steps of matrices: whether to step, and under DDP the results."""
-    found, n = {}, arrangement.size
-    if not request.layout.startswith("zero") and n > 1:  # DeepSpeed's engine looks at gradients itself
-        found["finite"] = zeros(arrangement) + traffic.agreeing(len(request.parameters), n)
+    """What is sent beside the steps of matrices: whether to step, by all stages or none, and under DDP the results."""
+    found, part = {}, request.part or Part()
+    tensors, data = len(request.parameters), request.sharing // request.tensor
+    if not request.layout.startswith("zero"):
+        agreed = traffic.agreeing(tensors, data) + traffic.agreeing(tensors, request.tensor)
+        beyond = part.stages * request.world_size if part.stages > 1 else 1
+    else:  # DeepSpeed's optimizers look at gradients themselves; under ZeRO-0 in fp32 there is none
+        agreed, alone = 0, request.layout == "zero0" and request.precision == "fp32"
+        beyond = part.stages * request.tensor if alone else 1
+    if agreed + beyond > 1:
+        found["finite"] = zeros(arrangement) + agreed + traffic.agreeing(0, beyond)
     if arrangement.steps:
         found["broadcast parameters"] = request.stepped * np.asarray(arrangement.steps, np.int64)
     return found
@@ -107,7 +114,8 @@ def state_bytes(request: Request, arrangement: Arrangement) -> Array:
     for share in arrangement.shares:
         kept = request.kept_as(share.name, share.shape) if len(share.shape) == 2 else None
         if kept is not None:
-            lengths = _lengths((share.shape[0], share.shape[1]), share.ranges, share.columns)
+            lengths = {Axis.ELEMENTS: numel(share)}
+            lengths |= _lengths((share.shape[0], share.shape[1]), share.ranges, share.columns)
             matrix = spec.of_matrix(kept.ranks, kept.vectors, kept=kept.forms)
             size = sum(one.bytes(1) * lengths[one.axis] for one in matrix.values())
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from lorapre_dist.core.arithmetic import Work
 from lorapre_dist.layouts.geometry.shares import Arrangement, replicated
 
+from . import axes
 from .activations import instants
 from .arrange import arranged
 from .frame import frame, full, plain
@@ -33,17 +35,19 @@ class Usage:
         moments: of each of :data:`MOMENTS` the parts (:data:`PARTS`) on each rank's device, when it holds most.
         host: in each rank's host memory under offload.
         sent: by purpose on each rank, by the optimizer in a step.
-        frame_sent: by purpose, by the framework around it; the same on every rank.
+        frame_sent: by purpose, by the framework around it; one number where it is the same on every rank.
         work: what a step computes, on the rank with most of it.
         calls: collectives of the optimizer in a step, on the rank with most of them.
+        stages: of a pipeline, whose ranks follow each other.
     """
 
     moments: dict[str, Parts]
     host: Array
     sent: dict[str, Array]
-    frame_sent: dict[str, int]
+    frame_sent: dict[str, Any]
     work: Work
     calls: int
+    stages: int = 1
 
     @property
     def memory(self) -> Parts:
@@ -75,6 +79,21 @@ class Usage:
         """The moment of the fullest rank's peak."""
         return MOMENTS[int(self.peak[self.fullest])]
 
+    @property
+    def fullest_of_stages(self) -> list[int]:
+        """The rank of each stage that needs most."""
+        each = np.split(self.total + self.host, self.stages)
+        return [k * len(one) + int(np.argmax(one)) for k, one in enumerate(each)]
+
+    def sent_by_axis(self) -> dict[str, Array]:
+        """What each rank sends in a step: by the axis of the framework's collectives, and under "optimizer" by ours."""
+        found: dict[str, Any] = {}
+        for purpose, count in self.frame_sent.items():
+            axis = axes.axis_of(purpose)
+            found[axis] = found.get(axis, 0) + full(count, len(self.total))
+        found["optimizer"] = sum(self.sent.values(), np.zeros(len(self.total), np.int64))
+        return found
+
     def summary(self) -> dict[str, Any]:
         """Bytes on the fullest rank and on average, as plain numbers: what ``--json`` prints."""
 
@@ -96,7 +115,8 @@ class Usage:
             "mean": {**mean, "total": round(float(self.total.mean()), 1), "host": round(float(self.host.mean()), 1)},
             "sent_per_step": {
                 "optimizer": {purpose: pick(values) for purpose, values in self.sent.items()},
-                "framework": dict(self.frame_sent),
+                "framework": {purpose: int(np.max(count)) for purpose, count in self.frame_sent.items()},
+                "by_axis": {axis: pick(values) for axis, values in self.sent_by_axis().items()},
             },
         }
 
@@ -122,15 +142,50 @@ def plan(request: Request, of: tuple[str, ...] | None = None) -> dict[str, Usage
     Args:
         of: those of :func:`names` that are asked for; None: all.
     """
-    laid_out, ours = arranged(request), request.optimizer.optimizer
-    found = {ours: _usage(request, laid_out, Optimizer(costs))} if of is None or ours in of else {}
-    for name, entry in RIVALS.items():
-        if of is None or name in of:
-            # Only ours deal their state out under DDP.
-            alone = entry.whole or request.layout == "ddp"
-            where = replicated([(p.name, p.shape) for p in request.parameters]) if alone else laid_out
-            found[name] = _usage(request, where.matrices(request.takes), entry)
+    found = {}
+    for name, entry in ({request.optimizer.optimizer: Optimizer(costs)} | RIVALS).items():
+        if of is not None and name not in of:
+            continue
+        one = replace(request, pipeline=1, tensor=1) if entry.whole else request
+        found[name] = _joined([_usage(stage, _lying(stage, entry), entry) for stage in one.stages])
     return found
+
+
+def _lying(request: Request, entry: Optimizer) -> Arrangement:
+    """Where parameters lie for an optimizer. Only ours deal their state out under DDP."""
+    if entry.costs is costs:
+        return arranged(request)
+    alone = entry.whole or request.layout == "ddp"
+    where = replicated([(p.name, p.shape) for p in request.parameters]) if alone else arranged(request)
+    return where.matrices(request.takes)
+
+
+def _joined(stages: list[Usage]) -> Usage:
+    """What the stages of a pipeline need, one after the other."""
+    if len(stages) == 1:
+        return stages[0]
+
+    def joined(values: Iterable[Any]) -> Array:
+        several = [full(value, len(stage.total)) for value, stage in zip(values, stages, strict=True)]
+        return np.concatenate(several)
+
+    def by_purpose(each: list[dict[str, Any]]) -> dict[str, Array]:
+        purposes = dict.fromkeys(purpose for one in each for purpose in one)
+        return {purpose: joined(one.get(purpose, 0) for one in each) for purpose in purposes}
+
+    moments = {
+        moment: {part: joined(stage.moments[moment][part] for stage in stages) for part in PARTS} for moment in MOMENTS
+    }
+    busiest = max(stages, key=lambda stage: stage.work.products + stage.work.moved)
+    return Usage(
+        moments,
+        joined(stage.host for stage in stages),
+        by_purpose([stage.sent for stage in stages]),
+        by_purpose([stage.frame_sent for stage in stages]),
+        busiest.work,
+        max(stage.calls for stage in stages),
+        len(stages),
+    )
 
 
 def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usage:
@@ -142,19 +197,20 @@ def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usag
         stated.workspace, stated.kept = 0 * state, 0 * state
 
     def parts(gradients: Any, workspace: Any, buffers: Any, activations: Any = 0) -> Parts:
-        held = (around.weights, gradients, state, workspace, buffers, activations)
-        return {part: full(value, arrangement.size) for part, value in zip(PARTS, held, strict=True)}
+        values = (around.weights, gradients, state, workspace, buffers, activations)
+        return {part: full(value, arrangement.size) for part, value in zip(PARTS, values, strict=True)}
 
     early = request.optimizer.release_gradients and entry.costs is costs
     waiting, stepping = released(request, arrangement) if early else (None, None)
     moments: dict[str, list[Parts]] = {moment: [] for moment in MOMENTS}
-    for instant in instants(request):
+    held = request if entry.whole else request.local
+    for instant in instants(held):
         gradients, workspace = around.backward, stated.kept
         if early and instant.graded:
             gradients, workspace = waiting, np.maximum(stated.kept, stepping)
         elif request.accumulation == 1:
             graded = max(0, instant.graded - around.late.get(instant.name, 0))
-            gradients = gradients * graded // request.elements
+            gradients = gradients * graded // held.elements
         buffers = around.during.get(instant.name, around.buffers)
         activations = instant.bytes + request.width * instant.cast
         moments[instant.moment].append(parts(gradients, workspace, buffers, activations))
@@ -168,13 +224,17 @@ def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usag
 
 
 def smallest_world(request: Request, limit: int, largest: int = 4096) -> int | None:
-    """The smallest power of two of ranks on each of which our optimizer needs at most ``limit`` bytes of memory."""
-    exponents, ours = range(largest.bit_length()), request.optimizer.optimizer
+    """The fewest ranks on each of which our optimizer needs at most ``limit`` bytes of memory.
+
+    Of powers of two; with a pipeline or tensor parallelism, of so many copies of the model.
+    """
+    exponents, ours = range((largest // request.model_ranks).bit_length()), request.optimizer.optimizer
     if request.layout == "hsdp":
         request = replace(request, shard_size=1 << (request.shard_size.bit_length() - 1))
 
     def fits(exponent: int) -> bool:
-        return bool(plan(replace(request, world_size=1 << exponent), (ours,))[ours].total.max() <= limit)
+        asked = replace(request, world_size=request.model_ranks << exponent)
+        return bool(plan(asked, (ours,))[ours].total.max() <= limit)
 
     found = bisect.bisect_left(exponents, True, key=fits)
-    return 1 << found if found < len(exponents) else None
+    return request.model_ranks << found if found < len(exponents) else None

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorapre_dist.config import ConfigError, LowRankConfig, extras
 from lorapre_dist.config.arguments import readable
 
 from .arrange import arranged
+from .axes import axis_of
 from .fitting import RUNGS, Fit
 from .ours import looked_at
-from .plan import PARTS, Usage, names, plan
+from .plan import MOMENTS, PARTS, Usage, names, plan
 from .request import Request
 from .seconds import Rates, seconds
 
@@ -56,18 +59,36 @@ def notes(request: Request, rates: Rates | None = None) -> list[str]:
             "seconds: predicted, not measured, of the optimizer's step alone, without any overlap, from these rates: "
             + ", ".join(f"{name} {value:.3g}" for name, value in vars(rates).items())
         ]
-    looked = len(looked_at(arranged(request), 0))
-    if 1 < looked < request.sharing:
+    arrangement = arranged(request.stages[0])
+    looked = len(looked_at(arrangement, 0))
+    if 1 < looked < arrangement.size:
         predicted.append(f"workspace and sent: of {looked:,} ranks, which stand for their neighbours, too")
     return [
         *predicted,
         "memory: at the moment at which a rank holds most: in the forward pass, the backward pass or the step",
+        *_of_axes(request),
         *_of_activations(request),
         f"buffers: {BUFFERS[request.layout]}",
         "sent: by a rank in rings over n, (n-1)/n of what is gathered or reduce-scattered, twice that of an all-reduce",
         "AdamW and Muon (torch.optim.Muon, AdamW on the rest): by formula, with the same weights and layout",
         f"GaLore (galore-torch): under DDP, all of it on every rank, weights and state in {request.precision} alone",
     ]
+
+
+def _of_axes(request: Request) -> list[str]:
+    """What a plan of several axes takes for granted."""
+    found = []
+    if request.pipeline > 1:
+        found.append(
+            f"pipeline: 1F1B, of which (P-1)/(M+P-1) = {request.bubble:.1%} is bubble, with P = {request.pipeline} "
+            f"stages and M = {request.accumulation} micro-batches; layers dealt out by parameters, as DeepSpeed does"
+        )
+    if request.tensor > 1:
+        split = "projections and the head" if request.layout.startswith("zero") else "projections"
+        found.append(f"tensor: {split} are split; a matrix's factors lie on its tensor- and data-parallel ranks alike")
+    if found and request.seq_len is None:
+        found.append("what is sent along these axes, activations, is planned for with --seq_len")
+    return found
 
 
 def _of_activations(request: Request) -> list[str]:
@@ -105,6 +126,11 @@ def as_json(
         "optimizers": {name: usage.summary() for name, usage in usages.items()},
         "notes": notes(request, rates),
     }
+    if request.axis_sizes:
+        found["axes"] = {"data": request.world_size // request.model_ranks, **request.axis_sizes}
+    if request.pipeline > 1:
+        stages = {name: _of_stages(request, usage) for name, usage in usages.items() if usage.stages > 1}
+        found["pipeline"] = {"bubble": request.bubble, "stages": stages}
     if rates is not None:
         found["rates"] = dict(vars(rates))
         for name, usage in usages.items():
@@ -134,13 +160,22 @@ def table(
         f"{TITLES[request.layout]}{', offload' if request.offload else ''}, {ranks}, {request.precision}, "
         f"{request.accumulation} micro-batch{'es' if request.accumulation > 1 else ''} per step",
     ]
-    lines += ["", *_memory(usages), "", *_sent(usages), *([] if rates is None else _seconds(usages, rates))]
+    lines += [
+        "",
+        *_memory(usages),
+        *_by_stage(request, usages),
+        "",
+        *_sent(request, usages),
+        *([] if rates is None else _seconds(usages, rates)),
+    ]
     fitting = _fitting(request, fits, limit, options)
     return "\n".join([*lines, *fitting, "", *(f"note: {line}" for line in notes(request, rates))])
 
 
 def _so_many_ranks(request: Request) -> str:
-    return f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
+    ranks = f"{request.world_size:,} rank{'s' if request.world_size > 1 else ''}"
+    sizes = {"data": request.world_size // request.model_ranks, **request.axis_sizes}
+    return f"{ranks} = {' x '.join(f'{name} {n}' for name, n in sizes.items())}" if request.axis_sizes else ranks
 
 
 def _ranks_of(ours: LowRankConfig) -> str:
@@ -171,13 +206,48 @@ def _memory(usages: Usages) -> list[str]:
     return lines
 
 
-def _sent(usages: Usages) -> list[str]:
-    """The framework's collectives once, and again for an optimizer under which they differ."""
-    common = next(iter(usages.values())).frame_sent
-    shown = [("framework", purpose, count, count) for purpose, count in common.items()]
+def _of_stages(request: Request, usage: Usage) -> list[dict[str, Any]]:
+    """Of each stage of a pipeline what it is, and the fullest of its ranks."""
+    found = []
+    for stage, at in zip(request.stages, usage.fullest_of_stages, strict=True):
+        parts = {part: int(values[at]) for part, values in usage.at_peak.items()}
+        peak = {"total": int(usage.total[at]), "host": int(usage.host[at]), "peak": MOMENTS[int(usage.peak[at])]}
+        of = {"elements": stage.elements, "micro_batches_held": stage.in_flight}
+        found.append({"first": stage.parameters[0].name, **of, "rank": at, **parts, **peak})
+    return found
+
+
+def _by_stage(request: Request, usages: Usages) -> list[str]:
+    """Of our optimizer, the fullest rank of each stage of a pipeline."""
+    if request.pipeline == 1:
+        return []
+    ours = next(iter(usages))
+    rows = _of_stages(request, usages[ours])
+    parts = [part for part in PARTS if any(row[part] for row in rows)]
+    headings = ["parameters", "held", *parts, "total"]
+    lines = ["", f"{'stages of the pipeline':<27}" + "".join(f"{heading:>12}" for heading in headings) + "  peak in"]
+    worst = max(rows, key=lambda row: row["total"] + row["host"])
+    for k, row in enumerate(rows):
+        cells = [f"{row['elements'] / 1e6:,.0f}M", str(row["micro_batches_held"])]
+        cells += [_size(row[part]) for part in (*parts, "total")]
+        label = f"{ours}, stage {k}{' (worst)' if row is worst else ''}"
+        lines.append(f"  {label:<25}" + "".join(f"{cell:>12}" for cell in cells) + f"  {row['peak']}")
+    return lines
+
+
+def _sent(request: Request, usages: Usages) -> list[str]:
+    """The framework's collectives once, by axis, and again for an optimizer under which they differ."""
+
+    def of_framework(usage: Usage) -> list[tuple[str, Any, Any]]:
+        return [(purpose, np.max(n), np.mean(n)) for purpose, n in usage.frame_sent.items()]
+
+    common = of_framework(next(iter(usages.values())))
+    shown = []
+    for purpose, most, mean in common:
+        shown.append((f"framework, {axis_of(purpose)}" if request.axis_sizes else "framework", purpose, most, mean))
     for label, usage in usages.items():
-        if usage.frame_sent != common:
-            shown += [(f"framework, {label}", purpose, n, n) for purpose, n in usage.frame_sent.items()]
+        if of_framework(usage) != common:
+            shown += [(f"framework, {label}", *row) for row in of_framework(usage)]
         shown += [(label, purpose, x.max(), x.mean()) for purpose, x in usage.sent.items()]
     if not shown:
         return ["sent per step and rank: nothing"]
@@ -235,8 +305,9 @@ def chart(request: Request, path: Path) -> None:
 
 
 def _worlds(request: Request) -> list[int]:
-    last = max(64, request.world_size)
-    return sorted({1 << k for k in range(last.bit_length()) if 1 << k <= last} | {request.world_size})
+    copies, ranks = request.world_size // request.model_ranks, request.model_ranks
+    last = max(64, request.world_size) // ranks
+    return sorted(ranks * n for n in {1 << k for k in range(last.bit_length()) if 1 << k <= last} | {copies})
 
 
 def _ranks(request: Request) -> list[int]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from lorapre_dist.config import ConfigError, LoRAPreConfig, LowRankConfig, others
 from lorapre_dist.config.options import RELEASE_UNDER_DEEPSPEED, SIXTEEN
 from lorapre_dist.config.param_groups import explain_no_match, is_low_rank
+from lorapre_dist.layouts.geometry import axes, rows
 from lorapre_dist.layouts.geometry.shares import Share
 
 LAYOUTS = ("zero0", "zero1", "zero2", "zero3", "fsdp1", "fsdp2", "hsdp", "tp", "ddp")
 #: Those in which ranks hold no more than their part of the weights, or of masters, which can lie in host memory.
 OFFLOADING = ("zero1", "zero2", "zero3", "fsdp2", "hsdp")
+#: Those under which a model's layers can be dealt out to stages, and matrices split over tensor-parallel ranks as well.
+PIPELINED = ("zero0", "zero1", "fsdp2")
+SPLIT = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 FP32 = 4
 BYTES = {"fp32": FP32, "bf16": 2, "fp16": 2}
 MAX_WORLD_SIZE = 1 << 20
@@ -49,6 +53,25 @@ class Zero:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What of a model a request is for.
+
+    Attributes:
+        stage, stages: which stage of a pipeline of how many.
+        tensor: a rank's part, where matrices are split over so many.
+    """
+
+    stage: int = 0
+    stages: int = 1
+    tensor: int = 1
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the last stage, which has the loss."""
+        return self.stage == self.stages - 1
+
+
+@dataclass(frozen=True)
 class Request:
     """A model, where its parameters lie, and the optimizer's settings.
 
@@ -67,6 +90,9 @@ class Request:
         shard_state: DDP deals the state out.
         micro_batch, seq_len: sequences of a forward pass, and tokens of each; None: activations are not planned for.
         checkpointing: activations are recomputed in the backward pass, block by block.
+        pipeline: stages that the layers are dealt out to; ``accumulation`` micro-batches go through them.
+        tensor: ranks that each matrix is split over; what is left of ``world_size`` is data-parallel.
+        part: of a request that has been checked; None: it is for a whole model.
 
     Raises:
         ConfigError: a value that is not allowed, or no parameter would be low-rank.
@@ -87,8 +113,13 @@ class Request:
     micro_batch: int = 1
     seq_len: int | None = None
     checkpointing: bool = False
+    pipeline: int = 1
+    tensor: int = 1
+    part: Part | None = None
 
     def __post_init__(self) -> None:
+        if self.part is not None:
+            return
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout {self.layout!r}: must be one of {', '.join(LAYOUTS)}")
         if self.precision not in BYTES:
@@ -103,14 +134,85 @@ class Request:
             raise ConfigError(f"offload: needs {', '.join(OFFLOADING[:-1])} or {OFFLOADING[-1]}, not {self.layout}")
         if self.shard_size < 1:
             raise ConfigError(f"shard_size {self.shard_size}: must be at least 1")
-        if self.world_size % self.sharing:
+        if self.world_size % self.sharing:  # of hybrid sharding
             raise ConfigError(f"shard_size {self.shard_size}: {self.world_size} ranks are no multiple of it")
+        self._check_axes()
         self._check_batch()
         self._check_memory_options()
         if not any(self.is_low_rank(p) for p in self.parameters):
             shapes = [(p.name, p.shape) for p in self.parameters]
             ours = self.optimizer
             raise ConfigError(explain_no_match(shapes, ours.rank, ours.target_modules, ours.resolved_rank_v))
+
+    def _check_axes(self) -> None:
+        for name, count, layouts in (("pipeline", self.pipeline, PIPELINED), ("tensor", self.tensor, SPLIT)):
+            if count < 1:
+                raise ConfigError(f"{name} {count}: must be at least 1")
+            if count > 1 and self.layout not in layouts:
+                others = f"{', '.join(layouts[:-1])} or {layouts[-1]}"
+                raise ConfigError(f"{name} {count}: is planned for with {others}, not {self.layout}")
+        if self.world_size % self.model_ranks:
+            sizes = " x ".join(f"{name} {n}" for name, n in self.axis_sizes.items())
+            raise ConfigError(f"{sizes}: {self.world_size} ranks are no multiple of {self.model_ranks}")
+        if self.pipeline > 1:
+            names = {p.name for p in self.parameters}
+            if "model.embed_tokens.weight" in names and "lm_head.weight" not in names:
+                raise ConfigError(f"pipeline {self.pipeline}: tied embeddings are not planned for; untie them")
+            if self.optimizer.release_gradients:
+                raise ConfigError(
+                    "release_gradients=True: a pipeline's gradients are of several micro-batches; leave it"
+                )
+            try:
+                self.stages  # noqa: B018
+            except ValueError as error:
+                raise ConfigError(f"pipeline {self.pipeline}: {error}") from error
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that have one copy of the model together, data parallelism apart."""
+        return self.pipeline * self.tensor
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Sizes of the axes beside data parallelism, those of one rank left out."""
+        return {name: n for name, n in (("pipeline", self.pipeline), ("tensor", self.tensor)) if n > 1}
+
+    @functools.cached_property
+    def stages(self) -> tuple[Request, ...]:
+        """A request for each stage of the pipeline; of one stage, this one."""
+        if self.pipeline == 1:
+            return (self,)
+        by_name = {p.name: p for p in self.parameters}
+        found = []
+        for k, names in enumerate(axes.stages([(p.name, p.shape) for p in self.parameters], self.pipeline)):
+            mine, part = tuple(by_name[name] for name in names), Part(k, self.pipeline)
+            ranks = self.world_size // self.pipeline
+            found.append(replace(self, parameters=mine, world_size=ranks, pipeline=1, part=part))
+        return tuple(found)
+
+    @functools.cached_property
+    def local(self) -> Request:
+        """A request for what the first tensor-parallel rank has, which is most; without this axis, this one."""
+        if self.tensor == 1:
+            return self
+        mine = axes.local([(p.name, p.shape) for p in self.parameters], self.tensor, self.split_dim)[0]
+        parameters = tuple(Parameter(name, shape) for name, shape in mine)
+        part = replace(self.part or Part(), tensor=self.tensor)
+        return replace(self, parameters=parameters, world_size=self.world_size // self.tensor, tensor=1, part=part)
+
+    def split_dim(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """Along which dimension tensor parallelism splits a parameter; None: not at all."""
+        return rows.split_dim(name, shape, head=self.layout.startswith("zero"))
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches whose activations a stage holds at a time, under 1F1B: fewer in later stages."""
+        return 1 if self.part is None else min(self.part.stages - self.part.stage, self.accumulation)
+
+    @property
+    def bubble(self) -> float:
+        """The share of a step's time in which a stage waits for others, under 1F1B and where all take equally long."""
+        return (self.pipeline - 1) / (self.accumulation + self.pipeline - 1)
 
     def _check_batch(self) -> None:
         for name, value in (("micro_batch", self.micro_batch), ("seq_len", self.seq_len)):

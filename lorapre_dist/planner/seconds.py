@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from lorapre_dist.config import ConfigError
 
 from .plan import Usage
@@ -82,7 +84,7 @@ def seconds(usage: Usage, rates: Rates) -> Seconds:
     }
     bound = max(parts, key=lambda name: parts[name])
     sent = max((float(sum(values)) for values in zip(*usage.sent.values(), strict=True)), default=0.0)
-    framework = sum(usage.frame_sent.values()) / rates.network
+    framework = float(np.max(sum(usage.frame_sent.values(), np.zeros(1)))) / rates.network
     network = sent / rates.network + usage.calls * rates.latency
     return Seconds(parts[bound], work.solves / rates.solve, network, bound, framework)
 

@@ -25,9 +25,9 @@ from ..config import ConfigError
 from ..core.factors import Matrix, state_shapes
 from ..core.forms import length
 from ..core.interval import column_block
-from ..core.quantized import DTYPES, converted, form_of, rank_of
+from ..core.quantized import converted, form_of, rank_of
 from ..core.rounding import COMPENSATION
-from ..core.spec import Axis, axis_of
+from ..core.spec import Axis, axis_of, of_matrix, of_vector
 from ..layouts.base import Layout, Piece, Unit, local
 from ..layouts.geometry.ranges import equal_ranges
 from .shards import Shard, elementwise, like, matrix_shards
@@ -258,13 +258,16 @@ def elsewhere(
     """
     shape = shape or (1,)
     shapes: dict[str, tuple[int, ...]] = {"exp_avg": shape, "exp_avg_sq": shape}
+    own = str(kind["dtype"]).removeprefix("torch.")
+    specs = of_vector(own)
     if low_rank is not None:
-        shapes = state_shapes((shape[0], shape[1]), *low_rank)
+        ranks, statistics, forms = low_rank
+        shapes = state_shapes((shape[0], shape[1]), ranks, statistics, forms)
+        specs = of_matrix(ranks, statistics, own, forms)
     found = {}
     for key, size in shapes.items():
         dim, vectors = 1 if axis_of(key) is Axis.COLUMNS else 0, None if low_rank is None else _vectors(key)
-        form = low_rank[2].get(key[0], "") if low_rank is not None and vectors is not None else ""
-        of = {**kind, "dtype": DTYPES.get(form, kind["dtype"])}
+        of = {**kind, "dtype": getattr(torch, specs[key].dtype)}
         nothing = torch.empty([0 if d == dim else n for d, n in enumerate(size)], **of)
         placed = spread(Shard(size, 0, nothing, dim), group, Split(0) if low_rank is None else None)
         found[key] = Exposed(placed, None, vectors)

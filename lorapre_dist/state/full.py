@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import ConfigError
+from ..core import codes
 from ..core.comm import all_ranks
 from ..core.factors import SQUARES
 from ..core.quantized import converted
 from ..core.rounding import COMPENSATION
+from ..core.spec import CODES, SCALES
 from .shards import OPTIMIZER, Shard, bring_home, in_other_form, state_shards, vector_dim
 
 #: State with something for each element of the parameter: whole, it has the parameter's shape.
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", COMPENSATION)
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", *CODES, COMPENSATION)
 
 
 def full_state(held: list[tuple[Any, Any]], group: Any = None) -> dict[str, dict[str, Any]]:
@@ -47,7 +49,9 @@ def load_full_state(full: dict[str, dict[str, Any]], held: list[tuple[Any, Any]]
         ConfigError: on every rank: names or shapes that differ. Nothing has been changed then.
     """
     tensors, steps = {}, {name: entry.get("step", 0) for name, entry in full.items()}
-    for name, entry in {name: rooted(entry) for name, entry in full.items()}.items():
+    mine = [piece.name for piece, state in held if SCALES.keys() <= state.tensors().keys()]
+    coded = {name for names in all_ranks(mine, group) for name in names}
+    for name, entry in {name: recoded(rooted(entry), name in coded) for name, entry in full.items()}.items():
         for part, tensor in entry.items():
             if part != "step":
                 each = tensor.shape[-1:] if part == COMPENSATION else ()
@@ -95,6 +99,22 @@ def rooted(entry: dict[str, Any]) -> dict[str, Any]:
     """A matrix's state, with roots of the mean squares that earlier versions saved."""
     roots = {square: root for root, square in SQUARES.items()}
     return {roots.get(key, key): value.sqrt() if key in roots else value for key, value in entry.items()}
+
+
+def recoded(entry: dict[str, Any], coded: bool) -> dict[str, Any]:
+    """A parameter's state, whole, with AdamW's moments in 8 bits or not, as they are kept here; itself if it is so."""
+    found, parts = dict(entry), {*SCALES, *CODES, "exp_avg", "exp_avg_sq"}
+    if coded == (SCALES.keys() <= entry.keys()) or any(type(entry[key]) is not Tensor for key in parts & entry.keys()):
+        return entry
+    for scale, key in SCALES.items():
+        moment = scale.removesuffix("_row")
+        if coded and moment in entry:
+            wide = found.pop(moment)
+            found[scale] = wide.abs().amax(1)
+            found[key] = codes.encoded(wide, found[scale][:, None], getattr(torch, CODES[key]))
+        elif not coded and key in entry:
+            found[moment] = codes.decoded(found.pop(key), found.pop(scale)[:, None])
+    return found
 
 
 def gather(shards: dict[str, Shard], group: Any = None) -> Iterator[tuple[str, Tensor | None]]:

@@ -6,7 +6,8 @@ the model's other tensors, 1-D in row-major order; and ``optimizer.NAME.KEY`` fo
 are kept so, ``compensation`` (two bytes an element: elements x 2). Every layout holds a run of each, so one form serves
 them all; a matrix that is split by columns is brought into rows, and back after loading. Factors are saved as they are
 kept: in bf16, or in 8 bits with the scales behind (``core/forms.py``); what was saved otherwise is converted when it is
-loaded.
+loaded. Of AdamW's moments in 8 bits there are codes, ``exp_avg_8bit`` and ``exp_avg_sq_8bit`` (1-D, a byte an element),
+and the rows' scales, ``exp_avg_row`` and ``exp_avg_sq_row`` (p).
 
 A :class:`Shard` has the three methods by which ``torch.distributed.checkpoint`` saves and reshards a DTensor.
 """
@@ -291,7 +292,7 @@ def matrix_shards(matrix: Matrix) -> dict[str, Shard]:
 
 def elementwise(state: Any) -> dict[str, Tensor]:
     """The tensors of a piece's state that have a number, or two bytes, for each of its elements: n, or n x 2."""
-    found: dict[str, Tensor] = state.rounding.tensors() if isinstance(state, Matrix) else state.tensors()
+    found: dict[str, Tensor] = state.elementwise() if isinstance(state, Matrix) else state.tensors()
     return found
 
 

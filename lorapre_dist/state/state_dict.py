@@ -28,17 +28,21 @@ from ..config import ConfigError
 from ..config.param_groups import clean_name, parameter_name
 from ..core.comm import all_ranks
 from ..core.rounding import COMPENSATION
+from ..core.spec import SCALES
 from ..layouts.base import Layout, Unit, local
 from ..layouts.matrices import expert_name
 from .dtensors import Exposed, Uneven, elsewhere, expose
-from .full import rooted, said
+from .full import recoded, rooted, said
 
 _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
 # What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's, and so
 # are when gradients are used, how weights are kept (whose type a checkpoint does not change), what changes memory and
 # time but no number, and the form in which state is kept: what was saved in another one is converted.
-_PRESENT = ("target_modules", "weights", "state_dtype", "release_gradients", "clip_each", "overlap", "overlap_limit")
+_PRESENT = (
+    *("target_modules", "weights", "state_dtype", "other_state"),
+    *("release_gradients", "clip_each", "overlap", "overlap_limit"),
+)
 _FLATTENED = "FSDP1"
 
 
@@ -266,6 +270,7 @@ def _load(optimizer: StatefulOptimizer, saved: dict[str, Any]) -> None:
                 fresh = parameter_name(name) in untrained  # it was frozen then, and begins now
                 found += [f"{name}: not in the saved state"] if name in states and not fresh else []
                 continue
+            entry = recoded(entry, SCALES.keys() <= keys.keys())
             if COMPENSATION in keys and COMPENSATION not in entry:
                 fresh_bits += 1
                 entry[COMPENSATION] = torch.zeros_like(keys[COMPENSATION].tensor)

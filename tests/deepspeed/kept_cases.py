@@ -10,7 +10,9 @@ import torch
 import lorapre_dist
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
+from lorapre_dist.core import codes
 from lorapre_dist.core.quantized import widened
+from lorapre_dist.core.spec import SCALES
 
 from . import cases
 
@@ -57,9 +59,13 @@ def distance(engine: Any, alone: Any) -> float:
 
 
 def differing(ours: dict[str, Any], alone: dict[str, Any]) -> float:
-    """The largest distance of any factor."""
+    """The largest distance of any factor, and of any of AdamW's moments in 8 bits."""
     found = [0.0]
     for name, entry in alone.items():
+        assert ours[name].keys() == entry.keys()
+        for scale, key in SCALES.items() if SCALES.keys() <= entry.keys() else ():
+            a, b = (codes.decoded(held[name][key], held[name][scale][:, None]) for held in (ours, alone))
+            found.append(float((a - b).norm() / b.norm()))
         for key in entry.keys() & {"m_A", "m_B", "v_A", "v_B"}:
             assert ours[name][key].dtype == entry[key].dtype
             dim = -1 if key.endswith("_B") else -2

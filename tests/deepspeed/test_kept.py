@@ -8,7 +8,11 @@ from tests.distributed.harness import run_ranks
 
 from .kept_cases import kept_case, refused_case
 
-OPTIONS = [{"state_dtype": "8bit", "embeddings": "low_rank"}, {"state_dtype": "bf16", "other_state": "adafactor"}]
+OPTIONS = [
+    {"state_dtype": "8bit", "embeddings": "low_rank"},
+    {"state_dtype": "bf16", "other_state": "adafactor"},
+    {"other_state": "adamw8bit"},
+]
 
 
 @pytest.mark.parametrize("stage, world", [(1, 2), (2, 3), (3, 3)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorapre_dist import checkpoint
 from lorapre_dist.config import ConfigError
 from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizers import OPTIMIZERS
@@ -103,3 +105,42 @@ def fsdp2_accumulation_case(rank: int, world_size: int) -> dict[str, torch.Tenso
         assert all(p.grad is None for p in model.parameters())
         optimizer.step()
     return full_parameters("fsdp2", model)
+
+
+def killed_case(rank: int, world_size: int, *, layout: str, folder: str) -> tuple[list[str], list[str]]:
+    """What had been stepped when a backward pass ended in its middle, and what differs after going on without it."""
+
+    def built() -> tuple[Any, Any]:
+        model = wrapped(layout, Net(), world_size)
+        options = {"state_dtype": "8bit", "other_state": "adamw8bit", "target_modules": ["q_proj", "k_proj"]}
+        optimizer = OPTIMIZERS["LoRAPre"](
+            model.named_parameters(), **OPTIONS["LoRAPre"], **options, release_gradients=True
+        )
+        optimizer.workspace = replace(optimizer.workspace, bucket=1)
+        return model, optimizer
+
+    def train(model: Any, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            model(batch_of(step, torch.float32)).backward()
+            optimizer.step()
+
+    def differing(a: nn.Module, b: nn.Module) -> list[str]:
+        pairs = zip(a.named_parameters(), b.parameters(), strict=True)
+        return [name for (name, p), q in pairs if not torch.equal(local(p), local(q))]
+
+    def die(_: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    (model, optimizer), (killed, dying), (again, resumed) = built(), built(), built()
+    train(model, optimizer, range(2))
+    checkpoint.save(model, optimizer, folder, "tag")
+    checkpoint.load(killed, dying, folder)
+    layers = (killed.module if layout == "ddp" else killed).layers
+    layers["up_proj"].register_forward_hook(lambda module, given, out: out.register_hook(die) and None)
+    with contextlib.suppress(KeyboardInterrupt):
+        killed(batch_of(2, torch.float32)).backward()
+    early = differing(model, killed)
+    checkpoint.load(again, resumed, folder)
+    train(model, optimizer, range(2, 5))
+    train(again, resumed, range(2, 5))
+    return early, differing(model, again)

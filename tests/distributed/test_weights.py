@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from lorapre_dist.state.full import recoded
 
 from .harness import run_ranks
-from .weights_cases import bits_case, built, digest, given_gradients, relay_case
+from .weights_cases import bits_case, built, digest, given_gradients, moments_case, relay_case
 
 LAYOUTS = {
     2: ["fsdp1", "fsdp2", "ddp", "tp"],
@@ -62,3 +65,20 @@ def test_masters_and_halves_become_each_other(layout, world, tmp_path):
     assert said[0] is None and said[3] == []
     assert "have a compensation here that was not saved" in said[1][0]
     assert "is not kept here: fp32 weights take it in" in said[2][0]
+
+
+def test_adamws_moments_change_their_form_in_any_layout(tmp_path):
+    """Saved in fp32 and loaded in 8 bits, and back: what converting the whole matrix gives, bit for bit."""
+    relay = [("adamw", "fsdp1", 3), ("adamw8bit", "tp+fsdp2", 4), ("adamw", "ddp", 2), ("adamw8bit", "fsdp2", 3)]
+    before = None
+    for leg, (other_state, layout, world) in enumerate(relay):
+        arguments = {"layout": layout, "other_state": other_state, "folder": str(tmp_path), "leg": leg}
+        first, *_ = run_ranks(world, moments_case, **arguments)
+        for name, entry in (before or {}).items():
+            found, want = first["loaded"][name], entry
+            if torch.as_tensor(entry.get("exp_avg", entry.get("exp_avg_8bit", 0.0))).ndim == 2:
+                want = recoded(entry, other_state == "adamw8bit")
+                assert want.keys() != entry.keys()
+            assert found.keys() == want.keys()
+            assert all(torch.equal(torch.as_tensor(found[k]), torch.as_tensor(want[k])) for k in want), (leg, name)
+        before = first["left"]

@@ -22,7 +22,9 @@ TYPES = {"master": torch.float32, "stochastic": torch.bfloat16, "kahan": torch.b
 SHAPES = {name: tuple(p.shape) for name, p in Net().named_parameters()}
 
 
-def built(layout: str, world_size: int, optimizer: str, weights: str) -> tuple[nn.Module, LowRankOptimizer]:
+def built(
+    layout: str, world_size: int, optimizer: str, weights: str, other_state: str = "adamw8bit"
+) -> tuple[nn.Module, LowRankOptimizer]:
     """A model whose weights are bf16 numbers, of the type that ``weights`` is for, and its optimizer."""
     model: nn.Module = Net().to(torch.bfloat16).to(TYPES[weights])
     if layout != "one device":
@@ -32,7 +34,7 @@ def built(layout: str, world_size: int, optimizer: str, weights: str) -> tuple[n
         {"params": [(n, p) for n, p in named if ADAMW not in n]},
         {"params": [(n, p) for n, p in named if ADAMW in n], "rank": 0},
     ]
-    options = {**OPTIONS[optimizer], "weights": weights}
+    options = {**OPTIONS[optimizer], "weights": weights, "other_state": other_state}
     return model, OPTIMIZERS[optimizer](groups, shard_state=layout != "ddp replicated", **options)
 
 
@@ -108,5 +110,24 @@ def relay_case(
     train(model, optimizer, range(2 * leg, 2 * leg + 2))
     save(model, optimizer, f"{folder}/{leg + 1}")
     found["left"] = snapshot(layout, model, optimizer)
+    dist.barrier()
+    return found
+
+
+def moments_case(
+    rank: int, world_size: int, *, layout: str, other_state: str, folder: str, leg: int
+) -> dict[str, dict[str, Any]]:
+    """Rank 0's whole state as the leg before left it, loaded here, and as this leg leaves it."""
+    model, optimizer = built(layout, world_size, "LoRAPre", "master", other_state)
+    load, save = HOW["ours"]
+    found = {}
+    if leg:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load(model, optimizer, f"{folder}/{leg}")
+        found["loaded"] = optimizer.full_state_dict()
+    train(model, optimizer, range(2 * leg, 2 * leg + 2))
+    save(model, optimizer, f"{folder}/{leg + 1}")
+    found["left"] = optimizer.full_state_dict()
     dist.barrier()
     return found

@@ -24,6 +24,7 @@ OTHERS = {
     **{f"llama_{n}_zero2_muon": "LoRAPreMuon" for n in RANKS},
     **{f"tiny_zero2_{name.removeprefix('LoRAPre').lower()}": name for name in OPTIMIZERS if name != "LoRAPre"},
 }
+HYBRID = ["llama_70b_zero1"]  # over several axes
 FINETUNE = ["finetune_zero2", "finetune_zero3", "finetune_tiny_zero2", "finetune_tiny_zero3"]
 # For cards of 24 GB, with the ranks that they are for.
 CARDS = {"llama_7b_24g": (1, 2, 8), "finetune_llama3_8b_24g": (1,), "finetune_llama3_8b_2x24g": (2,)}
@@ -46,12 +47,13 @@ def test_nothing_else_is_shipped():
     assert {p.stem for p in FOLDER.glob("*.json") if not p.stem.startswith("hf_")} == {
         *NAMES,
         *OTHERS,
+        *HYBRID,
         *FINETUNE,
         *CARDS,
     }
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OTHERS, *FINETUNE])
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS, *HYBRID, *FINETUNE])
 def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
     from deepspeed.runtime.config import DeepSpeedConfig, dist
 
@@ -69,6 +71,16 @@ def test_accepted_by_deepspeed_and_by_us(name, monkeypatch):
         assert theirs.zero_optimization_stage == zero_stage(config) == int(name.split("zero")[1][0])
         assert theirs.bfloat16_config.enabled == (precision(config) == "bf16")
         assert theirs.gradient_clipping == 1.0
+
+
+def test_70b_over_several_axes_fits(capsys):
+    """On 256 ranks of 80 GB with half of that free, in sequences of 4096; what the launch lines in docs say."""
+    argv = ["plan", "--model", "llama-70b", "--deepspeed_config", "llama_70b_zero1", "--world_size", "256", "--json"]
+    assert main([*argv, "--seq_len", "4096"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["axes"] == {"data": 8, "pipeline": 4, "tensor": 8} and found["accumulation"] == 64
+    assert found["low_rank_matrices"] == 7 * 80 and found["pipeline"]["bubble"] == 3 / 67
+    assert round(found["optimizers"]["LoRAPre"]["largest_rank"]["total"] / 2**30, 1) == 19.8
 
 
 @pytest.mark.parametrize("name", CARDS)

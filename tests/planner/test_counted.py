@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRAPre": {"lr": 1e-3, "rank": 8, "rank_v": 3},
     "LoRAPreMuon": {"lr": 1e-3, "rank": 8},
     "LoRAPreSGD": {"lr": 1e-3, "rank": 5, "variant": "paper"},
-    "LoRAPreLion": {"lr": 1e-3, "rank": 4},
+    "LoRAPreLion": {"lr": 1e-3, "rank": 4, "other_state": "adamw8bit"},
     "LoRAPreAdafactor": {"lr": 1e-3, "rank": 8},
 }
 ZERO3 = {"sub_group_size": 20_000}

@@ -11,7 +11,6 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.layouts.base import local
 from lorapre_dist.training.data.tokenizer import train_bpe
 from lorapre_dist.training.engines import models, pretrained
-from lorapre_dist.training.engines.presets import PRESETS
 from lorapre_dist.training.run.settings import Settings
 from tests.distributed.harness import run_ranks
 
@@ -41,7 +40,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_presets_have_galores_shapes(name):
     hidden, intermediate, heads, layers = SHAPES[name]
     config = models.preset_config(name)

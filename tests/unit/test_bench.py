@@ -59,7 +59,10 @@ def test_step(capsys, tmp_path):
     figures = json.loads(path.read_text())
     assert figures["rank_v"] == 2
     assert 0 < figures["bare GEMMs"][1] < figures["LoRAPre step"][0]
-    assert "LoRAPre step / (bare GEMMs + memory pass)" in capsys.readouterr().out
+    assert 0 < figures["r x r work"][1] < figures["LoRAPre step"][0]
+    all_parts, printed = "LoRAPre step / (these + r x r work)", capsys.readouterr().out
+    assert figures["ratios"][all_parts][0] < figures["ratios"]["LoRAPre step / (bare GEMMs + memory pass)"][0]
+    assert all_parts in printed
 
 
 def test_experts(capsys):

@@ -7,13 +7,16 @@ import math
 import pytest
 import torch
 
+from lorapre_dist import reference
 from lorapre_dist.bench.family import mlorc, smmf
 from lorapre_dist.bench.family.dense import Dense
 from lorapre_dist.bench.family.dion import Dion
+from lorapre_dist.bench.family.exchanged import Exchanged
 from lorapre_dist.bench.family.hfac import HFac
 from lorapre_dist.bench.family.mlorc import MLorc
 from lorapre_dist.bench.family.mofasgd import MoFaSGD
 from lorapre_dist.bench.family.smmf import SMMF
+from lorapre_dist.config import ConfigError, LoRAPreConfig
 
 LR = 0.1
 
@@ -161,3 +164,52 @@ def test_each_finds_the_least_of_a_quadratic_and_repeats_exactly(rule, lr):
     losses = run()
     assert losses[-1] < 0.05 * losses[0]
     assert run() == losses
+
+
+LOW_RANK = LoRAPreConfig(lr=LR, scale=1.0, rank=3, rank_v=2, betas=(0.9, 0.99))
+
+
+def gradients(number, shape=(9, 7), seed=0):
+    return list(torch.randn(number, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+def test_nothing_exchanged_is_the_reference():
+    given = gradients(5)
+    rule = Exchanged(LOW_RANK)
+    places, _ = steps(rule, *given)
+    theta, state = torch.zeros(9, 7, dtype=torch.float64), rule.begin(given[0], given[0])
+    for place, g in zip(places, given, strict=True):
+        reference.lorapre_adam_step(theta, g, state, LOW_RANK)
+        torch.testing.assert_close(place, theta)
+
+
+def test_both_moments_exchanged_is_adam():
+    """Where no element of the update is as large as ``max_update``."""
+    given = gradients(4)
+    places, _ = steps(Exchanged(LOW_RANK, "full", "full"), *given)
+    theta = torch.nn.Parameter(torch.zeros(9, 7, dtype=torch.float64))
+    adam = torch.optim.Adam([theta], lr=LR, betas=(0.9, 0.99), eps=1e-8)
+    for place, g in zip(places, given, strict=True):
+        theta.grad = g
+        adam.step()
+        torch.testing.assert_close(place, theta.detach())
+
+
+def test_subspace_keeps_a_momentum_of_its_rank_whole():
+    """Gradients with three columns' space: the product is their average, to which coupled rates only come near."""
+    left, right = gradients(2, (9, 3))[0], gradients(2, (3, 7), seed=1)[0]
+    given = [left @ core @ right for core in gradients(30, (3, 3), seed=2)]
+    average = torch.zeros(9, 7, dtype=torch.float64)
+    for g in given:
+        average.lerp_(g, 0.1)
+
+    def away(m):
+        _, state = steps(Exchanged(LOW_RANK, m), *given)
+        return float((state["m_B"] @ state["m_A"] - average).norm() / average.norm())
+
+    assert away("subspace") < 0.02 < 0.05 < away("factors")
+
+
+def test_an_exchange_that_there_is_not():
+    with pytest.raises(ConfigError, match="m='none'"):
+        Exchanged(LOW_RANK, "none")

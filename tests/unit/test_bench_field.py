@@ -247,6 +247,14 @@ def test_options_of_ours_are_compared_with_none(tmp_path):
     assert lines == ["| as it is | 1 | 4.100 | 1 | - | +0.100 |", "| residual=0.1 | 1 | 4.050 | 1 | -0.050 | +0.050 |"]
 
 
+def test_exchanged_parts_are_compared_with_the_optimizer(tmp_path):
+    table_of(tmp_path, record("lorapre-8", loss=4.1), record("lorapre-dense-8+m=full", loss=4.0))
+    store = Store(tmp_path / "runs.jsonl")
+    lines = report.varied(store, PROTOCOL, "lorapre-8", "lorapre-dense-8").splitlines()[2:]
+    assert lines == ["| as it is | 1 | 4.100 | 1 | - | - |", "| m=full | 1 | 4.000 | 1 | -0.100 | - |"]
+    assert "lorapre-dense-8" not in CONTENDERS
+
+
 def test_costs_are_those_of_the_longest_run(tmp_path):
     table_of(
         tmp_path,

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorapre_dist import LoRAPre, checkpoint
 from lorapre_dist.config import ConfigError
-from lorapre_dist.core import quantized
+from lorapre_dist.core import noise, quantized
 from lorapre_dist.optimizers import OPTIMIZERS
 
 from .test_report import bound_and_peak
@@ -22,7 +22,7 @@ BITS = {"bf16": 2, "8bit": 1}
 
 
 def bits_of(begin, first, count, r, dim):
-    return quantized.random_bits(torch.tensor([begin], dtype=torch.int32), first, count, r, dim)
+    return quantized.random_bits(torch.tensor([[begin, -begin]], dtype=torch.int32), first, count, r, dim)
 
 
 # rounding -------------------------------------------------------------------------------------------------------------
@@ -61,13 +61,17 @@ def test_what_can_be_kept_is_kept(form):
         assert torch.equal(quantized.widened(quantized.rounded(x, form, -1, bits), -1, torch.float32), x)
 
 
-def test_random_bits_are_even_and_no_two_factors_share_them():
+def test_random_bits_are_even_and_nothing_shares_them():
+    """Each of 32, and of both halves, within 5 standard errors; parameters, seeds, steps and streams share none."""
     bits = bits_of(12345, 0, 500, 64, -1).view(-1)
-    ones = torch.stack([(bits >> k) & 1 for k in range(32)]).double().mean(1)
-    assert ((ones - 0.5).abs() < 5 * 0.5 / bits.numel() ** 0.5).all()
-    salts = torch.tensor([quantized.salt(0, "a"), quantized.salt(0, "b"), quantized.salt(1, "a")])
-    begins = [quantized.stream(salts, torch.full((3,), float(t)), factor) for t in range(3) for factor in range(4)]
-    assert len({int(x) for some in begins for x in some}) == 36
+    for some, width in ((bits, 32), *((half, 16) for half in noise.halves(bits.clone()))):
+        ones = torch.stack([(some >> k) & 1 for k in range(width)]).double().mean(1)
+        assert ((ones - 0.5).abs() < 5 * 0.5 / bits.numel() ** 0.5).all()
+    high, low = (half.double() - 2.0**15 for half in noise.halves(bits.clone()))
+    assert abs(float((high * low).mean())) < 5 * 2.0**32 / 12 / bits.numel() ** 0.5
+    keys = torch.stack([noise.key(*of, torch.device("cpu")) for of in ((0, "a"), (0, "b"), (1, "a"))])
+    words = [noise.draw(keys, torch.full((3,), float(t)), stream) for t in range(3) for stream in range(6)]
+    assert len({tuple(pair) for some in words for pair in some.tolist()}) == 54
 
 
 # the optimizer --------------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import sys
 from collections import Counter
 
 import pytest
+from deepspeed.runtime.utils import partition_balanced
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapre_dist.core.spec import Axis, axis_of, of_matrix, of_vector
-from lorapre_dist.layouts.geometry import dealt, flat, per_parameter, rows
+from lorapre_dist.layouts.geometry import axes, dealt, flat, per_parameter, rows
 from lorapre_dist.layouts.geometry.shares import Arrangement, replicated
 
 shape = st.one_of(
@@ -72,6 +73,43 @@ def test_matrices_are_numbered_in_order(named, n):
         before = [share.before for share in arrangement.matrices(low_rank).shares]
         assert before == sorted(before)
         assert any(any(x) for x in before) == (not layout.startswith("zero12") and len(before) > 1)
+
+
+@given(models, ranks, st.integers(1, 3))
+def test_what_is_split_and_cut_again_lies_on_one_rank_and_all_else_in_every_part(named, n, parts):
+    inner = {
+        "zero12": lambda some: flat.zero12(some, n),
+        "zero3": lambda some: per_parameter.zero3(some, n, 20),
+        "fsdp2": lambda some: rows.fsdp2(some, n),
+        "replicated": replicated,
+    }
+    for layout, spread in inner.items():
+        found = axes.cut_again(named, parts, rows.split_dim, spread).matrices(low_rank)
+        assert found.size == parts * (1 if layout == "replicated" else n)
+        held: Counter[str] = Counter()
+        for share in found.shares:
+            assert list(share.ranks) == sorted(share.ranks) and max(share.ranks, default=0) < found.size
+            each = share.numels.sum() if share.shared else len(share.ranks) * share.numel
+            held[share.name.partition("[")[0]] += int(each)
+        for name, sides in named:
+            copies = 1 if rows.split_dim(name, sides) is not None else parts
+            assert held[name] == copies * math.prod(sides), (layout, name)
+
+
+@given(st.lists(st.sampled_from([1, 5, 5, 5, 40]), min_size=1, max_size=12), st.integers(1, 6))
+def test_layers_are_dealt_out_as_deepspeed_does(weights, parts):
+    assert axes.balanced(weights, parts) == [int(at) for at in partition_balanced(weights, parts)]
+
+
+def test_stages_by_hand():
+    block = {"q_proj.weight": (4, 4), "norm.weight": (4,)}
+    named = [("embed.weight", (4, 4)), *((f"layers.{k}.{n}", s) for k in range(4) for n, s in block.items())]
+    named += [("norm.weight", (4,)), ("head.weight", (4, 4))]
+    first, second = axes.stages(named, 2)
+    assert [*first, *second] == [name for name, _ in named]
+    assert first[-1] == "layers.1.norm.weight"
+    with pytest.raises(ValueError, match="7 layers are fewer than 8 stages"):
+        axes.stages(named, 8)
 
 
 @given(models, ranks)

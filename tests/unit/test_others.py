@@ -12,6 +12,7 @@ from lorapre_dist import LoRAPre, LoRAPreConfig, checkpoint, reference
 from lorapre_dist.config import ConfigError
 from lorapre_dist.core.factors import initial_A
 from lorapre_dist.optimizers import OPTIMIZERS
+from lorapre_dist.state.full import recoded
 
 from .toy import FP64, STABLE, Toy, assert_same, loss_of, state_tensors, train
 
@@ -82,7 +83,14 @@ def test_rows_that_never_have_a_gradient_have_no_factors_and_do_not_move():
     assert not torch.equal(model.embed.weight[:3], before[:3])
 
 
-@pytest.mark.parametrize("options", [{"other_state": "adafactor"}, {"embeddings": "low_rank", "state_dtype": "8bit"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"other_state": "adafactor"},
+        {"embeddings": "low_rank", "state_dtype": "8bit"},
+        {"other_state": "adamw8bit", "state_dtype": "8bit"},
+    ],
+)
 @pytest.mark.parametrize("way", ["state_dict", "full", "checkpoint", "copy"])
 def test_a_resumed_run_has_the_same_bits(tmp_path, way, options):
     model = Toy(torch.float32)
@@ -121,6 +129,31 @@ def test_state_of_another_kind_is_refused(tmp_path):
     checkpoint.save(model, optimizer, tmp_path, "tag")
     with pytest.raises(checkpoint.CheckpointError, match=r"embed.weight and 3 more: kind was lorapre, is adamw"):
         checkpoint.load(model, LoRAPre(model, **STABLE), tmp_path)
+
+
+@pytest.mark.parametrize("way", ["state_dict", "full", "checkpoint"])
+@pytest.mark.parametrize("then, now", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
+def test_adamws_moments_are_converted(tmp_path, way, then, now):
+    """Into 8 bits to the nearest number, which is within 0.8% of the row's largest; back without loss."""
+    model = Toy(torch.float32)
+    saved, loaded = (LoRAPre(model, **STABLE, other_state=state) for state in (then, now))
+    train(model, saved, range(3))
+    if way == "state_dict":
+        loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    elif way == "full":
+        loaded.load_full_state_dict(saved.full_state_dict())
+    else:
+        checkpoint.save(model, saved, tmp_path, "tag")
+        with pytest.warns(UserWarning, match="AdamW's moments of 4 parameters were saved in another form"):
+            checkpoint.load(model, loaded, tmp_path)
+    before, after = saved.full_state_dict(), loaded.full_state_dict()
+    for name in TABLES:
+        a, b = (recoded(state[name], False) for state in (before, after))
+        assert before[name]["step"] == after[name]["step"] == 3
+        for key in ("exp_avg", "exp_avg_sq"):
+            most = a[key].abs().amax(1, keepdim=True) * (0.008 if now == "adamw8bit" else 1e-6)
+            assert ((a[key] - b[key]).abs() <= most).all(), (name, key)
+    train(model, loaded, range(3, 5))
 
 
 @pytest.mark.parametrize("options", [{"other_state": "adam"}, {"embeddings": True}])

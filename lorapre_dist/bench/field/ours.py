@@ -6,7 +6,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lorapre_dist.bench.family.dense import Dense
+from lorapre_dist.bench.family.exchanged import Exchanged
 from lorapre_dist.bench.training import BETAS, EPS
+from lorapre_dist.config import LoRAPreConfig
 from lorapre_dist.optimizers import OPTIMIZERS
 
 from .contender import ADAM_LRS, LION_LRS, MUON_LRS, Contender, Matrices
@@ -20,6 +23,16 @@ def lorapre(name: str, share: int) -> Contender:
         return OPTIMIZERS[name]([{"params": matrices.named}], lr=lr, **given)
 
     return Contender(name, build, ADAM_LRS, share, origin="lorapre_dist")
+
+
+def exchanged(share: int) -> Contender:
+    """LoRAPre on whole matrices, of which a part may be exchanged: the options are those of :class:`Exchanged`."""
+
+    def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
+        config = LoRAPreConfig(betas=BETAS, eps=EPS, scale=1.0, rank=matrices.rank)
+        return Dense(matrices.params, lr, Exchanged(config, **options))
+
+    return Contender("LoRAPre", build, ADAM_LRS, share, origin="bench/family")
 
 
 def paper(share: int) -> Contender:

@@ -28,6 +28,9 @@ CONTENDERS: dict[str, Contender] = {
     "lorapre-paper-8": ours.paper(8),
 }
 
+#: What is there to be studied, and no contender of the table.
+STUDIED = {"lorapre-dense-8": ours.exchanged(8), "lorapre-dense-32": ours.exchanged(32)}
+
 
 @functools.cache
 def contender(name: str) -> Contender:
@@ -37,11 +40,12 @@ def contender(name: str) -> Contender:
         ConfigError: there is no such contender, or what follows is not ``OPTION=VALUE``.
     """
     known, *given = name.split("+")
-    if known not in CONTENDERS:
-        near = difflib.get_close_matches(known, CONTENDERS, n=1)
+    every = CONTENDERS | STUDIED
+    if known not in every:
+        near = difflib.get_close_matches(known, every, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"unknown contender {known!r}: {hint}one of {', '.join(CONTENDERS)}")
-    chosen = CONTENDERS[known]
+        raise ConfigError(f"unknown contender {known!r}: {hint}one of {', '.join(every)}")
+    chosen = every[known]
     if not given:
         return chosen
     options = {}

@@ -220,9 +220,13 @@ def lacking(found: list[Row], protocol: Protocol) -> str:
     return markdown(["optimizer of the matrices", "from", "missing"], lines) if lines else ""
 
 
-def varied(store: Store, protocol: Protocol, name: str) -> str:
-    """The table of long runs of one of ours with other options, against the ``name`` itself: Markdown."""
-    names = dict.fromkeys(s.contender for s in store.records if s.contender.startswith(f"{name}+"))
+def varied(store: Store, protocol: Protocol, name: str, of: str | None = None) -> str:
+    """The table of long runs of one of ours with other options, against the ``name`` itself: Markdown.
+
+    Args:
+        of: the contender that has been given options, if it is another form of that.
+    """
+    names = dict.fromkeys(s.contender for s in store.records if s.contender.startswith(f"{of or name}+"))
     plain, adamw, *others = rows(store, protocol, [name, BASELINE, *names])
     lines = []
     for row in [plain, *others]:

@@ -37,6 +37,7 @@ class Adam:
     regression: Regression
     kernels: str = "eager"
     boundary_sums = ADAM.boundary_sums
+    boundary_largest = False
     per_element = 0
 
     def sum_boundary(self, work: Work, workspace: Workspace) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import spec
-from ..guard import ADAMW_LARGEST, Counted, Go
+from ..guard import ADAMW_LARGEST, Counted, Go, broadcast
 from ..rounding import Rounding
 
 
@@ -63,31 +63,74 @@ def bias(decay: float, taken: Tensor, go: Go, dtype: torch.dtype) -> Any:
     return (1 - torch.pow(decay, taken.clamp_min(1))).to(dtype)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What one step needs of the settings: numbers where the host knows them, else 0-d, or of each matrix of a stack.
+
+    Where no step is taken moments and weights keep their values.
+
+    Attributes:
+        decay: what weights are multiplied by.
+        fresh, fresh_sq: weight of the gradient, and of its square, in the moments.
+        bias2: ``1 - beta2^t``.
+        slow: ``(1 - beta1^t) / lr``.
+        floor: what is added to the root of ``exp_avg_sq``.
+        clean: whether every gradient is known to be finite.
+    """
+
+    decay: Any
+    fresh: Any
+    fresh_sq: Any
+    bias2: Any
+    slow: Tensor
+    floor: float
+    clean: bool
+
+
+def pace(hyper: Hyper, taken: Tensor, go: Go, dtype: torch.dtype, dims: int = 0) -> Pace:
+    """Of a step, ``taken`` being its number (0-d, of a stack k); ``dims`` are those of each piece."""
+    beta1, beta2 = hyper.betas
+    bias1, bias2 = (broadcast(bias(beta, taken, go, dtype), dims) for beta in hyper.betas)
+    return Pace(
+        decay=go.keep(1 - hyper.lr * hyper.weight_decay, dtype),
+        fresh=go.of(1 - beta1, dtype),
+        fresh_sq=go.of(1 - beta2, dtype),
+        bias2=bias2,
+        # theta -= lr / bias1 * exp_avg / denom, as one quotient: by infinity where no step is taken.
+        slow=bias1 / torch.as_tensor(go.of(hyper.lr, dtype), dtype=dtype, device=go.value.device),
+        floor=max(hyper.eps, torch.finfo(dtype).tiny),
+        clean=go.sure,
+    )
+
+
+def average(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, at: Pace) -> None:
+    """Take a gradient into the moments, in place."""
+    g = g.clamp(-ADAMW_LARGEST, ADAMW_LARGEST)
+    if not at.clean:
+        g = g.nan_to_num_(0.0)
+    exp_avg.lerp_(g, at.fresh)
+    exp_avg_sq.lerp_(g.square_(), at.fresh_sq)
+
+
+def update(theta: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, at: Pace) -> None:
+    """Step weights, in place, by the moments after :func:`average`."""
+    denom = (exp_avg_sq / at.bias2).sqrt_().add_(at.floor).mul_(at.slow)
+    theta.mul_(at.decay).addcdiv_(exp_avg, denom, value=-1)
+
+
 def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int, go: Go) -> None:
     """One AdamW step of one piece, in place (decoupled weight decay, eps outside the root, as in PyTorch).
 
     It goes part by part, so that its temporaries are of ``block_bytes`` and not of the piece's size.
     """
     vector.taken.add_(go.value)
-    beta1, beta2 = hyper.betas
     dtype = vector.exp_avg.dtype
-    fresh, fresh_sq = go.of(1 - beta1, dtype), go.of(1 - beta2, dtype)
-    decay = go.keep(1 - hyper.lr * hyper.weight_decay, dtype)
-    bias1, bias2 = (bias(beta, vector.taken, go, dtype) for beta in hyper.betas)
-    # theta -= lr / bias1 * exp_avg / denom, as one quotient: by infinity where no step is taken.
-    slow = bias1 / torch.as_tensor(go.of(hyper.lr, dtype), dtype=dtype, device=go.value.device)
+    at_pace = pace(hyper, vector.taken, go, dtype)
     size = max(1, block_bytes // vector.exp_avg.element_size())
     for at in range(0, theta.numel(), size):
         part = slice(at, at + size)
-        weights = theta[part]
-        exp_avg, exp_avg_sq = vector.exp_avg[part], vector.exp_avg_sq[part]
-        g, wide = grad[part].to(dtype), vector.rounding.wide(weights, at, dtype)
-        g = g.clamp(-ADAMW_LARGEST, ADAMW_LARGEST)
-        if not go.sure:
-            g = g.nan_to_num_(0.0)
-        exp_avg.lerp_(g, fresh)
-        exp_avg_sq.lerp_(g.square_(), fresh_sq)
-        denom = (exp_avg_sq / bias2).sqrt_().add_(max(hyper.eps, torch.finfo(dtype).tiny)).mul_(slow)
-        wide.mul_(decay).addcdiv_(exp_avg, denom, value=-1)
-        del g, denom  # rounding takes as much again
+        weights, moments = theta[part], (vector.exp_avg[part], vector.exp_avg_sq[part])
+        average(grad[part].to(dtype), *moments, at_pace)
+        wide = vector.rounding.wide(weights, at, dtype)
+        update(wide, *moments, at_pace)
         vector.rounding.put(wide, weights, at)

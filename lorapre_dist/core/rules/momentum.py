@@ -48,6 +48,7 @@ class Momentum:
     sign: bool = False
     orthogonal: NewtonSchulz | None = None
     boundary_sums = MOMENTUM.boundary_sums
+    boundary_largest = False
 
     @property
     def per_element(self) -> int:

@@ -15,7 +15,7 @@ class Needs:
     """What a rule asks of a step.
 
     Attributes:
-        boundary_sums: numbers that are summed for each row that is cut between ranks, beside ``Y``.
+        boundary_sums: numbers that are summed, or compared, for each row that is cut between ranks, beside ``Y``.
         column_sums: whether sums over the columns of each matrix go with them.
         iterations: of Newton-Schulz on each Gram of the update; none if that is not made orthogonal.
         sizes: how much goes together.
@@ -40,6 +40,7 @@ class Needs:
 
 ADAM = Needs(2, passes=43, block_calls=48, stack_calls=43, wave_calls=142)
 ADAFACTOR = Needs(1, column_sums=True, passes=39, block_calls=47, stack_calls=39, wave_calls=95)
+ADAMW8BIT = Needs(2, passes=60, block_calls=60, stack_calls=30, wave_calls=60)
 MOMENTUM = Needs()
 LION = Needs(passes=19)
 #: Buckets of Muon are so large that all ranks have matrices to iterate on.
@@ -54,6 +55,7 @@ def of_muon(ns_steps: int) -> Needs:
 _OF: dict[str, Callable[[Any], Needs]] = {
     "LoRAPre": lambda config: ADAM,
     "LoRAPreAdafactor": lambda config: ADAFACTOR,
+    "AdamW8bit": lambda config: ADAMW8BIT,
     "LoRAPreMuon": lambda config: of_muon(config.ns_steps),
     "LoRAPreSGD": lambda config: MOMENTUM,
     "LoRAPreLion": lambda config: LION,

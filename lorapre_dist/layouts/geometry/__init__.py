@@ -4,6 +4,7 @@
     per_parameter  every parameter cut into equal parts: ZeRO-3
     rows           slices of dimensions: FSDP2, hybrid sharding, tensor parallelism
     dealt          whole matrices dealt out: DDP
+    axes           several at once: tensor parallelism cut again by any of these, stages of a pipeline
 
 The layouts read the same out of a framework's objects with the integers that are here; a plan has nothing else.
 """

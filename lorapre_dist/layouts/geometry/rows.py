@@ -7,8 +7,9 @@ import re
 
 from ...config.param_groups import projects
 from ...core.interval import Range
+from .axes import cut_again
 from .ranges import equal_ranges
-from .shares import Arrangement, Named, Share
+from .shares import Arrangement, Named, Share, replicated
 
 #: Layers that take what others have split by columns, by the usual names: their weights are split by columns as well.
 _TAKES_COLUMNS = re.compile(r"(^|\.)(o_proj|down_proj|out_proj|c_proj|fc2|wo|w2|dense_4h_to_h)\.")
@@ -32,19 +33,24 @@ def fsdp2(named: Named, ranks: int) -> Arrangement:
     return Arrangement(ranks, shares, tuple(held))
 
 
-def tensor_parallel(named: Named, ranks: int) -> Arrangement:
-    """Layers that project are split, with their biases: as :data:`_TAKES_COLUMNS` says by columns, else by rows.
+def split_dim(name: str, shape: tuple[int, ...], head: bool = False) -> int | None:
+    """Along which dimension tensor parallelism splits a parameter, if it does: layers that project, with their biases.
 
-    All else lies whole on every rank.
+    As :data:`_TAKES_COLUMNS` says by columns, else by rows.
+
+    Args:
+        head: the head is split, too, as AutoTP does.
     """
-    shares = []
-    for name, shape in named:
-        numel, takes = math.prod(shape), _TAKES_COLUMNS.search(name)
-        split = ranks > 1 and projects(re.sub("bias$", "weight", name))
-        if split and takes and len(shape) == 2:
-            shares.append(Share(name, shape, range(ranks), ((0, numel),) * ranks, equal_ranges(shape[1], ranks)))
-        elif split and not takes:
-            shares.append(Share(name, shape, range(ranks), slices(shape, ranks)))
-        else:
-            shares.append(Share(name, shape, range(ranks), ((0, numel),)))
-    return Arrangement(ranks, tuple(shares))
+    takes = _TAKES_COLUMNS.search(name)
+    if head and name.startswith("lm_head."):
+        return 0
+    if not projects(re.sub("bias$", "weight", name)):
+        return None
+    if takes:
+        return 1 if len(shape) == 2 else None
+    return 0
+
+
+def tensor_parallel(named: Named, ranks: int) -> Arrangement:
+    """What projects is split, see :func:`split_dim`; all else lies whole on every rank."""
+    return cut_again(named, ranks, split_dim, replicated)

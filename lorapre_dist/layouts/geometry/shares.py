@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,7 +61,12 @@ class Share:
         if self.columns is None:
             return stop - start
         first, last = _bounds(self.columns)
-        return (stop - start) // self.shape[1] * (last - first)
+
+        def ahead(at: Any) -> Any:  # elements of these columns before it, as in :func:`numel_of`
+            row, col = np.divmod(at, self.shape[1])
+            return row * (last - first) + np.clip(col - first, 0, last - first)
+
+        return ahead(stop) - ahead(start)
 
     @property
     def shared(self) -> bool:
@@ -79,6 +85,7 @@ class Arrangement:
         call_elements: of those, the most that one call of the optimizer steps.
         lists_all: see :class:`lorapre_dist.layouts.base.Layout`.
         steps: elements of each rank's results that it sends to all others after a step; empty: none are sent.
+        uniform: every rank takes part in every matrix, so that each of them sends the same.
     """
 
     size: int
@@ -87,35 +94,38 @@ class Arrangement:
     call_elements: int = 0
     lists_all: bool = True
     steps: tuple[int, ...] = ()
-
-    @functools.cached_property
-    def uniform(self) -> bool:
-        """Whether every rank takes part in everything, so that each of them sends the same."""
-        return all(len(share.ranks) == self.size for share in self.shares)
+    uniform: bool = False
 
     def matrices(self, is_low_rank: IsLowRank) -> Arrangement:
-        """The same with low-rank stacks taken apart, and all numbered: what the optimizer binds."""
-        counted, found = Numbering(self.lists_all), list[Share]()
+        """The same with low-rank stacks taken apart, and all numbered: what the optimizer binds.
+
+        A parameter of which there are several copies, each shared by ranks of its own, is counted once. Where ranks
+        list only what they hold, those are numbered that the same ranks share.
+        """
+        counted, found = Numbering(), list[Share]()
+        numbers, teams = dict[str, Callable[[int], Before]](), defaultdict[Any, Numbering](Numbering)
         for share in self.shares:
             size = 1
             parts = [(0, share)]
             if len(share.shape) == 3 and is_low_rank(share.name, share.shape):
                 size, parts = share.shape[0], list(_experts(share))
-            ahead = counted.ahead(share.shape, size, share.pieces)
-            found += [replace(part, before=ahead(e)) for e, part in parts]
-        return replace(self, shares=tuple(found))
+            if self.lists_all and share.name not in numbers:
+                numbers[share.name] = counted.ahead(share.shape, size, share.pieces)
+            for e, part in parts:
+                if not self.lists_all:
+                    of_team = part.shared and len(part.shape) == 2
+                    before = teams[tuple(part.ranks)].ahead(part.shape)(0) if of_team else (0, 0, 0)
+                else:
+                    before = numbers[share.name](e)
+                found.append(replace(part, before=before))
+        low_rank = [s for s in found if len(s.shape) == 2 and is_low_rank(s.name, s.shape)]
+        return replace(self, shares=tuple(found), uniform=all(len(s.ranks) == self.size for s in low_rank))
 
 
 @dataclass
 class Numbering:
-    """Counts the matrices of a layout, their columns and their elements.
+    """Counts the matrices of a layout, their columns and their elements."""
 
-    Attributes:
-        lists_all: all ranks count the same. Neighbours share one matrix of a flat buffer, and each would count from its
-            own first one: there nothing is counted.
-    """
-
-    lists_all: bool = True
     so_far: Before = field(default=(0, 0, 0))
 
     def ahead(self, shape: tuple[int, ...], size: int = 1, pieces: int = 1) -> Callable[[int], Before]:
@@ -130,8 +140,6 @@ class Numbering:
         count, columns, elements = self.so_far
         total = size * pieces
         self.so_far = count + total, columns + total * q, elements + total * numel
-        if not self.lists_all:
-            return lambda e: (0, 0, 0)
         return lambda e: (count + e, columns + e * q, elements + e * numel)
 
 

@@ -79,10 +79,10 @@ def build_engine(model: PreTrainedModel, settings: RunSettings) -> Engine:
     """
     if settings.backend != "deepspeed":
         return NativeEngine(model, settings)
-    module, stages = model, getattr(settings, "pipeline", 1)
-    whole = models.outline(model.config) if stages > 1 or getattr(settings, "tensor", 1) > 1 else None
+    module, stages, parts = model, getattr(settings, "pipeline", 1), getattr(settings, "tensor", 1)
+    whole = models.outline(model.config) if stages * parts > 1 else None
     if stages > 1:
-        module = pipeline.pipeline(model, stages)
+        module = pipeline.pipeline(model, stages, parts)
         del model
     buffers = models.BufferKeeper(module)
     # How DeepSpeed says what it does not support; torch's optimizers raise TypeError for an unknown option.
@@ -109,7 +109,7 @@ def build_engine(model: PreTrainedModel, settings: RunSettings) -> Engine:
 def start_table(engine: Any, settings: RunSettings, plan: BatchPlan, what: str, data: TrainingData) -> str:
     """Model, batch, data (``what`` is in it) and optimizer state, one line each."""
     accumulation, whole = plan.per_rank // plan.micro_batch, models.whole(engine.module)
-    axes = [f"{name} {n}" for name in ("pipeline", "tensor") if (n := getattr(settings, name, 1)) > 1]
+    axes = [f"{name} {n}" for name in ("pipeline", "tensor", "expert") if (n := getattr(settings, name, 1)) > 1]
     lines = [
         f"model      {settings.model_name}, {models.count_parameters(whole):,} parameters, "
         f"vocabulary {data.vocab_size:,}, {settings.first_weights}",

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,7 +26,7 @@ from lorapre_dist.config import ConfigError
 from lorapre_dist.config.ds_training import precision, sixteen_bit_weights
 from lorapre_dist.layouts.base import local
 from lorapre_dist.layouts.dtensor import spread
-from lorapre_dist.training.engines import pretrained
+from lorapre_dist.training.engines import experts, pipeline, pretrained
 from lorapre_dist.training.engines.presets import PRESETS
 from lorapre_dist.training.run import ranks
 from lorapre_dist.training.run.interruption import lost_rank
@@ -34,13 +35,16 @@ from lorapre_dist.training.run.settings import Settings
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def preset_config(name: str, seq_len: int = 256, vocab_size: int | None = None) -> LlamaConfig:
-    """A Hugging Face config with GaLore's shapes for the preset ``name``."""
+def preset_config(name: str, seq_len: int = 256, vocab_size: int | None = None) -> LlamaConfig | MixtralConfig:
+    """A Hugging Face config with the shapes of the preset ``name``."""
     preset = PRESETS[name]
-    return LlamaConfig(
+    kind, more = (MixtralConfig, {"num_local_experts": preset.experts}) if preset.experts else (LlamaConfig, {})
+    return kind(
+        **more,
         hidden_size=preset.hidden_size,
         intermediate_size=preset.intermediate_size,
         num_attention_heads=preset.num_attention_heads,
+        num_key_value_heads=preset.num_key_value_heads or preset.num_attention_heads,
         num_hidden_layers=preset.num_hidden_layers,
         max_position_embeddings=max(preset.max_position_embeddings, seq_len),
         vocab_size=vocab_size or preset.vocab_size,
@@ -98,8 +102,11 @@ def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel
         model = pretrained.load(config, settings.init_from, option, dtype, zero3)
     else:
         model = _without_weights(config, settings, dtype)
+    if settings.pipeline > 1:
+        pipeline.check(model, settings.pipeline, settings.tensor)
+        _give_storage(model, pipeline.own_parameters(model, settings.pipeline))
     if settings.backend == "fsdp2":
-        _shard(model, kind)
+        _shard(model, kind, settings.expert)
         if settings.init_from:
             with ranks.together():
                 pretrained.fill_shards(model, settings.init_from, option, ranks.device(), dtype)
@@ -118,11 +125,11 @@ def build_model(config: PretrainedConfig, settings: Settings) -> PreTrainedModel
 
 
 def _without_weights(config: PretrainedConfig, settings: Settings, dtype: torch.dtype) -> PreTrainedModel:
-    """The model before it has weights, partitioned already under ZeRO-3, without storage under FSDP2."""
+    """The model before it has weights: partitioned already under ZeRO-3, without storage under FSDP2 and in stages."""
     born: Any = contextlib.nullcontext()
     if settings.zero_stage == 3:
         born = deepspeed.zero.Init(config_dict_or_path=settings.ds_config)
-    elif settings.backend == "fsdp2":
+    elif settings.backend == "fsdp2" or settings.pipeline > 1:
         born = _without_storage()
     with no_init_weights(), born:
         try:
@@ -151,9 +158,23 @@ def _without_storage() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _shard(model: PreTrainedModel, kind: str) -> None:
-    """FSDP2 over all ranks: a unit for each block of the model, one for the rest; reductions in fp32."""
+def _give_storage(model: nn.Module, names: set[str]) -> None:
+    """Give parameters that have none storage, by name."""
+    for prefix, module in model.named_modules():
+        for key, p in module.named_parameters(prefix, recurse=False):
+            if p.is_meta and key in names:
+                module._parameters[key.rpartition(".")[2]] = nn.Parameter(torch.empty_like(p, device="cpu"))
+
+
+def _shard(model: PreTrainedModel, kind: str, expert: int = 1) -> None:
+    """FSDP2 over all ranks: a unit for each block of the model, one for the rest; reductions in fp32.
+
+    Args:
+        expert: ranks that the experts of each block are split over.
+    """
     policy = MixedPrecisionPolicy(param_dtype=None if kind == "fp32" else DTYPES[kind], reduce_dtype=torch.float32)
+    if expert > 1:
+        experts.split(model, expert, ranks.device().type, mp_policy=policy)
     blocks = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in blocks:
@@ -162,11 +183,14 @@ def _shard(model: PreTrainedModel, kind: str) -> None:
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
-    """Give every module its model's own initial values from an RNG seeded by (``seed``, module name)."""
+    """Give every module its model's own initial values from an RNG seeded by (``seed``, module name).
+
+    Modules without storage, those of other stages, have none.
+    """
     state = torch.random.get_rng_state()
     done: set[int] = set()
     for name, module, owner in _modules(model, "", model):
-        parameters = [p for p in module.parameters(recurse=False) if id(p) not in done]
+        parameters = [p for p in module.parameters(recurse=False) if id(p) not in done and not p.is_meta]
         done.update(id(p) for p in parameters)
         if parameters:
             torch.manual_seed(_module_seed(seed, name))

@@ -88,11 +88,15 @@ class NativeEngine:
 
     def _clipped(self) -> float:
         """Clip the gradients by their global norm, if they are to be; the norm before."""
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        alike: dict[Any, list[nn.Parameter]] = {}
+        for p in self.module.parameters():
+            if p.grad is not None:  # experts may lie on a mesh of their own
+                alike.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in some]) for some in alike.values()]
+        norm = torch.nn.utils.get_total_norm([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
         if self._clip > 0.0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+            for some in alike.values():
+                torch.nn.utils.clip_grads_with_norm_(some, self._clip, norm)
         return float(norm.item())
 
     def get_global_grad_norm(self) -> float | None:

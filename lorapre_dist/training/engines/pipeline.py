@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, set_autotp_mode
+from deepspeed.module_inject.tp_shard import AutoTPMeta
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.nn import functional
 
 import lorapre_dist
 from lorapre_dist.config import ConfigError
+from lorapre_dist.layouts.geometry import axes
 from lorapre_dist.training.data.batches import BatchPlan
 from lorapre_dist.training.run.evaluation import Evaluation
 
@@ -47,30 +52,74 @@ class NextToken:
         return functional.cross_entropy(each, wanted, reduction="sum" if self.summed else "mean")
 
 
-def pipeline(model: Any, stages: int) -> Any:
-    """``model`` (a ``LlamaForCausalLM``) in so many stages; a collective. This rank's holds its own layers alone.
+def check(model: Any, stages: int, parts: int = 1) -> None:
+    """Whether a model can be dealt out to so many stages, and its matrices be split over so many ranks.
 
     Raises:
-        ConfigError: the model has no pipeline form, or fewer layers than stages.
+        ConfigError: it has no pipeline form, fewer layers than stages, or heads that cannot be split so.
     """
     config, named = model.config, f"--pipeline {stages}: {type(model).__name__}"
     if type(model).__name__ != "LlamaForCausalLM" or config.tie_word_embeddings:
         raise ConfigError(f"{named} has no pipeline form here; take a Llama without tied embeddings, or --pipeline 1")
     if config._attn_implementation != "sdpa":
         raise ConfigError(f"{named} with attention {config._attn_implementation!r}: a pipeline needs 'sdpa'")
+    if config.num_key_value_heads % parts:
+        raise ConfigError(
+            f"--tensor {parts}: must divide the {config.num_key_value_heads} key-value heads of the model"
+        )
+    if stages > len(model.model.layers):
+        raise ConfigError(f"{named} has {len(model.model.layers)} layers, which are fewer than stages")
+
+
+def own_parameters(model: Any, stages: int) -> set[str]:
+    """Names of the parameters of this rank's stage."""
+    named = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    return set(axes.stages(named, stages)[dist.get_rank() // (dist.get_world_size() // stages)])
+
+
+def pipeline(model: Any, stages: int, parts: int = 1) -> Any:
+    """``model`` in so many stages; a collective. This rank's holds its own layers alone.
+
+    Args:
+        model: one that passes :func:`check`; parameters of other stages may have no storage.
+        parts: ranks that each matrix of a stage is split over, as AutoTP does: neighbours.
+    """
     inner = model.model
     blocks = [Block(layer, inner.rotary_emb) for layer in inner.layers]
-    if stages > len(blocks):
-        raise ConfigError(f"{named} has {len(blocks)} layers, which are fewer than stages")
     layers = [inner.embed_tokens, *blocks, inner.norm, model.lm_head]
+    copies = dist.get_world_size() // (stages * parts)
+    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=parts, num_dp=copies)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints all its layers
-        made = PipelineModule(layers, num_stages=stages, loss_fn=NextToken())
+        made = PipelineModule(layers, topology=topology, loss_fn=NextToken())
     made._layer_specs = [None] * len(layers)  # the other stages' layers can go
+    if parts > 1:
+        _split(made, AutoTPMeta.from_model_config(model.config), str(len(layers) - 1))
     last = len(blocks) + 1
     names = {"0": "model.embed_tokens", str(last): "model.norm", str(last + 1): "lm_head"}
     names |= {f"{k}.layer": f"model.layers.{k - 1}" for k in range(1, last)}
     lorapre_dist.deepspeed.name_layers(made, names)
     return made
+
+
+def _split(stage: Any, meta: AutoTPMeta, head: str) -> None:
+    """Split the linear layers of a stage over the ranks that share it, with the layers of DeepSpeed's AutoTP.
+
+    AutoTP itself makes groups of its own, of all ranks, which a pipeline's stages are not.
+    """
+    set_autotp_mode(training=True)
+    group = stage._grid.get_slice_parallel_group()
+    for name, module in list(stage.named_modules()):
+        for key, child in list(module.named_children()):
+            if not isinstance(child, nn.Linear):
+                continue
+            path = f"{name}.{key}".strip(".")
+            if key in ("o_proj", "down_proj"):
+                made: nn.Module = LinearAllreduce(child, group, name=path, tp_meta=meta)
+            else:
+                made = LinearLayer(child, group, name=path, gather_output=path == head, tp_meta=meta)
+            setattr(module, key, made)
+    # A pipeline calls its layers from a list of its own.
+    stage.forward_funcs = [stage._modules.get(head, f) if isinstance(f, nn.Linear) else f for f in stage.forward_funcs]
 
 
 def train_step(engine: Any, micro_batches: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Model presets, GaLore's Llama sizes (its ``configs/llama_*.json``) and a tiny one for CPU, and the recipes on C4."""
+"""Model presets (Llamas of GaLore's sizes, a tiny one for CPU, Llama 2's 70B), and the recipes on C4."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """Shapes of a Llama, and the optimizer steps that the paper trains it for."""
+    """Shapes of a Llama (with experts: of a Mixtral), and optimizer steps: the paper's, and of 70B those of 7B."""
 
     hidden_size: int
     intermediate_size: int
@@ -17,15 +17,19 @@ class Preset:
     max_position_embeddings: int
     vocab_size: int
     steps: int
+    num_key_value_heads: int | None = None
+    experts: int | None = None
 
 
 PRESETS = {
     "llama-tiny": Preset(128, 352, 4, 4, 1024, 2048, 1000),
+    "mixtral-tiny": Preset(128, 176, 4, 4, 1024, 2048, 1000, experts=4),
     "llama-60m": Preset(512, 1376, 8, 8, 1024, 32000, 10_000),
     "llama-130m": Preset(768, 2048, 12, 12, 1024, 32000, 20_000),
     "llama-350m": Preset(1024, 2736, 16, 24, 1024, 32000, 60_000),
     "llama-1b": Preset(2048, 5461, 32, 24, 1024, 32000, 100_000),
     "llama-7b": Preset(4096, 11008, 32, 32, 2048, 32000, 150_000),
+    "llama-70b": Preset(8192, 28672, 64, 80, 4096, 32000, 150_000, num_key_value_heads=8),
 }
 
 # The learning rates that the paper searches.

@@ -34,7 +34,8 @@ def rows(model: Any, optimizer: Any) -> list[str]:
     adamw = f"embeddings and heads {apart / total:.1%}" + (
         f", {share:.1%} else: {_largest(sizes, total)}" * bool(sizes)
     )
-    kept = {"adamw": "AdamW", "adafactor": "Adafactor (vectors: AdamW)"}[optimizer.config.other_state]
+    of = {"adamw8bit": "AdamW in 8 bits (vectors: in fp32)", "adafactor": "Adafactor (vectors: AdamW)"}
+    kept = of.get(optimizer.config.other_state, "AdamW")
     found = [f"low-rank   {1 - apart / total - share:.1%} of the trained parameters; {kept}: {adamw}"]
     if share > WARN_ABOVE:
         found.append(

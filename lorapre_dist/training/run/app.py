@@ -24,7 +24,7 @@ def _set_up(settings: Settings) -> Trainer:
     from lorapre_dist.training.run.loop import Trainer
 
     replicas = ranks.world_size() // (settings.pipeline * settings.tensor)
-    replica = ranks.rank() % replicas if settings.pipeline > 1 else ranks.rank() // settings.tensor
+    replica = ranks.rank() // settings.tensor % replicas  # of a stage's ranks, neighbours split its matrices
     plan = BatchPlan(settings.batch.global_batch, settings.batch.micro_batch, replicas, replica)
     with ranks.together():
         config = models.model_config(settings)

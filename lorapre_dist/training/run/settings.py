@@ -17,6 +17,7 @@ from lorapre_dist.config.ds_training import (
     batch_sizes,
     check_native,
     check_release,
+    model_axes,
     override,
     override_lr,
     read_deepspeed_config,
@@ -121,6 +122,7 @@ class Settings(RunSettings):
     release_gradients: bool
     pipeline: int
     tensor: int
+    expert: int
 
     @property
     def model_name(self) -> str:
@@ -180,10 +182,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="step each parameter in the backward pass, so that few gradients exist (fsdp2, ddp)",
     )
     run.add_argument(
-        "--pipeline", type=int, default=1, help="stages of ranks that the layers are dealt out to (deepspeed)"
+        "--pipeline",
+        type=int,
+        help="stages of ranks that the layers are dealt out to (deepspeed; default: the JSON's pipeline.stages, or 1)",
     )
     run.add_argument(
-        "--tensor", type=int, default=1, help="ranks that each matrix is split over, by AutoTP (deepspeed)"
+        "--tensor",
+        type=int,
+        help="ranks that each matrix is split over (deepspeed; default: the JSON's tensor_parallel.autotp_size, or 1)",
+    )
+    run.add_argument(
+        "--expert", type=int, default=1, help="ranks that the experts of each layer are dealt out to (fsdp2)"
     )
     add_run_options(run, save_every=1000)
     add_output_options(parser.add_argument_group("output"), "runs/pretrain")
@@ -305,6 +314,7 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
         ds_config = override_lr(ds_config, args["lr"])
     if args["release_gradients"]:
         ds_config = override(ds_config, release_gradients=True)
+    args |= {name: n for name, n in model_axes(ds_config).items() if args[name] is None}
     ds_config = _with_axes(args, ds_config, world_size)
     batch = batch_sizes(ds_config, world_size // (args["pipeline"] * args["tensor"]))
     if args["tensor"] > 1:  # DeepSpeed counts all ranks as data-parallel ones
@@ -319,18 +329,19 @@ def load_settings(argv: Sequence[str] | None, world_size: int) -> Settings:
 
 def _with_axes(args: dict[str, Any], ds_config: dict[str, Any], world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration for ``--pipeline`` and ``--tensor``, once they fit the rest."""
+    _check_experts(args, world_size)
     stages, parts, zero = args["pipeline"], args["tensor"], zero_stage(ds_config)
-    named = f"--pipeline {stages}" if stages != 1 else f"--tensor {parts}"
+    named = " ".join(f"--{name} {n}" for name, n in (("pipeline", stages), ("tensor", parts)) if n != 1)
+    if (parts == 1 and model_axes(ds_config)["tensor"] > 1) or stages > 1:  # stages' layers are split without AutoTP
+        ds_config = {key: value for key, value in ds_config.items() if key != "tensor_parallel"}
     if stages == parts == 1:
         return ds_config
     if min(stages, parts) < 1:
         raise ConfigError(f"{named}: must be at least 1")
-    if stages > 1 and parts > 1:
-        raise ConfigError(f"--pipeline {stages} with --tensor {parts} is not supported: take one of them")
     if args["backend"] != "deepspeed":
         raise ConfigError(f"{named} with --backend {args['backend']} is not supported: take --backend deepspeed")
     if world_size % (stages * parts):
-        raise ConfigError(f"{named} on {world_size} ranks: must divide the number of ranks")
+        raise ConfigError(f"{named} on {world_size} ranks: {stages * parts} must divide the number of ranks")
     if zero > (1 if stages > 1 else 2):
         raise ConfigError(
             f"{named} with ZeRO stage {zero} is not supported: take stage {'0 or 1' if stages > 1 else '0, 1 or 2'}"
@@ -342,6 +353,21 @@ def _with_axes(args: dict[str, Any], ds_config: dict[str, Any], world_size: int)
     if stages > 1:
         return {"steps_per_print": 10**9, **ds_config}
     return {**ds_config, "tensor_parallel": {**ds_config.get("tensor_parallel", {}), "autotp_size": parts}}
+
+
+def _check_experts(args: dict[str, Any], world_size: int) -> None:
+    """Check ``--expert`` against the rest, but the model."""
+    named = f"--expert {args['expert']}"
+    if args["expert"] == 1:
+        return
+    if args["expert"] < 1:
+        raise ConfigError(f"{named}: must be at least 1")
+    if args["backend"] != "fsdp2":
+        raise ConfigError(f"{named} with --backend {args['backend']} is not supported: take --backend fsdp2")
+    if args["init_from"]:
+        raise ConfigError(f"{named} with --init_from is not supported: train from random weights, or take --expert 1")
+    if world_size % args["expert"]:
+        raise ConfigError(f"{named} on {world_size} ranks: must divide the number of ranks")
 
 
 def describe(settings: RunSettings) -> dict[str, Any]:
