@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/env.sh
 source launch/env.sh
 set_up
+unset PYTHONDONTWRITEBYTECODE  # each process that a test starts would compile our sources again
 options=()
 for given in "$@"; do
     if [ "$given" = --coverage ]; then

@@ -63,6 +63,15 @@ def exhaustive(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--exhaustive"))
 
 
+@pytest.fixture(scope="session")
+def steps(exhaustive: bool) -> int:
+    """After how many steps a run is compared with the reference: 20, as docs/results says, with ``--exhaustive``.
+
+    Otherwise enough for some beyond the tests' schedule of learning rates, which rises for ten.
+    """
+    return 20 if exhaustive else 12
+
+
 @pytest.fixture(autouse=True)
 def _environment_as_it_was():
     """Programs that tests call in their own process tell libraries by variables who they are."""

@@ -9,6 +9,18 @@ from typing import Any
 import pytest
 
 
+def some(values: Iterable[Any], chosen: Iterable[Any]) -> list[Any]:
+    """The ``values`` for ``parametrize``, of which the ``chosen`` run by default and all with ``--exhaustive``.
+
+    A tuple is the values of several parameters.
+    """
+    by_default, found = list(chosen), []
+    for value in values:
+        marks = () if value in by_default else pytest.mark.exhaustive
+        found.append(pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks))
+    return found
+
+
 def covering(*values: Iterable[Any], strength: int = 2) -> list[Any]:
     """The product of ``values`` for ``parametrize``, of which some run by default and all with ``--exhaustive``.
 

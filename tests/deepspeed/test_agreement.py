@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lorapre_dist
+from tests.covering import some
 from tests.distributed.harness import run_ranks
 
 from .cases import PARAMS, Net, ds_config, slopes
@@ -114,7 +115,7 @@ def _weights(engine: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", some([0, 1, 2, 3], [1, 3]))
 def test_ranks_that_disagree_all_raise_the_same_line(stage):
     first, *others = run_ranks(2, disagreement_case, stage=stage)
     assert all(said == first for said in others)

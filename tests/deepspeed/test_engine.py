@@ -185,9 +185,9 @@ def test_refusals_are_one_clear_line(changes, params, words, door):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_real_llama_matches_one_process(stage):
+def test_a_real_llama_matches_one_process(stage, steps):
     """Gradients now depend on the weights, so rounding feeds back; the contract holds all the same."""
-    for error, name, loss in run_ranks(2, llama_case, stage=stage, steps=20):
+    for error, name, loss in run_ranks(2, llama_case, stage=stage, steps=steps):
         assert error <= 1e-5, name
         assert loss < 4.5
 

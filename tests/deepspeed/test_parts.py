@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.covering import some
 from tests.distributed.harness import run_ranks
 
 from . import checkpoint_cases, pipeline_cases
 from .cases import OTHER_PARAMS
 from .parts_cases import DIMS, autotp_case, equality_case, visit_case
 
-STEPS = 20
-FP32 = 1e-5  # the contract: after 20 steps, fp32 summation order is all that differs
+FP32 = 1e-5  # the contract: fp32 summation order is all that differs
 
 
 @pytest.mark.parametrize(
@@ -25,17 +25,17 @@ FP32 = 1e-5  # the contract: after 20 steps, fp32 summation order is all that di
         (4, 3, "fp32", 0.5),
     ],
 )
-def test_parts_match_reference(world, stage, precision, clip):
-    arguments = {"size": 2, "stage": stage, "precision": precision, "clip": clip, "steps": STEPS}
+def test_parts_match_reference(world, stage, precision, clip, steps):
+    arguments = {"size": 2, "stage": stage, "precision": precision, "clip": clip, "steps": steps}
     results = run_ranks(world, equality_case, **arguments)
     assert set().union(*(result["factors"] for result in results)) >= {f"{n}.weight" for n in DIMS if "proj" in n}
     for result in results:
         assert result["error"] <= FP32, result
 
 
-@pytest.mark.parametrize("optimizer", OTHER_PARAMS)
-def test_other_optimizers_match_reference(optimizer):
-    arguments = {"size": 2, "stage": 1, "clip": 0.5, "steps": STEPS, "optimizer": optimizer}
+@pytest.mark.parametrize("optimizer", some(OTHER_PARAMS, ["LoRAPreMuon", "LoRAPreSGD"]))
+def test_other_optimizers_match_reference(optimizer, steps):
+    arguments = {"size": 2, "stage": 1, "clip": 0.5, "steps": steps, "optimizer": optimizer}
     for result in run_ranks(4, equality_case, **arguments):
         assert result["error"] <= FP32, result
 
@@ -58,8 +58,8 @@ def test_resume_with_other_parts_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize("world, stage", [(2, 0), (4, 1), (4, 2)])
-def test_autotp_matches_one_process(world, stage):
+def test_autotp_matches_one_process(world, stage, steps):
     """Gradients depend on the weights, so rounding feeds back; the contract holds all the same."""
-    for result in run_ranks(world, autotp_case, stage=stage, steps=STEPS):
+    for result in run_ranks(world, autotp_case, stage=stage, steps=steps):
         assert result["error"] <= FP32, result
         assert result["split"] >= 14, result

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.covering import some
 from tests.distributed.harness import run_ranks
 
 from . import checkpoint_cases
 from .cases import OTHER_PARAMS
 from .pipeline_cases import equality_case, refused_case, skipping_case, state_case, visit_case
 
-STEPS = 20
-FP32 = 1e-5  # the contract: after 20 steps, fp32 summation order is all that differs
+FP32 = 1e-5  # the contract: fp32 summation order is all that differs
 COMBOS = [(1, 0.0), (4, 0.5)]  # (gradient accumulation, clipping)
 
 
@@ -29,16 +29,16 @@ CASES = [
 
 
 @pytest.mark.parametrize("world, stages, stage, precision, combos, changes, layout", CASES)
-def test_stages_match_reference(world, stages, stage, precision, combos, changes, layout):
-    arguments = {"stages": stages, "stage": stage, "precision": precision, "changes": changes, "steps": STEPS}
+def test_stages_match_reference(world, stages, stage, precision, combos, changes, layout, steps):
+    arguments = {"stages": stages, "stage": stage, "precision": precision, "changes": changes, "steps": steps}
     for result in run_ranks(world, equality_case, combos=combos, **arguments):
         for combo in result:
             assert combo["error"] <= FP32 and combo["layout"] == layout, combo
 
 
-@pytest.mark.parametrize("optimizer", OTHER_PARAMS)
-def test_other_optimizers_match_reference(optimizer):
-    arguments = {"stages": 2, "stage": 1, "precision": "fp32", "combos": COMBOS[1:], "steps": STEPS}
+@pytest.mark.parametrize("optimizer", some(OTHER_PARAMS, ["LoRAPreLion", "LoRAPreAdafactor"]))
+def test_other_optimizers_match_reference(optimizer, steps):
+    arguments = {"stages": 2, "stage": 1, "precision": "fp32", "combos": COMBOS[1:], "steps": steps}
     for result in run_ranks(4, equality_case, optimizer=optimizer, **arguments):
         assert result[0]["error"] <= FP32, result
 
@@ -47,7 +47,7 @@ def test_other_optimizers_match_reference(optimizer):
 WALK = [(4, 2, 1), (3, None, 3), (2, 2, 0), (4, 4, 0), (2, None, 2), (4, 2, 1), (2, 1, 1), (1, None, 0), (2, 2, 0)]
 
 
-@pytest.mark.parametrize("optimizer", ["LoRAPre", "LoRAPreAdafactor"])
+@pytest.mark.parametrize("optimizer", some(["LoRAPre", "LoRAPreAdafactor"], ["LoRAPreAdafactor"]))
 def test_resume_with_other_stages_and_without_a_pipeline(tmp_path, optimizer):
     """Saved and loaded on the way, the run ends where the reference does that never stopped."""
     checkpoint_cases.write_reference(str(tmp_path), len(WALK), optimizer)

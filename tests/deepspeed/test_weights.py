@@ -11,6 +11,7 @@ from .weights_cases import ENGINES, bits_case, visit_case
 NATIVE = ["fsdp2", "ddp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["stochastic", "kahan"])
 def test_every_stage_and_layout_gives_the_same_bits(weights, exhaustive):
     """Of every weight after five steps; where the fp32 numbers are the same, so are those that they are rounded to."""

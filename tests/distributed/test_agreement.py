@@ -12,6 +12,7 @@ from torch import nn
 from lorapre_dist import ConfigError, LoRAPre, LoRAPreMuon
 from lorapre_dist.config.param_groups import clean_name
 from lorapre_dist.optimizers.base import LowRankOptimizer
+from tests.covering import covering
 
 from .harness import run_ranks
 from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped
@@ -126,11 +127,12 @@ def test_ranks_that_disagree_all_raise_the_same_line(world, layouts, exhaustive)
         assert ("on rank 0;" if world == 2 else "on ranks 0-2") in line, (layout, name, line)
 
 
-@pytest.mark.parametrize(
-    "layout, world", [("fsdp2", 3), ("fsdp1", 2), ("ddp", 3), ("tp", 2), ("tp+fsdp2", 4), ("hsdp", 4)]
-)
-@pytest.mark.parametrize("optimizer", ["LoRAPre", "LoRAPreMuon"])
-def test_a_gradient_that_one_rank_lacks_is_zero_there(layout, world, optimizer):
+LACKING_LAYOUTS = [("fsdp2", 3), ("fsdp1", 2), ("ddp", 3), ("tp", 2), ("tp+fsdp2", 4), ("hsdp", 4)]
+
+
+@pytest.mark.parametrize("where, optimizer", covering(LACKING_LAYOUTS, ["LoRAPre", "LoRAPreMuon"], strength=1))
+def test_a_gradient_that_one_rank_lacks_is_zero_there(where, optimizer):
     """And one that all lack leaves the parameter as it is, as in torch.optim, without a further collective."""
+    layout, world = where
     for same, still, asked in run_ranks(world, lacking_case, layout=layout, optimizer=optimizer):
         assert same and still and asked == (2 if layout == "tp+fsdp2" else 1)

@@ -15,6 +15,7 @@ from lorapre_dist.config.param_groups import clean_name
 from lorapre_dist.layouts.base import local
 from lorapre_dist.optimizers.base import LowRankOptimizer
 from tests import oracle
+from tests.covering import covering
 
 from .harness import run_ranks
 from .native_cases import OPTIONS, Net, batch_of, full_parameters, wrapped
@@ -155,16 +156,16 @@ def test_frozen_parameters_and_groups_that_come_later(layout, world):
         assert error <= 1e-10
 
 
-@pytest.mark.parametrize("how", ["plain", "checkpoint", "full"])
-@pytest.mark.parametrize("layout, world", LAYOUTS[:3])
-def test_state_of_what_is_frozen_now_is_kept(layout, world, how, tmp_path):
+@pytest.mark.parametrize("where, how", covering(LAYOUTS[:3], ["plain", "checkpoint", "full"], strength=1))
+def test_state_of_what_is_frozen_now_is_kept(where, how, tmp_path):
+    layout, world = where
     for error in run_ranks(world, resumed_case, layout=layout, how=how, folder=str(tmp_path), then=False):
         assert error <= 1e-10
 
 
-@pytest.mark.parametrize("how", ["plain", "checkpoint"])
-@pytest.mark.parametrize("layout, world", LAYOUTS[:3])
-def test_what_was_frozen_when_it_was_saved_begins_with_fresh_state(layout, world, how, tmp_path):
+@pytest.mark.parametrize("where, how", covering(LAYOUTS[:3], ["plain", "checkpoint"], strength=1))
+def test_what_was_frozen_when_it_was_saved_begins_with_fresh_state(where, how, tmp_path):
+    layout, world = where
     for error in run_ranks(world, resumed_case, layout=layout, how=how, folder=str(tmp_path), then=True):
         assert error <= 1e-10
 

@@ -48,5 +48,15 @@ def documented(page: Path) -> list[str]:
 
 def is_in_source(message: str) -> bool:
     """Whether some text of the source says it."""
-    wanted = re.compile(".*".join(re.escape(part) for part in message.split(VALUE)), re.DOTALL)
-    return any(wanted.search(text) for text in in_source())
+    return any(_in_order(message.split(VALUE), text) for text in in_source())
+
+
+def _in_order(parts: list[str], text: str) -> bool:
+    """Whether a text has all the parts, one after the other."""
+    at = 0
+    for part in parts:
+        at = text.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True

@@ -11,11 +11,13 @@ from tests.docs import snippets
 PAGES = sorted(path for room in ("start", "extend") for path in (snippets.REPO / "docs" / room).glob("*.md"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     snippets.run(page, tmp_path, timeout=500)
 
 
+@pytest.mark.slow
 def test_a_page_that_fails_is_a_failure(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     for block in ("```python\nassert False\n```", "```bash\nfalse\ntrue\n```"):

@@ -229,6 +229,7 @@ def test_one_line_and_its_exit_code(name, results):
     CASES[name].check(results[name])
 
 
+@pytest.mark.slow
 def test_the_program_itself_exits_with_2(tmp_path):
     """As a user would run it, without a launcher."""
     command = [sys.executable, str(PRETRAIN), "--deepspeed_config", "nowhere.json"]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.covering import some
 from tests.launch.conftest import REPO, environment
 
 pytestmark = pytest.mark.slow
@@ -16,7 +17,7 @@ SLACK = 256 << 20
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("millions", [130, pytest.param(350, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("millions", some([60, 130, 350], [60]))
 def test_peak_memory_of_a_checkpoint(millions, tmp_path):
     """At most the state and 256 MiB beyond what is there; a save in the foreground needs no copy of the state."""
     command = [

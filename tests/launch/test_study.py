@@ -36,6 +36,7 @@ def study(environment, *words):
     )
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_cpu_and_goes_on(environment, tmp_path):
     texts = [" ".join(f"word{(7 * i + j) % 97}" for j in range(40)) + f" end of text {i}." for i in range(60)]
     corpus = tmp_path / "corpus.jsonl"
@@ -50,6 +51,7 @@ def test_it_runs_on_a_cpu_and_goes_on(environment, tmp_path):
     assert ended.returncode == 0 and (tmp_path / "out" / "runs.jsonl").read_text() == done
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_is_one_line(environment):
     for words, message in {
         (): "error: which model? ",

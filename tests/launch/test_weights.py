@@ -16,6 +16,8 @@ from tests.launch import forked_ranks
 from tests.launch.conftest import REPO, TINY_LLAMA, ds_json, environment
 from tests.training.conftest import documents
 
+pytestmark = pytest.mark.slow
+
 BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 BATCH = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
 #: Backend, ranks and how weights are kept.

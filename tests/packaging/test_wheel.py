@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -16,6 +17,8 @@ import lorapre_dist
 from lorapre_dist.config.extras import EXTRAS
 from tests.launch.conftest import REPO, TINY_LLAMA, free_port
 from tests.packaging.conftest import run
+
+pytestmark = pytest.mark.slow
 
 FSDP2 = Path(__file__).with_name("fsdp2.py")
 SCRIPTS = ("cluster.ini", "slurm.sbatch", "deepspeed_env.example", "pretrain.py")

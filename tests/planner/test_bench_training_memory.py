@@ -9,6 +9,7 @@ from lorapre_dist.bench.training_memory import OPTIONS, Case, measured, planned
 from lorapre_dist.planner import MOMENTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "checkpointing", "kahan", "low-rank embeddings", "all"])
 def test_forward_and_backward_take_what_is_planned(name):
     """The plan's workspace of a step is a bound, which outweighs so small a model."""
@@ -19,6 +20,7 @@ def test_forward_and_backward_take_what_is_planned(name):
     assert max(found.values()) <= max(said.values())
 
 
+@pytest.mark.slow
 def test_the_peak_of_60m_is_planned_within_5_percent():
     case = Case("llama-60m", 64, options=OPTIONS["low-rank embeddings"], device="meta")
     peak = max(measured(case).values())

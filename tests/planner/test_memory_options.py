@@ -106,6 +106,7 @@ def test_activations_of_other_blocks_are_refused():
         plan(Request("toy", TOY, "ddp", optimizer=LoRAPreConfig(rank=8), seq_len=8))
 
 
+@pytest.mark.slow
 def test_the_command_says_which_options_fit(capsys):
     arguments = ["plan", "--model", "llama-1b", "--layout", "ddp", "--rank", "512", "--seq_len", "1024"]
     assert main([*arguments, "--max_memory", "8GiB", "--json"]) == 0

@@ -49,6 +49,7 @@ def folder(tmp_path):
 # size and speed -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_4096_ranks_and_70B_in_seconds(folder, layout):
     """For each of our optimizers with what it is compared with: at most 2.6 s of processor time on two quiet cores.

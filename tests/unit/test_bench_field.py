@@ -292,6 +292,7 @@ def options(tmp_path_factory):
     return [*sizes, "--dataset", str(corpus), "--data_cache", str(folder / "cache"), "--out", str(folder / "out")]
 
 
+@pytest.mark.slow
 def test_a_table_is_extended_not_done_again(options, capsys):
     rows = ["--rows", "adamw", "lorapre-8", "--lrs", "0.001"]
     field.main([*options, *rows])

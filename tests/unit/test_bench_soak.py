@@ -33,13 +33,13 @@ def soaked(folder, *options):
 
 @pytest.mark.slow
 def test_the_factors_of_every_optimizer_stay_where_they_are(tmp_path, capsys):
-    """Without a gauge A grows by 1 + gamma a step under noise: by 1e8 and more between two looks at the usual decay."""
+    """Without a gauge A grows by 1 + gamma a step under noise: by 1e4 and more between two looks at the usual decay."""
     groups = ["signal", "late", "low-rank", "heavy"]  # of one shape, one stack: fast
-    figures, passed = soaked(tmp_path, "--layouts", "one", "--steps", "800", "--every", "400", "--streams", *groups)
+    figures, passed = soaked(tmp_path, "--layouts", "one", "--steps", "400", "--every", "200", "--streams", *groups)
     rows = figures["streams"]
     assert {row["optimizer"] for row in rows} == set(OPTIMIZERS) and len(rows) == 8 * len(OPTIMIZERS)
     for row in rows:
-        # Left to itself the ratio goes by a factor of (1 + gamma)^2 a step; here looks are 400 steps apart.
+        # Left to itself the ratio goes by a factor of (1 + gamma)^2 a step; here looks are 200 steps apart.
         assert row["finite"] and row["spread"] < 100 and row["weight"] < 10, row
         if row["stream"] == "low-rank-fixed":  # new coefficients bring B near a singular one, and fp32 loses digits
             assert row["error"] < 0.5, row

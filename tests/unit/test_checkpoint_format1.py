@@ -54,7 +54,7 @@ def assert_loaded(optimizer, saved):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_factors_that_are_far_apart_are_brought_into_the_gauge(name, folder):
+def test_factors_that_are_far_apart_are_brought_into_the_gauge(name, folder, exhaustive):
     path = folder / name / "step1400"
     saved = stored(path)
     assert saved[f"optimizer.{WEIGHT}.m_A"].norm() > 1e18 and saved[f"optimizer.{WEIGHT}.m_B"].norm() < 1e-16
@@ -63,14 +63,15 @@ def test_factors_that_are_far_apart_are_brought_into_the_gauge(name, folder):
     assert_loaded(optimizer, saved)
     assert torch.equal(model["q_proj"].weight.detach().reshape(-1), saved[f"model.{WEIGHT}"])
     assert {bound.state.step for bound in optimizer.bound()} == {1400}
-    for _ in range(2500):  # where it died before
+    steps = 2500 if exhaustive or name == "LoRAPre" else 200
+    for _ in range(steps):  # where it died before
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         optimizer.step()
     assert all(tensor.isfinite().all() for tensor in optimizer.factors()[WEIGHT].values())
-    checkpoint.save(model, optimizer, folder / name, "step3900", step=3900)
+    checkpoint.save(model, optimizer, folder / name, "later", step=1400 + steps)
     other, resumed = fresh(name)
-    checkpoint.load(other, resumed, folder / name, "step3900")
+    checkpoint.load(other, resumed, folder / name, "later")
     assert all(torch.equal(t, resumed.factors()[WEIGHT][k]) for k, t in optimizer.factors()[WEIGHT].items())
 
 

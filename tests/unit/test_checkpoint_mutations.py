@@ -1,6 +1,6 @@
 """Checkpoints whose files were damaged, replaced or made up: a line, a fall-back or what was saved, and nothing else.
 
-300 random mutations, 3,000 with ``--exhaustive``; a failure names its number, which alone determines it.
+150 random mutations, 3,000 with ``--exhaustive``; a failure names its number, which alone determines it.
 """
 
 from __future__ import annotations
@@ -377,7 +377,7 @@ def check(run: Run, path: Path, want: dict[str, dict[str, Any]], number: int) ->
 @pytest.mark.timeout(3000)
 def test_nothing_else_ever_comes_of_a_mutation(run, saved, tmp_path, exhaustive):
     origin, want = saved
-    for number in range(3000 if exhaustive else 300):
+    for number in range(3000 if exhaustive else 150):
         path, chance, what = tmp_path / str(number) / "run", random.Random(number), "?"
         shutil.copytree(origin, path)
         try:

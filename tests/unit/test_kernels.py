@@ -89,11 +89,13 @@ def triton_equals_eager():
         steps_equal(kind, "triton")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_equals_eager():
     interpreted("cases.triton_equals_eager()", TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("case", ["scaled", "adafactor", "bf16 weights"])  # each is compiled, in some seconds
 def test_compiled_equals_eager(case):
@@ -129,12 +131,14 @@ def steps_equal(kind, form):
     torch.testing.assert_close(trained(form), trained("eager"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("kind", [LoRAPre, LoRAPreAdafactor])
 def test_compiled_steps_equal_eager_ones(kind):
     steps_equal(kind, "compile")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernel_compiles_for_gpus():
     """To machine code, by the compiler that triton brings along; no GPU is asked for."""

@@ -63,6 +63,7 @@ GRADIENTS = 4 * sum(p.numel() for p in model_of().parameters())
 TABLE = 2048 * 64
 
 
+@pytest.mark.slow
 def test_what_is_held_between_steps_is_the_state():
     """Beside it: step counts, places that are looked at, and buffers that steps reuse; the same with all options."""
     state, held, _ = live()

@@ -148,6 +148,7 @@ raise SystemExit(3)
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_its_thread_does_not():
     """As where a peer is gone and a collective still waits for it."""
     ended = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=300)
