@@ -67,9 +67,9 @@ class Delayed(Comm):
         """As it is, but later."""
         return self._later(super().reduce_scatter(blocks, group, purpose))
 
-    def all_reduce(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
+    def all_reduce(self, local: Tensor, group: Any, purpose: str, largest: bool = False) -> Callable[[], Tensor]:
         """As it is, but later."""
-        return self._later(super().all_reduce(local, group, purpose))
+        return self._later(super().all_reduce(local, group, purpose, largest))
 
     def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> Callable[[], None]:
         """As it is, but later."""

@@ -158,7 +158,7 @@ class Copies(Comm):
         out = blocks.view(size, -1)[dist.get_rank(group)] * size
         return lambda: out
 
-    def all_reduce(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
+    def all_reduce(self, local: Tensor, group: Any, purpose: str, largest: bool = False) -> Callable[[], Tensor]:
         """Itself, as often as there are ranks."""
         size = dist.get_world_size(group)
         return lambda: local.mul_(size)
