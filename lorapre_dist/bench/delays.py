@@ -57,7 +57,12 @@ class Delayed(Comm):
 
     def _later(self, wait: Callable[[], Any]) -> Callable[[], Any]:
         due = self.clock.now() + self.delay
-        return lambda: (self.clock.until(due), wait())[1]
+
+        def finish() -> Any:
+            self.clock.until(due)
+            return wait()
+
+        return finish
 
     def all_gather(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
         """As it is, but later."""

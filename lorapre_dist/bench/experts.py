@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from lorapre_dist.core import batching
+from lorapre_dist.core.factors import Matrix
 from lorapre_dist.optimizers import LoRAPre
 
 from .options import bench_parser
@@ -59,7 +60,7 @@ def measure(
             block = parameter[0].numel() * parameter.element_size() // limit
             optimizer.workspace = replace(optimizer.workspace, block=block)
         optimizers.append(optimizer)
-    matrices = [bound.state for bound in optimizers[0].bound()]
+    matrices = [bound.state for bound in optimizers[0].bound() if isinstance(bound.state, Matrix)]
     limits = batching.Limits.of(optimizers[0].workspace, device.type)
     waves = batching.plan([matrix.outline for matrix in matrices], limits)
     found = [len(run) for wave in waves for bucket in wave for run in bucket]

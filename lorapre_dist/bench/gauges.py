@@ -158,8 +158,10 @@ class Gauged(Optimizer):
             [self.param_groups[1]], betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
         for name, p in named.items():
-            drawn = (initial_A(name, x, r, p.shape[1], config.init_std, config.seed) for x, r in config.ranks.items())
-            self.state[p] = reference.init_state(tuple(p.shape), config, *drawn, dtype=p.dtype)
+            m_A, v_A = (
+                initial_A(name, x, r, p.shape[1], config.init_std, config.seed) for x, r in config.ranks.items()
+            )
+            self.state[p] = reference.init_state((p.shape[0], p.shape[1]), config, m_A, v_A, p.dtype)
         self.samples: list[Sample] = []
         self.seconds: list[float] = []
 

@@ -11,6 +11,7 @@ draws its projections at the first step).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
 def contenders(model: str, rank: int, world_size: int) -> Any:
     """Name and count of each optimizer's step."""
     for kind in OPTIMIZERS:
-        yield kind, count(lambda kind=kind: ours(kind, model, rank))
+        yield kind, count(functools.partial(ours, kind, model, rank))
     with fake_world(world_size, 0):
         yield f"LoRAPre, row shards, {world_size} ranks", count(lambda: ours("LoRAPre", model, rank, world_size))
     shapes = [shape for _, shape in projections(model)]

@@ -216,7 +216,7 @@ def soak(kind: str, case: Case, mesh: DeviceMesh | None = None) -> Record:
     for name, p in model.named_parameters():
         p.grad = _shard(gradient_of[name], p) if isinstance(p, DTensor) else gradient_of[name]
     # As many directions of the second moment as make its small solves no scalars.
-    options = {"rank_v": max(1, case.rank // 2)} if kind == "LoRAPre" else {}
+    options: dict[str, Any] = {"rank_v": max(1, case.rank // 2)} if kind == "LoRAPre" else {}
     optimizer = OPTIMIZERS[kind](
         model.named_parameters(), lr=LR, rank=case.rank, seed=case.seed, target_modules=".*", **options
     )

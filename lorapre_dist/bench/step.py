@@ -135,6 +135,7 @@ def _gemms(params: list[torch.nn.Parameter], ranks: list[int]) -> Callable[[], N
         for r in ranks:
             B = torch.randn(p.shape[0], r, device=p.device)
             A = torch.randn(r, p.shape[1], device=p.device)
+            assert p.grad is not None
             cases.append((p.grad, B, A, torch.empty_like(p), torch.empty_like(B), torch.empty_like(A)))
 
     def run() -> None:

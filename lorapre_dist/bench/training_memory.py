@@ -158,13 +158,14 @@ def _training(case: Case, world_size: int, live: Live) -> Callable[[], None]:
     from transformers import LlamaForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    config = preset_config(case.model, case.tokens)
+    config: Any = preset_config(case.model, case.tokens)
     if case.device == "meta":
         ALL_ATTENTION_FUNCTIONS.register("counted_on_meta", _flash)
         config._attn_implementation = "counted_on_meta"
     torch.manual_seed(0)
     with torch.device(case.device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16 if case.sixteen else torch.float32)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16 if case.sixteen else torch.float32)
     if case.options.get("checkpointing"):
         reentrant = case.layout == "zero3"
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

@@ -156,7 +156,8 @@ def main(argv: list[str]) -> None:
         ConfigError: a bad option, or a corpus that is too small.
     """
     args = _parse(argv)
-    begin, runs = time.perf_counter(), {name: {} for name in args.rows}  # type: dict[str, dict[int, training.Run]]
+    begin = time.perf_counter()
+    runs: dict[str, dict[int, training.Run]] = {name: {} for name in args.rows}
     kept, known = Training(dataset=args.dataset, batch=args.batch, seq_len=args.seq_len), _known(args)
     for seed in args.seeds:
         missing = [name for name in args.rows if str(seed) not in known.get(name, {})]

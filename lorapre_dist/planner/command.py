@@ -206,7 +206,7 @@ def _from_json(path: str, given: argparse.Namespace, layout: str | None) -> tupl
 def _zero(path: str, section: dict[str, Any]) -> Zero:
     zero = Zero()
     for setting in fields(Zero):
-        value = section.get(setting.name, section.get(f"stage3_{setting.name}"))
+        value: Any = section.get(setting.name, section.get(f"stage3_{setting.name}"))
         if value is None:
             continue
         flag = isinstance(getattr(zero, setting.name), bool) or setting.name == "overlap_comm"
@@ -215,7 +215,8 @@ def _zero(path: str, section: dict[str, Any]) -> Zero:
                 f"--deepspeed_config {path}: zero_optimization.{setting.name}={value!r}: must be "
                 + ("true or false" if flag else "a number of elements")
             )
-        zero = replace(zero, **{setting.name: value if flag else int(value)})
+        given: dict[str, Any] = {setting.name: value if flag else int(value)}
+        zero = replace(zero, **given)
     return zero
 
 

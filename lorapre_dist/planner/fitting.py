@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lorapre_dist.config import ConfigError
 
@@ -114,8 +115,9 @@ def _with(request: Request, options: Options) -> Request | None:
     """The request with these options; None where they are none for it."""
     run = {"gradient_checkpointing": "checkpointing", "offload": "offload"}
     try:
-        ours = replace(request.optimizer, **{k: v for k, v in options.items() if k not in run})
-        return replace(request, optimizer=ours, **{run[k]: v for k, v in options.items() if k in run})
+        settings: dict[str, Any] = {k: v for k, v in options.items() if k not in run}
+        rest: dict[str, Any] = {run[k]: v for k, v in options.items() if k in run}
+        return replace(request, optimizer=replace(request.optimizer, **settings), **rest)
     except ConfigError:
         return None
 

@@ -61,7 +61,9 @@ class Frame:
     def repeated(self, times: int) -> Frame:
         """The same of so many ranks in the place of each."""
         several = {name: value for name, value in vars(self).items() if name not in ("during", "late", "sent")}
-        found = {name: np.repeat(value, times) if np.ndim(value) else value for name, value in several.items()}
+        found: dict[str, Any] = {
+            name: np.repeat(value, times) if np.ndim(value) else value for name, value in several.items()
+        }
         during = {name: np.repeat(value, times) if np.ndim(value) else value for name, value in self.during.items()}
         return replace(self, **found, during=during)
 
@@ -183,7 +185,8 @@ def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:
     apart = {name: _apart(request, [p for p in some if stacks(p.shape)]) for name, some in wrapped.items()}
     rest, layers = units.pop("", 0), sum(units.values())
     largest = max((size + apart[name] for name, size in units.items()), default=0)
-    passes, buffers, during, late = request.accumulation, 0, {}, {}
+    passes, buffers = request.accumulation, 0
+    during, late = dict[str, Any](), dict[str, Any]()
     if n > 1 or e < FP32:
         during, late = _gathered(request, rest, layers + sum(apart.values()), largest)
         buffers = max(during.values())

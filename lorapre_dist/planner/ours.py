@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def costs(request: Request, arrangement: Arrangement) -> Costs:
     for share in arrangement.shares:
         if (settings := request.stepped_as(share)) is not None:
             kinds.setdefault(settings, []).append(share)
-    vectors = sum((over_ranks(arrangement, s, numel(s)) for s in arrangement.shares if not request.stepped_as(s)), 0)
+    vectors: Any = sum(over_ranks(arrangement, s, numel(s)) for s in arrangement.shares if not request.stepped_as(s))
     ranks, sent = looked_at(arrangement, int(np.argmax(state))), _Sent(arrangement)
     # In the order in which they are stepped: the projections, then what has other settings, by their rank.
     for settings in sorted(kinds, key=lambda one: (one != request.optimizer, one.rank)):

@@ -201,7 +201,7 @@ def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usag
         return {part: full(value, arrangement.size) for part, value in zip(PARTS, values, strict=True)}
 
     early = request.optimizer.release_gradients and entry.costs is costs
-    waiting, stepping = released(request, arrangement) if early else (None, None)
+    waiting, stepping = released(request, arrangement) if early else (0, 0)
     moments: dict[str, list[Parts]] = {moment: [] for moment in MOMENTS}
     held = request if entry.whole else request.local
     for instant in instants(held):

@@ -80,7 +80,7 @@ class Contender:
             return self.cannot
         return self.cannot or f"not installed: pip install {self.package}"
 
-    def rank(self, model: nn.Module) -> int:
+    def rank(self, model: Any) -> int:
         """Rank for a model of its hidden size; 0: it has none."""
         return max(1, model.config.hidden_size // self.share) if self.share else 0
 
@@ -95,9 +95,8 @@ class Beside(Optimizer):
 
     def __init__(self, model: nn.Module, lr: float, contender: Contender) -> None:
         named, rest = (group["params"] for group in param_groups(model))
-        super().__init__(
-            [{"params": [p for _, p in named], "lr": lr}, {"params": [p for _, p in rest]}], {"lr": BASE_LR}
-        )
+        groups: list[dict[str, Any]] = [{"params": [p for _, p in named], "lr": lr}, {"params": [p for _, p in rest]}]
+        super().__init__(groups, {"lr": BASE_LR})
         self.device = named[0][1].device
         self.iterates_in_bf16 = contender.iterates_in_bf16
         self.matrices = contender.build(Matrices(named, contender.rank(model), model.config), lr)

@@ -19,7 +19,7 @@ def lorapre(name: str, share: int) -> Contender:
     """LoRAPre or LoRAPreAdafactor with the defaults of the ``stable`` variant."""
 
     def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
-        given = {"betas": BETAS, "eps": EPS, "scale": 1.0, "rank": matrices.rank} | options
+        given: dict[str, Any] = {"betas": BETAS, "eps": EPS, "scale": 1.0, "rank": matrices.rank} | options
         return OPTIMIZERS[name]([{"params": matrices.named}], lr=lr, **given)
 
     return Contender(name, build, ADAM_LRS, share, origin="lorapre_dist")
@@ -39,7 +39,7 @@ def paper(share: int) -> Contender:
     """LoRAPre as it is printed."""
 
     def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
-        given = {"betas": BETAS, "eps": EPS, "scale": 1.0, "variant": "paper"} | options
+        given: dict[str, Any] = {"betas": BETAS, "eps": EPS, "scale": 1.0, "variant": "paper"} | options
         return OPTIMIZERS["LoRAPre"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **given)
 
     return Contender("LoRAPre, paper variant", build, (0.00005, 0.0001, 0.0002, 0.0004), share, origin="lorapre_dist")

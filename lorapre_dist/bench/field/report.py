@@ -159,9 +159,7 @@ def costs(store: Store, training: Training, names: Iterable[str] = CONTENDERS) -
     longest: dict[str, Record] = {}
     for setting, record in store.records.items():
         if replace(setting.training, warmup=training.warmup) == training and "error" not in record:
-            known = longest.setdefault(setting.contender, record)
-            if record["steps"] > known["steps"]:
-                longest[setting.contender] = record
+            longest[setting.contender] = max(longest.get(setting.contender, record), record, key=lambda r: r["steps"])
     shown = sorted((name for name in names if name in longest), key=lambda name: longest[name]["state_bytes"])
     base, lines = longest.get(BASELINE), []
     for name in shown:
@@ -312,7 +310,7 @@ def figure(found: list[Row]) -> Any:
         mean = statistics.mean(row.losses.values())
         state.scatter([record["state_bytes"] / 1024], [mean], color=style["color"])
         state.annotate(titled(row), (record["state_bytes"] / 1024, mean), fontsize=5)
-    last = [curve for row in drawn if (curve := list(mean_curve(row).values()))]
+    last = [losses for row in drawn if (losses := list(mean_curve(row).values()))]
     for axes in (steps, seconds):
         if last:
             lowest, highest = min(c[-1] for c in last), max(c[len(c) // 3] for c in last)
