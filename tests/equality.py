@@ -1,6 +1,6 @@
 """Print the table of distances (docs/results/accuracy.md) to the dense reference, measured on real gloo ranks.
 
-python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...]
+python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...] [--only_axes]
 
 For every ZeRO stage, precision and world size: the largest ``||theta - ref|| / ||ref||`` of any parameter after the
 steps, over gradient accumulation 1 and 4 with and without clipping; the layouts without DeepSpeed; the core alone, in
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lorapre_dist.optimizers import OPTIMIZERS
-from tests.deepspeed import expert_cases, parts_cases, pipeline_cases
+from tests.deepspeed import expert_cases, parts_cases, pipeline_cases, test_axes
 from tests.deepspeed.cases import equality_case
 from tests.deepspeed.test_equality import COMBOS
 from tests.distributed.cases import core_case
@@ -31,8 +31,9 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
+    parser.add_argument("--only_axes", action="store_true", help="leave out what is data-parallel alone")
     args = parser.parse_args()
-    for optimizer in args.optimizers:
+    for optimizer in [] if args.only_axes else args.optimizers:
         print(f"\n{optimizer}\n", flush=True)
         deepspeed(optimizer, args.worlds, args.steps)
         native(optimizer, args.steps)
@@ -70,22 +71,29 @@ def native(optimizer: str, steps: int) -> None:
 
 
 def axes(optimizers: list[str], steps: int) -> None:
-    """Axes beside data parallelism under DeepSpeed, in fp32 with clipping."""
+    """Axes beside data parallelism under DeepSpeed, in fp32 but for the last, with clipping."""
+    stages = {"precision": "fp32", "combos": [(1, 0.5)]}
     rows: list[tuple[str, int, int, Any, dict[str, Any]]] = [
-        ("pipeline of 2 stages", 2, 0, pipeline_cases, {"stages": 2}),
-        ("pipeline of 4 stages", 4, 0, pipeline_cases, {"stages": 4}),
-        ("pipeline of 2 stages", 4, 1, pipeline_cases, {"stages": 2}),
-        *(("tensor parallelism, 2 ranks", ranks, stage, parts_cases, {"size": 2}) for ranks, stage in ((2, 0), (4, 1))),
-        *(("tensor parallelism, 2 ranks", 4, stage, parts_cases, {"size": 2}) for stage in (2, 3)),
-        *(("experts over 2 ranks", 4, stage, expert_cases, {"ep_size": 2}) for stage in (1, 2)),
+        ("pipeline of 2 stages", 2, 0, pipeline_cases.equality_case, {"stages": 2, **stages}),
+        ("pipeline of 4 stages", 4, 0, pipeline_cases.equality_case, {"stages": 4, **stages}),
+        ("pipeline of 2 stages", 4, 1, pipeline_cases.equality_case, {"stages": 2, **stages}),
+        *(
+            ("tensor parallelism, 2 ranks", ranks, stage, parts_cases.equality_case, {"size": 2, "clip": 0.5})
+            for ranks, stage in ((2, 0), (4, 1), (4, 2), (4, 3))
+        ),
+        *(
+            ("experts over 2 ranks", 4, stage, expert_cases.equality_case, {"ep_size": 2, "clip": 0.5})
+            for stage in (1, 2)
+        ),
+        ("a Llama split by AutoTP, 2 ranks", 4, 1, parts_cases.autotp_case, {}),
+        ("sequences in 2 parts (Ulysses)", 4, 2, test_axes.sequences_case, {"mesh": False}),
+        ("second partitions of 2 ranks (hpZ), bf16", 4, 3, test_axes.secondary_case, {}),
     ]
     print(f"\n| axis | ranks | ZeRO | {' | '.join(optimizers)} |\n|---|---|---|{'---|' * len(optimizers)}")
-    for name, ranks, stage, cases, more in rows:
-        more |= {"precision": "fp32", "combos": [(1, 0.5)]} if cases is pipeline_cases else {"clip": 0.5}
+    for name, ranks, stage, case, more in rows:
         cells = []
         for optimizer in optimizers:
-            arguments = {"stage": stage, "steps": steps, "optimizer": optimizer, **more}
-            results = run_ranks(ranks, cases.equality_case, **arguments)
+            results = run_ranks(ranks, case, stage=stage, steps=steps, optimizer=optimizer, **more)
             found = [one for result in results for one in (result if isinstance(result, list) else [result])]
             cells.append(f"{max(one['error'] for one in found):.1e}")
         print(f"| {name} | {ranks} | {stage} | {' | '.join(cells)} |", flush=True)

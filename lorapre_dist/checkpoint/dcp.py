@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -152,13 +151,6 @@ def _check(metadata: Any, folder: Path) -> None:
                 raise CheckpointError(f"{name!r:.200} is not as it was written by this package")
 
 
-def _member(enum: Any, name: Any) -> Enum:
-    """A member of an enum, in place of the ``getattr`` by which Python up to 3.11.3 asks for it."""
-    if not (isinstance(enum, type) and issubclass(enum, Enum) and name in list(enum.__members__)):
-        raise pickle.UnpicklingError(f"getattr({enum!r}, {name!r}) has no place in a checkpoint")
-    return enum[name]
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -166,7 +158,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) == ("builtins", "getattr"):
-            return _member
+            return files.enum_member
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
 

@@ -167,7 +167,7 @@ def visit_case(rank: int, world_size: int, *, size: int, stage: int, folder: str
         close(engine)
 
 
-def autotp_case(rank: int, world_size: int, *, stage: int, steps: int) -> dict[str, Any]:
+def autotp_case(rank: int, world_size: int, *, stage: int, steps: int, optimizer: str = "LoRAPre") -> dict[str, Any]:
     """A real Llama that DeepSpeed's AutoTP splits over two ranks, against autograd and the reference on one process."""
     shape = LlamaConfig(
         hidden_size=32,
@@ -187,8 +187,10 @@ def autotp_case(rank: int, world_size: int, *, stage: int, steps: int) -> dict[s
         torch.manual_seed(5)
         return LlamaForCausalLM(shape)
 
-    options = {**params_of("LoRAPre"), "lr": 1e-3, "target_modules": ["self_attn", "mlp"]}
+    small = {"lr": 1e-4 if optimizer == "LoRAPreLion" else 1e-3}
+    options = {**params_of(optimizer), **small, "target_modules": ["self_attn", "mlp"]}
     config = {**ds_config(stage, "fp32", 1, 1.0, options), "tensor_parallel": {"autotp_size": 2}}
+    config["optimizer"]["type"] = optimizer
     engine = lorapre_dist.initialize(model=llama(), config=config)[0]
     try:
         replica = groups.get_data_parallel_rank()
@@ -205,7 +207,7 @@ def autotp_case(rank: int, world_size: int, *, stage: int, steps: int) -> dict[s
         engine.destroy()
         groups.mpu = None
         dist.barrier()
-    settings, single = OPTIMIZERS["LoRAPre"].config_class(**options), llama().double()
+    settings, single = OPTIMIZERS[optimizer].config_class(**options), llama().double()
     named = dict(single.named_parameters())
     theta = {n: p.data for n, p in named.items()}
     state = oracle.init(theta, settings, lambda n, _: "proj" in n)

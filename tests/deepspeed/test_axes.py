@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import deepspeed
 import pytest
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups
 
-from lorapre_dist.config import LoRAPreConfig
+from lorapre_dist.optimizers import OPTIMIZERS
+from tests.covering import some
 from tests.distributed.harness import RankFailure, run_ranks
 
-from .cases import PARAMS, build, dense, ds_config, full_parameters, merge, slopes, train, worst
+from .cases import build, dense, ds_config, full_parameters, merge, params_of, slopes, train, worst
 
 FP32 = 1e-5  # the contract: fp32 summation order is all that differs
 
 
-def secondary_case(rank: int, world_size: int, *, steps: int) -> tuple[float, str, int]:
+def secondary_case(
+    rank: int, world_size: int, *, steps: int, stage: int = 3, optimizer: str = "LoRAPre"
+) -> dict[str, Any]:
     """hpZ of ZeRO++: a second copy of the 16-bit weights lies in pairs of ranks, what is stepped over all four."""
-    config = merge(ds_config(3, "bf16", 1, 0.5, PARAMS), {"zero_optimization": {"zero_hpz_partition_size": 2}})
+    params = params_of(optimizer)
+    changes = {"zero_optimization": {"zero_hpz_partition_size": 2}, "optimizer": {"type": optimizer}}
+    config = merge(ds_config(stage, "bf16", 1, 0.5, params), changes)
     engine = build(config, zero_init=False)
     try:
         engine(slopes(0, rank, 0, world_size))
         second = sum(p.ds_secondary_tensor is not None for p in engine.module.parameters())
         train(engine, rank, world_size, range(steps), 1)
-        want = dense(LoRAPreConfig(**PARAMS), steps, world_size, 1, 0.5, set(), False)
-        return *worst(full_parameters(engine), want), second
+        want = dense(OPTIMIZERS[optimizer].config_class(**params), steps, world_size, 1, 0.5, set(), False)
+        error, name = worst(full_parameters(engine), want)
+        return {"error": error, "name": name, "second": second}
     finally:
         engine.destroy()
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         dist.barrier()
 
 
-def sequences_case(rank: int, world_size: int, *, stage: int, mesh: bool, steps: int) -> tuple[float, str, int]:
+def sequences_case(
+    rank: int, world_size: int, *, stage: int, mesh: bool, steps: int, optimizer: str = "LoRAPre"
+) -> dict[str, Any]:
     """Ulysses: of each sequence two ranks have a part each, whose gradients DeepSpeed adds up rather than averages.
 
     Args:
@@ -42,15 +52,17 @@ def sequences_case(rank: int, world_size: int, *, stage: int, mesh: bool, steps:
     deepspeed.init_distributed(verbose=False)
     if not mesh:
         parallel_state_sp.initialize_sequence_parallel(2)
-    config = ds_config(stage, "fp32", 1, 0.5, PARAMS) | sizes
+    params = params_of(optimizer)
+    config = merge(ds_config(stage, "fp32", 1, 0.5, params), {"optimizer": {"type": optimizer}, **sizes})
     engine = build(config, zero_init=False, mpu=None if mesh else parallel_state_sp)
     try:
         for step in range(steps):
             batch = {name: slope / 2 for name, slope in slopes(step, rank, 0, world_size).items()}
             engine.backward(engine(batch))
             engine.step()
-        want = dense(LoRAPreConfig(**PARAMS), steps, world_size, 1, 0.5, set(), False)
-        return *worst(full_parameters(engine), want), engine.sequence_parallel_size
+        want = dense(OPTIMIZERS[optimizer].config_class(**params), steps, world_size, 1, 0.5, set(), False)
+        error, name = worst(full_parameters(engine), want)
+        return {"error": error, "name": name, "size": engine.sequence_parallel_size}
     finally:
         engine.destroy()
         groups.mesh_device = groups.mpu = None
@@ -58,17 +70,24 @@ def sequences_case(rank: int, world_size: int, *, stage: int, mesh: bool, steps:
         dist.barrier()
 
 
-def test_secondary_partitions(steps):
-    for error, name, second in run_ranks(4, secondary_case, steps=steps):
-        assert error <= FP32, name
-        assert second > 0
+@pytest.mark.parametrize("optimizer", some(OPTIMIZERS, ["LoRAPre"]))
+def test_secondary_partitions(optimizer, steps):
+    for result in run_ranks(4, secondary_case, steps=steps, optimizer=optimizer):
+        assert result["error"] <= FP32, result
+        assert result["second"] > 0
 
 
 @pytest.mark.parametrize("world, stage, mesh", [(4, 0, False), (4, 2, False), (2, 3, False), (4, 3, True)])
 def test_parts_of_sequences(world, stage, mesh, steps):
-    for error, name, size in run_ranks(world, sequences_case, stage=stage, mesh=mesh, steps=steps):
-        assert error <= FP32, name
-        assert size == 2
+    for result in run_ranks(world, sequences_case, stage=stage, mesh=mesh, steps=steps):
+        assert result["error"] <= FP32, result
+        assert result["size"] == 2
+
+
+@pytest.mark.parametrize("optimizer", some(OPTIMIZERS, ["LoRAPreMuon"]))
+def test_parts_of_sequences_under_other_optimizers(optimizer, steps):
+    for result in run_ranks(4, sequences_case, stage=2, mesh=False, steps=steps, optimizer=optimizer):
+        assert result["error"] <= FP32, result
 
 
 def test_a_mesh_that_deepspeed_does_not_reduce_over_is_refused():

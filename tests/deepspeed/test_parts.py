@@ -12,6 +12,7 @@ from .cases import OTHER_PARAMS
 from .parts_cases import DIMS, autotp_case, equality_case, visit_case
 
 FP32 = 1e-5  # the contract: fp32 summation order is all that differs
+AUTOTP = [(2, 0, "LoRAPre"), (4, 1, "LoRAPre"), (4, 2, "LoRAPre"), *((4, 1, other) for other in OTHER_PARAMS)]
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,9 @@ def test_resume_with_other_parts_and_whole(tmp_path):
             assert error <= FP32, (step, name)
 
 
-@pytest.mark.parametrize("world, stage", [(2, 0), (4, 1), (4, 2)])
-def test_autotp_matches_one_process(world, stage, steps):
+@pytest.mark.parametrize("world, stage, optimizer", some(AUTOTP, AUTOTP[:3]))
+def test_autotp_matches_one_process(world, stage, optimizer, steps):
     """Gradients depend on the weights, so rounding feeds back; the contract holds all the same."""
-    for result in run_ranks(world, autotp_case, stage=stage, steps=steps):
+    for result in run_ranks(world, autotp_case, stage=stage, steps=steps, optimizer=optimizer):
         assert result["error"] <= FP32, result
         assert result["split"] >= 14, result

@@ -80,7 +80,7 @@ def test_70b_over_several_axes_fits(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["axes"] == {"data": 8, "pipeline": 4, "tensor": 8} and found["accumulation"] == 64
     assert found["low_rank_matrices"] == 7 * 80 and found["pipeline"]["bubble"] == 3 / 67
-    assert round(found["optimizers"]["LoRAPre"]["largest_rank"]["total"] / 2**30, 1) == 19.8
+    assert round(found["optimizers"]["LoRAPre"]["largest_rank"]["total"] / 2**30, 1) == 19.2
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -54,7 +54,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the sdist, as ``pip install`` and ``python -m build`` do it."""
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
+        archive.extractall(unpacked)
     return build("wheel", next(unpacked.iterdir()), tmp_path_factory.mktemp("wheel"))
 
 

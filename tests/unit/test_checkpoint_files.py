@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from lorapre_dist.checkpoint import CheckpointError, files, folder, newest_whole
 from lorapre_dist.checkpoint.folder import Manifest
@@ -146,6 +147,27 @@ def test_the_manifest_is_sealed_whole(path):
         (path / NEW / "manifest.json").write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match=f"{NEW}: manifest.json has a wrong checksum"):
             Manifest.read(path / NEW)
+
+
+class Asks:
+    """Pickled as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_enums_of_deepspeeds_files_as_python_up_to_3_11_3_pickles_them(tmp_path):
+    """It asks ``getattr`` for a member; nothing but a member of an enum that may be there is given."""
+    for number, (enum, name) in enumerate([(ZeroStageEnum, "weights"), (ZeroStageEnum, "mro"), (torch.Size, "numel")]):
+        torch.save({"stage": Asks(getattr, enum, name)}, tmp_path / f"{number}.pt")
+    with files.weights_only(tmp_path):
+        assert torch.load(tmp_path / "0.pt")["stage"] is ZeroStageEnum.weights
+    for number in (1, 2):
+        with pytest.raises(CheckpointError, match="cannot be read"), files.weights_only(tmp_path):
+            torch.load(tmp_path / f"{number}.pt")
 
 
 def test_deepspeeds_files_are_read_without_running_code(tmp_path):
