@@ -321,25 +321,6 @@ class LoRAPreAdafactorConfig(LowRankConfig):
 
 
 @dataclass(frozen=True)
-class AdamW8bitConfig(LowRankConfig):
-    """Settings of AdamW with moments in 8 bits, for what is no projection (``others.py``): no optimizer by itself.
-
-    Attributes:
-        betas, eps: as in ``torch.optim.AdamW``.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-    optimizer = "AdamW8bit"
-
-    @property
-    def vectors(self) -> tuple[str, ...]:
-        """Scales of the rows' moments, with which there are codes."""
-        return ("exp_avg_row", "exp_avg_sq_row")
-
-
-@dataclass(frozen=True)
 class MomentumConfig(LowRankConfig):
     """What the optimizers with one factored moment share; every other parameter takes AdamW with its own settings.
 

@@ -13,10 +13,31 @@ GaLore's ``scale``. Vectors keep AdamW's state: they are few.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from . import param_groups
-from .options import AdamW8bitConfig, LoRAPreAdafactorConfig, LoRAPreConfig, LowRankConfig
+from .options import LoRAPreAdafactorConfig, LoRAPreConfig, LowRankConfig
+
+
+@dataclass(frozen=True)
+class AdamW8bitConfig(LowRankConfig):
+    """Settings of AdamW with moments in 8 bits, for what is no projection: no optimizer by itself.
+
+    Attributes:
+        betas, eps: as in ``torch.optim.AdamW``.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    optimizer = "AdamW8bit"
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Scales of the rows' moments, with which there are codes."""
+        return ("exp_avg_row", "exp_avg_sq_row")
+
 
 Settings = LoRAPreConfig | LoRAPreAdafactorConfig | AdamW8bitConfig
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..config import LoRAPreConfig
-from ..config.options import AdamW8bitConfig
-from ..config.others import Settings
+from ..config.others import AdamW8bitConfig, Settings
 from ..core.regression import Regression
 from ..core.rules.adafactor import Adafactor
 from ..core.rules.adam import Adam

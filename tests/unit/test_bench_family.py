@@ -40,6 +40,16 @@ def close(found, *rows):
     torch.testing.assert_close(found, matrix(*rows), rtol=0, atol=5e-5)
 
 
+def are_adams(places, gradients):
+    """Whether these are the places to which Adam goes from zero."""
+    theta = torch.nn.Parameter(torch.zeros_like(gradients[0]))
+    adam = torch.optim.Adam([theta], lr=LR, betas=(0.9, 0.99), eps=1e-8)
+    for place, g in zip(places, gradients, strict=True):
+        theta.grad = g
+        adam.step()
+        torch.testing.assert_close(place, theta.detach())
+
+
 def test_dion():
     """B Q = (3, 4), so P = (0.6, 0.8); R = B^T P = (5, 0.6), of norm 5.0359."""
     g = matrix([3.0, 1.0], [4.0, 0.0])
@@ -87,12 +97,7 @@ def test_mlorc_is_adam_where_both_moments_have_its_rank():
     g = torch.outer(matrix([1.0, -2.0, 3.0])[0], matrix([0.5, 1.0])[0])
     gradients = [g, -0.5 * g, 2 * g]
     places, _ = steps(MLorc(1), *gradients)
-    theta = torch.nn.Parameter(torch.zeros_like(g))
-    adam = torch.optim.Adam([theta], lr=LR, betas=(0.9, 0.99), eps=1e-8)
-    for place, gradient in zip(places, gradients, strict=True):
-        theta.grad = gradient
-        adam.step()
-        torch.testing.assert_close(place, theta.detach())
+    are_adams(places, gradients)
 
 
 def test_mlorc_puts_the_mean_size_of_what_was_negative_in_its_place():
@@ -187,12 +192,7 @@ def test_both_moments_exchanged_is_adam():
     """Where no element of the update is as large as ``max_update``."""
     given = gradients(4)
     places, _ = steps(Exchanged(LOW_RANK, "full", "full"), *given)
-    theta = torch.nn.Parameter(torch.zeros(9, 7, dtype=torch.float64))
-    adam = torch.optim.Adam([theta], lr=LR, betas=(0.9, 0.99), eps=1e-8)
-    for place, g in zip(places, given, strict=True):
-        theta.grad = g
-        adam.step()
-        torch.testing.assert_close(place, theta.detach())
+    are_adams(places, given)
 
 
 def test_subspace_keeps_a_momentum_of_its_rank_whole():

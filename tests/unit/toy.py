@@ -109,3 +109,11 @@ def assert_same(model, other):
 
 def state_tensors(optimizer):
     return {(b.piece.name, k): t for b in optimizer.bound() for k, t in b.state.tensors().items()}
+
+
+def train_three_rows(model, optimizer):
+    """Five steps on the embedding's first three tokens."""
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.tensor([[0, 1, 2]])).square().sum().backward()
+        optimizer.step()

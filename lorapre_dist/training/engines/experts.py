@@ -8,6 +8,7 @@ stacks of matrices, split over the group along dim 0 and by FSDP2 over the ranks
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from lorapre_dist.config import ConfigError
+
+Exchange = Callable[[Tensor, Any], Tensor]
 
 
 def split(model: Any, parts: int, device: str, **options: Any) -> None:
@@ -70,14 +73,14 @@ def _forward(layer: Any, group: Any, hidden: Tensor, chosen: Tensor, weights: Te
     """
     size, index = dist.get_world_size(group), dist.get_rank(group)
     here = layer.num_experts // size
-    every, share = _Gather.apply(hidden, group), _Gather.apply(weights, group)
+    every, share = (_Exchange.apply(x, group, _gathered, _scattered) for x in (hidden, weights))
     local = _gathered(chosen, group) - index * here
     local = torch.where((local >= 0) & (local < here), local, here)
     parts = {n: _Scaled.apply(p.to_local(), 1 / size) for n, p in layer.named_parameters(recurse=False)}
     out = type(layer).forward(_Local(layer, parts, here), every, local, share)
     # No expert here may be chosen, but all ranks of FSDP2 reduce the same gradients.
     out = out + sum(p.flatten()[0] * 0 for p in parts.values())
-    return _Scatter.apply(out, group)
+    return _Exchange.apply(out, group, _scattered, _gathered)
 
 
 class _Local:
@@ -90,30 +93,17 @@ class _Local:
         return getattr(self._layer, name)
 
 
-class _Gather(torch.autograd.Function):
-    """Tokens of all ranks from those of each."""
+class _Exchange(torch.autograd.Function):
+    """``there`` of tokens and the ranks' group; gradients take the way ``back``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _gathered(x, group)
+    def forward(ctx: Any, x: Tensor, group: Any, there: Exchange, back: Exchange) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scattered(grads[0], ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    """The sum over all ranks of what each has of all tokens, for this rank's tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _scattered(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.group), None, None, None
 
 
 class _Scaled(torch.autograd.Function):
@@ -130,12 +120,14 @@ class _Scaled(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, group: Any) -> Tensor:
+    """Tokens of all ranks from those of each."""
     out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous(), group=group)
     return out
 
 
 def _scattered(x: Tensor, group: Any) -> Tensor:
+    """Of what each rank has of all tokens the sum, for this rank's tokens."""
     out = x.new_empty(len(x) // dist.get_world_size(group), *x.shape[1:])
     dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
     return out
