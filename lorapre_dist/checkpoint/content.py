@@ -131,6 +131,10 @@ def read(path: Path) -> Content:
     """
     try:
         content = files.read_object(path / FILE)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"checkpoint {path} has no {FILE}: it is not whole, or no optimizer of lorapre_dist has written it"
+        ) from None
     except (CheckpointError, OSError) as error:
         reason = str(error).removeprefix(f"{path / FILE} ")
         raise CheckpointError(f"checkpoint {path}: {FILE} {reason}") from error

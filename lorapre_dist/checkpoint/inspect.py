@@ -15,6 +15,8 @@ from .entries import RANKS
 from .files import CheckpointError, shown
 from .folder import Manifest
 
+#: In place of a layout, where DeepSpeed has written the files for an optimizer of its own.
+OTHERS = "DeepSpeed's own"
 KINDS = {"lorapre": "low-rank", "adamw": "AdamW", "untrained": "untrained"}
 
 
@@ -23,11 +25,14 @@ def describe(path: Path) -> dict[str, Any]:
 
     Keys: ``path``, ``tag``, ``whole``, ``problems``, ``files`` (bytes by name), ``step``, ``layout``, ``world_size``,
     ``lr`` (of each parameter group), ``ranks``, ``count`` (of tensors by kind), ``aliases``, ``frozen``, ``bytes``
-    (``weights``, ``optimizer``), ``extra`` (keys), ``parameters``.
+    (``weights``, ``optimizer``), ``extra`` (keys), ``parameters``. Of a checkpoint that DeepSpeed has written for an
+    optimizer of its own, those up to ``step``, and ``layout``.
     """
     problems = stored.problems(path)
     found: dict[str, Any] = {"path": str(path), "tag": path.name, "whole": not problems, "problems": problems}
     found["files"] = {shown(name): (path / name).lstat().st_size for name in folder.files_in(path)}
+    if not problems and stored.others(manifest := Manifest.read(path)):
+        return found | {"step": manifest.step, "layout": OTHERS}
     # Each part by itself: a damaged checkpoint shows whatever is left of it.
     parts = {content.FILE: _content, f"{content.TENSORS}/.metadata": _bytes, run.EXTRA: _extra}
     for name, part in parts.items():
@@ -84,9 +89,10 @@ def overview(directory: Path) -> list[dict[str, Any]]:
         line["problems"] = problems
         line["bytes"] = sum((path / name).lstat().st_size for name in folder.files_in(path))
         with contextlib.suppress(Exception):  # anything may be in a damaged file; ``problems`` names it
-            line["step"] = Manifest.read(path).step
-            plain = content.read(path).to_json()
-            line.update({key: plain[key] for key in ("step", "layout", "world_size")})
+            manifest = Manifest.read(path)
+            line["step"] = manifest.step
+            plain = {"layout": OTHERS} if stored.others(manifest) else content.read(path).to_json()
+            line.update({key: plain[key] for key in ("step", "layout", "world_size") if key in plain})
         found.append(line)
     return found
 
@@ -98,7 +104,9 @@ def render(found: dict[str, Any], tensors: bool = False) -> str:
     """Lines for the terminal about what :func:`describe` found."""
     lines = [f"{found['path']}: {'whole' if found['whole'] else 'DAMAGED'}"]
     lines += [f"  problem        {problem}" for problem in found["problems"]]
-    if "step" in found:
+    if found.get("layout") == OTHERS:
+        lines.append(f"  step           {found['step']}, files are {OTHERS}")
+    elif "step" in found:
         lines += _content_lines(found)
     if "bytes" in found:
         sizes = found["bytes"]
@@ -152,7 +160,7 @@ def render_overview(found: list[dict[str, Any]], problem: str | None = None) -> 
     """A table for the terminal of what :func:`overview` found, and what is wrong with ``latest``."""
     rows = [("tag", "step", "layout", "size", "state")]
     for line in found:
-        layout = f"{line['layout']} x {line['world_size']}" if "layout" in line else "?"
+        layout = " x ".join(str(line[key]) for key in ("layout", "world_size") if key in line) or "?"
         state = "whole" if line["whole"] else "; ".join(line["problems"][:2])
         more = f"; and {len(line['problems']) - 2} more" if len(line["problems"]) > 2 else ""
         tag = line["tag"] + " (latest)" * line["latest"]

@@ -170,11 +170,16 @@ def problems(path: Path) -> list[str]:
     try:
         manifest = Manifest.read(path)
         found = folder.damage(path, manifest)
-        if not found:
+        if not found and not others(manifest):
             found = incomplete(tensors(path), expected(content.read(path).parameters)) or not_finite(path)
     except (CheckpointError, OSError) as error:
         return [str(error).removeprefix(f"checkpoint {path} ").removeprefix(f"checkpoint {path}: ")]
     return found
+
+
+def others(manifest: Manifest) -> bool:
+    """Whether the files were written by DeepSpeed for an optimizer of its own: what is in them, only it can say."""
+    return not any(name in manifest.files for name in (content.FILE, f"{content.TENSORS}/.metadata"))
 
 
 def not_finite(path: Path, share: slice = slice(None)) -> list[str]:

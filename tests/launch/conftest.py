@@ -34,7 +34,8 @@ def environment() -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     path = os.pathsep.join([str(REPO), *filter(None, [kept.get("PYTHONPATH")])])
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    # DeepSpeed decorates its Muon with torch.compile, which imports torch's compiler in every rank: seconds of a core.
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1"}
 
 
 def free_port() -> int:

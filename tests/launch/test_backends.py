@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorapre_dist import cli
 from tests.launch import forked_ranks
 from tests.launch.conftest import ds_json, environment
 
@@ -116,6 +117,18 @@ def test_settings_that_are_given_apply_to_a_resumed_run(name, runs):
     if name in ("fsdp2", "ddp"):
         for a, b in zip(rows(folder / "zero2 changed")[4:], found[4:], strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
+
+
+@pytest.mark.timeout(600)
+def test_a_run_of_deepspeeds_own_adamw_is_whole_to_inspect(runs, capsys):
+    """Its files are sealed like ours; what is in them is not looked into."""
+    path = runs[0] / "adamw"
+    assert cli.main(["inspect", str(path)]) == 0
+    assert "DeepSpeed's own" in capsys.readouterr().out
+    assert cli.main(["inspect", str(path / "checkpoints" / "step0000006")]) == 0
+    assert "step0000006: whole\n  step           6, files are DeepSpeed's own" in capsys.readouterr().out
+    assert cli.main(["consolidate", str(path), str(path / "model")]) == 2
+    assert "has no checkpoint.json: it is not whole, or no optimizer of lorapre_dist" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(600)

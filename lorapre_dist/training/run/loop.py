@@ -29,6 +29,10 @@ from lorapre_dist.training.run.plots import PLOT_FILE, plot_loss
 from lorapre_dist.training.run.settings import RunSettings
 
 
+#: Seconds from one plot of a run to its next, at the least: all ranks wait while it is drawn.
+PLOT_EVERY = 60.0
+
+
 class DivergedError(RuntimeError):
     """The loss is no number any more, and not because of one batch; every rank raises it at the same step."""
 
@@ -58,6 +62,7 @@ class Trainer:
     _sound: bool = field(default=True, init=False)
     _clock: float = field(default=0.0, init=False)
     _clock_tokens: int = field(default=0, init=False)
+    _plotted: float = field(default_factory=time.monotonic, init=False)
 
     def run(self) -> None:
         """Train to ``max_steps``, or until a rank was told to stop; evaluate before, after and in between."""
@@ -109,7 +114,7 @@ class Trainer:
         bar.update()
         if not self.stopped and (last or (settings.save_every and self.step % settings.save_every == 0)):
             self._save(final=last)
-            if not last:
+            if not last and time.monotonic() - self._plotted > PLOT_EVERY:
                 self._plot()
             self._restart_clock()
 
@@ -248,6 +253,7 @@ class Trainer:
             title = f"{Path(self.settings.model_name).stem}, {optimizer}, {self.settings.dataset}"
             with self._full_disk_is_no_end("the plot"):
                 plot_loss(self.writer.rows, Path(self.settings.output_dir) / PLOT_FILE, title)
+            self._plotted = time.monotonic()
 
     @contextmanager
     def _full_disk_is_no_end(self, what: str) -> Iterator[None]:
