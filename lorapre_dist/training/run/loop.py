@@ -28,7 +28,6 @@ from lorapre_dist.training.run.metrics import MetricsWriter
 from lorapre_dist.training.run.plots import PLOT_FILE, plot_loss
 from lorapre_dist.training.run.settings import RunSettings
 
-
 #: Seconds from one plot of a run to its next, at the least: all ranks wait while it is drawn.
 PLOT_EVERY = 60.0
 
