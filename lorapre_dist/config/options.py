@@ -104,10 +104,9 @@ class LowRankConfig:
     overlap_limit: int | None = None
     kernels: str = "auto"
 
-    # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
-    # below which next to nothing is learned from scratch: a fiftieth of what is usual.
+    # No fields: the name of the optimizer, and the step size below which next to nothing is learned from scratch: a
+    # fiftieth of what is usual.
     optimizer = "LoRAPre"
-    default_residual = 0.3
     least_step_size = 2e-5
 
     def __post_init__(self) -> None:
@@ -204,6 +203,11 @@ class LowRankConfig:
         return ()
 
     @property
+    def default_residual(self) -> float:
+        """``residual`` in ``stable``, unless it is given."""
+        return 0.0
+
+    @property
     def resolved_residual(self) -> float:
         """Residual weight with the variant's default filled in."""
         if self.residual is not None:
@@ -219,33 +223,62 @@ class LowRankConfig:
 
 
 @dataclass(frozen=True)
-class LoRAPreConfig(LowRankConfig):
-    """Settings of :class:`lorapre_dist.LoRAPre` (arXiv 2602.24283, Algorithm 1, and its ``stable`` variant).
+class AdamConfig(LowRankConfig):
+    """What LoRA-Pre's forms of Adam share.
 
     Attributes:
         lr: of every parameter; matrices take steps of ``lr * scale``, so who comes from AdamW gives four times its lr,
             or ``scale=1`` (:meth:`lorapre_dist.LoRAPre.from_adamw`).
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the square root of the second moment.
-        rank_v: rank of the second moment's factors; default ``max(1, rank // 8)``, in ``paper`` it is ``rank``.
         scale: multiplies the normalised update of low-rank parameters, not their weight decay (GaLore's factor).
-        residual: default 0.3, in ``paper`` 0.
+        residual: default ``betas[0]``, in ``paper`` 0. With that much a gradient's part outside the tracked subspace
+            weighs 1 in the sum of all updates, as what is inside does.
         max_update: bound on each element of the normalised update, before ``lr`` and ``scale``; default 3 (AdamW itself
             stays near 1, and seldom goes to 3), in ``paper`` none.
-        gammas: refresh rates of the first and second moment's factors, each in (0, 1];
-            default ``1 - sqrt(beta1)`` and ``1 - beta2 ** (1/4)``.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    rank_v: int | None = None
     scale: float = 0.25
     max_update: float | None = None
+
+    def _check_numbers(self) -> None:
+        super()._check_numbers()
+        pair("betas", self.betas, low=0.0, high=1.0, high_open=True)
+        number("eps", self.eps, low=0.0)
+        number("scale", self.scale, low=0.0)
+        if self.max_update is not None:
+            number("max_update", self.max_update, low=0.0, low_open=True)
+
+    @property
+    def default_residual(self) -> float:
+        """What fades from the momentum."""
+        return self.betas[0]
+
+    @property
+    def resolved_max_update(self) -> float:
+        """Bound on an element of the normalised update with the variant's default filled in."""
+        if self.max_update is not None:
+            return self.max_update
+        return math.inf if self.variant == "paper" else 3.0
+
+
+@dataclass(frozen=True)
+class LoRAPreConfig(AdamConfig):
+    """Settings of :class:`lorapre_dist.LoRAPre` (arXiv 2602.24283, Algorithm 1, and its ``stable`` variant).
+
+    Attributes:
+        rank_v: rank of the second moment's factors; default ``max(1, rank // 8)``, in ``paper`` it is ``rank``.
+        gammas: refresh rates of the first and second moment's factors, each in (0, 1];
+            default ``1 - sqrt(beta1)`` and ``1 - beta2 ** (1/4)``.
+    """
+
+    rank_v: int | None = None
     gammas: tuple[float, float] | None = None
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        _check_adam(self)
         if self.rank_v is not None:
             integer("rank_v", self.rank_v, low=1)
         if self.gammas is not None:
@@ -269,11 +302,6 @@ class LoRAPreConfig(LowRankConfig):
         return ("rms_row",) if self.variant == "stable" else ()
 
     @property
-    def resolved_max_update(self) -> float:
-        """Bound on an element of the normalised update with the variant's default filled in."""
-        return _max_update(self)
-
-    @property
     def resolved_gammas(self) -> tuple[float, float]:
         """Refresh rates with the coupling of the paper filled in: ``1 - sqrt(beta1)``, ``1 - beta2 ** (1/4)``."""
         if self.gammas is not None:
@@ -282,7 +310,7 @@ class LoRAPreConfig(LowRankConfig):
 
 
 @dataclass(frozen=True)
-class LoRAPreAdafactorConfig(LowRankConfig):
+class LoRAPreAdafactorConfig(AdamConfig):
     """Settings of :class:`lorapre_dist.LoRAPreAdafactor`: as :class:`LoRAPreConfig`, without a low-rank second moment.
 
     Attributes:
@@ -290,17 +318,12 @@ class LoRAPreAdafactorConfig(LowRankConfig):
         gamma: refresh rate of the factors, in (0, 1]; default ``1 - sqrt(beta1)``.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    scale: float = 0.25
-    max_update: float | None = None
     gamma: float | None = None
 
     optimizer = "LoRAPreAdafactor"
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        _check_adam(self)
         if self.gamma is not None:
             number("gamma", self.gamma, low=0.0, high=1.0, low_open=True)
 
@@ -308,11 +331,6 @@ class LoRAPreAdafactorConfig(LowRankConfig):
     def vectors(self) -> tuple[str, ...]:
         """Means of ``g^2`` over rows and columns."""
         return ("rms_row", "rms_col")
-
-    @property
-    def resolved_max_update(self) -> float:
-        """Bound on an element of the normalised update with the variant's default filled in."""
-        return _max_update(self)
 
     @property
     def resolved_gammas(self) -> tuple[float, float]:
@@ -383,7 +401,6 @@ class LoRAPreMuonConfig(MomentumConfig):
     adjust_lr_fn: str | None = None
 
     optimizer = "LoRAPreMuon"
-    default_residual = 0.0
 
     @property
     def least_step_size(self) -> float:  # type: ignore[override]
@@ -428,7 +445,7 @@ class LoRAPreSGDConfig(MomentumConfig):
     Attributes:
         momentum: of the heavy-ball momentum ``m = momentum * m + g``.
         nesterov: as in ``torch.optim.SGD``.
-        residual: times ``1 / (1 - momentum)``; default 0.3.
+        residual: times ``1 / (1 - momentum)``; default ``momentum``.
     """
 
     momentum: float = 0.9
@@ -441,6 +458,11 @@ class LoRAPreSGDConfig(MomentumConfig):
         super()._check_numbers()
         number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
         boolean("nesterov", self.nesterov)
+
+    @property
+    def default_residual(self) -> float:
+        """What fades from the momentum."""
+        return self.momentum
 
     @property
     def decay(self) -> float:
@@ -461,7 +483,6 @@ class LoRAPreLionConfig(MomentumConfig):
     betas: tuple[float, float] = (0.9, 0.99)
 
     optimizer = "LoRAPreLion"
-    default_residual = 0.0
     least_step_size = 2e-6
 
     def _check_numbers(self) -> None:
@@ -472,20 +493,6 @@ class LoRAPreLionConfig(MomentumConfig):
     def decay(self) -> float:
         """Of the momentum."""
         return self.betas[1]
-
-
-def _check_adam(config: LoRAPreConfig | LoRAPreAdafactorConfig) -> None:
-    pair("betas", config.betas, low=0.0, high=1.0, high_open=True)
-    number("eps", config.eps, low=0.0)
-    number("scale", config.scale, low=0.0)
-    if config.max_update is not None:
-        number("max_update", config.max_update, low=0.0, low_open=True)
-
-
-def _max_update(config: LoRAPreConfig | LoRAPreAdafactorConfig) -> float:
-    if config.max_update is not None:
-        return config.max_update
-    return math.inf if config.variant == "paper" else 3.0
 
 
 #: By the name under which a DeepSpeed JSON asks for the optimizer.

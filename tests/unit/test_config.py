@@ -22,7 +22,7 @@ def test_defaults_of_stable():
     assert (config.variant, config.rank, config.scale, config.init_std) == ("stable", 128, 0.25, 0.02)
     assert (config.betas, config.eps, config.weight_decay) == ((0.9, 0.999), 1e-8, 0.0)
     assert config.resolved_rank_v == 16
-    assert config.resolved_residual == 0.3
+    assert config.resolved_residual == 0.9
     assert config.resolved_damping == 1e-4
     assert config.resolved_max_update == 3
 

@@ -317,7 +317,7 @@ def test_second_moment_of_a_row_averages_to_its_bias_corrected_energy():
 
 def test_residual_gives_the_part_outside_the_subspace_its_weight():
     """A gradient orthogonal to A's rows gains residual * g over the printed momentum, one inside them nothing."""
-    config = LoRAPreConfig(rank=2, lr=0.1, scale=1.0, eps=0.0, damping=1e-12, max_update=1e9)
+    config = LoRAPreConfig(rank=2, lr=0.1, residual=0.3, scale=1.0, eps=0.0, damping=1e-12, max_update=1e9)
     theta, state = start((5, 7), config)
     inside = randn(5, 2, seed=8) @ state["m_A"]
     outside = randn(5, 7, seed=9)
