@@ -16,7 +16,7 @@ from lorapre_dist.bench.field.plan import Protocol, missing, search
 from lorapre_dist.bench.field.registry import CONTENDERS, contender
 from lorapre_dist.bench.field.setting import Setting
 from lorapre_dist.bench.field.store import Store
-from lorapre_dist.bench.training import Training
+from lorapre_dist.bench.training import EPS, Training
 from lorapre_dist.config import ConfigError
 from lorapre_dist.config.param_groups import param_groups
 
@@ -92,15 +92,17 @@ def test_schedules_reach_the_contender(toy):
     assert [group["lr"] for group in optimizer.matrices.param_groups] == [0.25]
 
 
-def test_options_of_ours_can_be_given(toy):
+def test_options_of_ours_and_of_adamw_can_be_given(toy):
     optimizer = Beside(copy.deepcopy(toy[0]), 0.5, contender("lorapre-8+residual=0.1+gammas=(0.1,0.2)"))
     assert optimizer.matrices.config.residual == 0.1 and optimizer.matrices.config.gammas == (0.1, 0.2)
     with pytest.raises(ConfigError, match="unknown contender 'lorapr-8': did you mean lorapre-8"):
         contender("lorapr-8")
     with pytest.raises(ConfigError, match="'residual' must be OPTION=VALUE"):
         contender("lorapre-8+residual")
-    with pytest.raises(ConfigError, match="to ours alone, not to adamw"):
-        contender("adamw+eps=1")
+    with pytest.raises(ConfigError, match="to ours and to adamw alone, not to muon"):
+        contender("muon+eps=1")
+    (group,) = Beside(copy.deepcopy(toy[0]), 0.5, contender("adamw+betas=(0.5,0.9)")).matrices.param_groups
+    assert (group["betas"], group["eps"]) == ((0.5, 0.9), EPS)
 
 
 def test_what_cannot_be_run_says_why(monkeypatch, options, capsys):

@@ -107,7 +107,7 @@ def test_a_learning_rate_that_learns_nothing_is_warned_of(name, options, words):
 
 
 def moved(make, signal):
-    """Root mean square of how far elements go in one step, and in 40, over ``lr``: rank 3 times ``signal``, noise of 1."""
+    """How far elements go in one step, and in 40: root mean squares over ``lr``. Rank 3 by ``signal``, noise of 1."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(64, 3, generator=generator), torch.randn(3, 96, generator=generator)
     weight, way = nn.Parameter(torch.zeros(64, 96)), []

@@ -27,8 +27,8 @@ GAP = 200
 def plain(module: str, name: str, **options: Any) -> Build:
     """Builder of the class ``name`` of ``module`` on the matrices in one group."""
 
-    def build(matrices: Matrices, lr: float) -> Optimizer:
-        return _class(module, name)(matrices.params, lr=lr, **options)
+    def build(matrices: Matrices, lr: float, **given: Any) -> Optimizer:
+        return _class(module, name)(matrices.params, lr=lr, **options | given)
 
     return build
 
