@@ -26,10 +26,10 @@ def lorapre(name: str, share: int) -> Contender:
 
 
 def exchanged(share: int) -> Contender:
-    """LoRAPre on whole matrices, of which a part may be exchanged: the options are those of :class:`Exchanged`."""
+    """LoRAPre on whole matrices with a part exchanged: options are ``residual`` and those of :class:`Exchanged`."""
 
-    def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
-        config = LoRAPreConfig(betas=BETAS, eps=EPS, scale=1.0, rank=matrices.rank)
+    def build(matrices: Matrices, lr: float, residual: float | None = None, **options: Any) -> Optimizer:
+        config = LoRAPreConfig(betas=BETAS, eps=EPS, scale=1.0, rank=matrices.rank, residual=residual)
         return Dense(matrices.params, lr, Exchanged(config, **options))
 
     return Contender("LoRAPre", build, ADAM_LRS, share, origin="bench/family")

@@ -34,7 +34,7 @@ STUDIED = {"lorapre-dense-8": ours.exchanged(8), "lorapre-dense-32": ours.exchan
 
 @functools.cache
 def contender(name: str) -> Contender:
-    """The contender of this name; one of ours, or adamw, may be followed by options: ``lorapre-8+residual=0.1+scale=1``.
+    """The contender of this name; ours and adamw may be followed by options: ``lorapre-8+residual=0.1+scale=1``.
 
     Raises:
         ConfigError: there is no such contender, or what follows is not ``OPTION=VALUE``.
