@@ -104,9 +104,10 @@ class LowRankConfig:
     overlap_limit: int | None = None
     kernels: str = "auto"
 
-    # No fields: the name of the optimizer, and the step size below which next to nothing is learned from scratch: a
-    # fiftieth of what is usual.
+    # No fields: the name of the optimizer, its residual weight in ``stable`` (in ``paper`` it is 0), and the step size
+    # below which next to nothing is learned from scratch: a fiftieth of what is usual.
     optimizer = "LoRAPre"
+    default_residual = 0.0
     least_step_size = 2e-5
 
     def __post_init__(self) -> None:
@@ -203,11 +204,6 @@ class LowRankConfig:
         return ()
 
     @property
-    def default_residual(self) -> float:
-        """``residual`` in ``stable``, unless it is given."""
-        return 0.0
-
-    @property
     def resolved_residual(self) -> float:
         """Residual weight with the variant's default filled in."""
         if self.residual is not None:
@@ -252,7 +248,7 @@ class AdamConfig(LowRankConfig):
             number("max_update", self.max_update, low=0.0, low_open=True)
 
     @property
-    def default_residual(self) -> float:
+    def default_residual(self) -> float:  # type: ignore[override]
         """What fades from the momentum."""
         return self.betas[0]
 
@@ -445,24 +441,20 @@ class LoRAPreSGDConfig(MomentumConfig):
     Attributes:
         momentum: of the heavy-ball momentum ``m = momentum * m + g``.
         nesterov: as in ``torch.optim.SGD``.
-        residual: times ``1 / (1 - momentum)``; default ``momentum``.
+        residual: times ``1 / (1 - momentum)``; default 0.3.
     """
 
     momentum: float = 0.9
     nesterov: bool = False
 
     optimizer = "LoRAPreSGD"
+    default_residual = 0.3
     least_step_size = 0.0  # the gradient's own size counts
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
         number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
         boolean("nesterov", self.nesterov)
-
-    @property
-    def default_residual(self) -> float:
-        """What fades from the momentum."""
-        return self.momentum
 
     @property
     def decay(self) -> float:
