@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lorapre_dist.bench import weights
@@ -156,9 +157,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "conditions": lambda: pivot(read("conditions"), ["quantity"], "step", "largest"),
     "soak": lambda: pivot(read("soak"), ["gradients"], "optimizer", "error"),
     "field_compared": lambda: field(report.compared),
+    "field_4000": lambda: report.compared(report.rows(field_runs(), replace(FIELD, steps=4000))),
     "field_costs": lambda: report.costs(field_runs(), FIELD.training),
     "field_searched": lambda: field(report.searched),
     "field_missing": lambda: field(lambda rows: report.lacking(rows, FIELD)),
+    "field_betas": lambda: report.varied(field_runs(), FIELD, "adamw"),
     "field_varied": lambda: report.varied(field_runs(), FIELD, "lorapre-8"),
     "field_exchanged": lambda: report.varied(field_runs(), FIELD, "lorapre-8", "lorapre-dense-8"),
     "field_varied_32": lambda: report.varied(field_runs(), FIELD, "lorapre-32"),

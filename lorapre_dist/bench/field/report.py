@@ -219,7 +219,7 @@ def lacking(found: list[Row], protocol: Protocol) -> str:
 
 
 def varied(store: Store, protocol: Protocol, name: str, of: str | None = None) -> str:
-    """The table of long runs of one of ours with other options, against the ``name`` itself: Markdown.
+    """The table of long runs with other options, against the contender ``name`` itself and AdamW: Markdown.
 
     Args:
         of: the contender that has been given options, if it is another form of that.
