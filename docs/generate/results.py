@@ -77,19 +77,6 @@ def quality(compared_with: str) -> str:
     )
 
 
-def best_losses() -> str:
-    """The README's table: the best validation loss of each optimizer."""
-    best: dict[tuple[str, str], Row] = {}
-    for row in read("quality"):
-        key = row["optimizer"], row["rank"]
-        if row["compared_with"] == "AdamW" and float(row["loss"]) < float(best.get(key, {"loss": "inf"})["loss"]):
-            best[key] = row
-    return table(
-        ["optimizer of the matrices", "rank", "validation loss"],
-        [[n, r or "-", b["loss"]] for (n, r), b in best.items()],
-    )
-
-
 def worst_distance(layouts: Callable[[str], bool]) -> str:
     """The largest distance of LoRAPre to the dense reference over such layouts, ranks and precisions."""
     errors = [row["error"] for row in read("equality") if row["optimizer"] == "LoRAPre" and layouts(row["layout"])]
@@ -124,6 +111,15 @@ def field_runs() -> Store:
 def field(table: Callable[[list[report.Row]], str]) -> str:
     """A table of the recorded runs of ``bench field``, all contenders in their order."""
     return table(report.rows(field_runs(), FIELD))
+
+
+def beside_adamw(steps: int) -> str:
+    """The README's table: LoRAPre's validation loss and state beside AdamW's, of the recorded runs of so many steps."""
+    found = report.rows(field_runs(), replace(FIELD, steps=steps), ["adamw", "lorapre-8", "lorapre-32"])
+    columns = ["optimizer of the matrices", "rank", "of AdamW's", "validation loss", "seeds", "minus AdamW"]
+    lines = [dict(zip(report.HEAD, report.cells(row, found[0]), strict=True)) for row in found if row.finals]
+    head = ["state" if name == "of AdamW's" else name for name in columns]
+    return table(head, [[line[name] for name in columns] for line in lines])
 
 
 def contenders() -> str:

@@ -226,18 +226,17 @@ def varied(store: Store, protocol: Protocol, name: str, of: str | None = None) -
     """
     names = dict.fromkeys(s.contender for s in store.records if s.contender.startswith(f"{of or name}+"))
     plain, adamw, *others = rows(store, protocol, [name, BASELINE, *names])
+    bases = [plain] if name == BASELINE else [plain, adamw]
     lines = []
     for row in [plain, *others]:
         if row.finals:
-            away = [row.behind(plain), row.behind(adamw)]
-            means = [signed(statistics.mean(x)) + spread(x) if x and row is not plain else "-" for x in away[:1]]
-            means += [signed(statistics.mean(x)) + spread(x) if x else "-" for x in away[1:]]
+            away = [row.behind(base) if row is not base else [] for base in bases]
+            means = [signed(statistics.mean(x)) + spread(x) if x else "-" for x in away]
             lr, losses = row.record["lr"], list(row.losses.values())
             options = ", ".join(row.name.split("+")[1:]) or "as it is"
             lines.append([options, f"{lr:g}", nats(statistics.mean(losses)) + spread(losses), str(len(losses)), *means])
-    return markdown(
-        ["options", "lr", "validation loss", "seeds", f"minus {plain.label} as it is", "minus AdamW"], lines
-    )
+    heads = ["options", "lr", "validation loss", "seeds", f"minus {plain.label} as it is", "minus AdamW"]
+    return markdown(heads[: 4 + len(bases)], lines)
 
 
 def as_csv(found: list[Row]) -> str:
