@@ -154,6 +154,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "soak": lambda: pivot(read("soak"), ["gradients"], "optimizer", "error"),
     "field_compared": lambda: field(report.compared),
     "field_4000": lambda: report.compared(report.rows(field_runs(), replace(FIELD, steps=4000))),
+    "field_texts": lambda: plain("texts"),
     "field_costs": lambda: report.costs(field_runs(), FIELD.training),
     "field_searched": lambda: field(report.searched),
     "field_missing": lambda: field(lambda rows: report.lacking(rows, FIELD)),
