@@ -16,7 +16,7 @@ from tests.launch.test_resume import rows
 
 pytestmark = pytest.mark.slow
 
-STEPS = ["--max_steps", "30", "--warmup_steps", "3", "--eval_every", "10", "--save_every", "5", "--keep_last", "2"]
+STEPS = ["--max_steps", "40", "--warmup_steps", "3", "--eval_every", "10", "--save_every", "5", "--keep_last", "2"]
 
 
 @pytest.fixture(scope="module")

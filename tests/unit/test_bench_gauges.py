@@ -42,8 +42,8 @@ def test_the_optimizers_own_gauge_is_the_optimizer(options):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_gauges_differ_by_the_damping_alone(name):
-    (own, _), (model, _) = (trained(x, steps=5, rank=2) for x in ("orthonormal-A", name))
-    assert 0 < difference(model, own) < 6e-3
+    (own, _), (model, _) = (trained(x, steps=5, rank=2, residual=0.3) for x in ("orthonormal-A", name))
+    assert 0 < difference(model, own) < 2e-3
     (own, _), (model, _) = (trained(x, rank=2, damping=1e-10) for x in ("orthonormal-A", name))
     assert difference(model, own) < 1e-7
 

@@ -127,6 +127,8 @@ def test_from_adamw_goes_as_far_as_adamw(cls, signal):
     step, way = moved(lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-3, weight_decay=0.0), signal)
     ours, far = moved(lambda named: cls.from_adamw(named, lr=1e-3, weight_decay=0.0, rank=8), signal)
     quarter, _ = moved(lambda named: cls(named, lr=1e-3, rank=8), signal)
+    less, _ = moved(lambda named: cls.from_adamw(named, lr=1e-3, weight_decay=0.0, rank=8, residual=0.3), signal)
+    assert 0.9 < less / step < 1.8
     assert 0.9 < far / way < 1.2
     assert 1.1 < ours / step < 4.2
     assert quarter == pytest.approx(ours / 4, rel=1e-3)
