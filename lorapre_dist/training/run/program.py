@@ -61,8 +61,9 @@ def script(main: Callable[[], int]) -> NoReturn:
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is written and closed. Now and then the teardown of the interpreter ended in "terminate called without
-    # an active exception" of some library's thread, and the launcher would take a finished run for a failed one.
+    # All is written and closed. A thread of gloo may still hold the tensors of the last collective; to let go of
+    # them it takes the interpreter's lock, and where that is ending torch aborts ("terminate called without an active
+    # exception", https://github.com/pytorch/pytorch/issues/190489): a finished run would be taken for a failed one.
     os._exit(code)
 
 
