@@ -59,12 +59,18 @@ def step(
     base_lr: float | None = None,
 ) -> None:
     """One step of every parameter, in place; ``base_lr`` is what ``config.lr`` began as."""
-    other = config.adamw(base_lr or config.lr) if isinstance(config, MomentumConfig) else config
+    other = adamw_of(config, base_lr or config.lr) if isinstance(config, MomentumConfig) else config
     for name, p in theta.items():
         if "m_B" in state[name]:
             STEPS[type(config)](p, grads[name], state[name], config)
         else:
             reference.adamw_step(p, grads[name], state[name], other)
+
+
+def adamw_of(config: MomentumConfig, base_lr: float) -> LoRAPreConfig:
+    """Settings of AdamW for what is no matrix, where an ``lr`` of ``base_lr`` means all of ``adamw_lr``."""
+    lr = config.adamw_lr * (config.lr / base_lr)
+    return LoRAPreConfig(lr, config.adamw_weight_decay, betas=config.adamw_betas, eps=config.adamw_eps)
 
 
 def each_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

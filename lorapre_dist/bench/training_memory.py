@@ -234,6 +234,6 @@ def _under_deepspeed(case: Case, model: Any, ids: Tensor, live: Live) -> Callabl
     return train
 
 
-def on_rank(rank: int, world_size: int, cases: list[dict[str, Any]]) -> list[dict[str, int]]:
-    """:func:`measured` of some cases on one of several ranks."""
-    return [measured(Case(**case), world_size) for case in cases]
+def on_rank(rank: int, world_size: int, case: dict[str, Any]) -> dict[str, int]:
+    """:func:`measured` on one of several ranks."""
+    return measured(Case(**case), world_size)

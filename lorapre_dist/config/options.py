@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -183,12 +184,12 @@ class LowRankConfig:
         """What the normalised update of a matrix is multiplied by."""
         return self.lr * getattr(self, "scale", 1.0)
 
-    @property
+    @functools.cached_property
     def resolved_rank_v(self) -> int:
         """Rank of the second moment's factors; 0 where there are none."""
         return 0
 
-    @property
+    @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """Rank of the factors by moment."""
         return {"m": self.rank}
@@ -203,14 +204,14 @@ class LowRankConfig:
         """Names of a matrix's statistics, see :class:`lorapre_dist.core.factors.Matrix`."""
         return ()
 
-    @property
+    @functools.cached_property
     def resolved_residual(self) -> float:
         """Residual weight with the variant's default filled in."""
         if self.residual is not None:
             return self.residual
         return 0.0 if self.variant == "paper" else self.default_residual
 
-    @property
+    @functools.cached_property
     def resolved_damping(self) -> float:
         """Damping with the variant's default filled in (relative in ``stable``, absolute in ``paper``)."""
         if self.damping is not None:
@@ -247,12 +248,12 @@ class AdamConfig(LowRankConfig):
         if self.max_update is not None:
             number("max_update", self.max_update, low=0.0, low_open=True)
 
-    @property
+    @functools.cached_property
     def default_residual(self) -> float:  # type: ignore[override]
         """What fades from the momentum."""
         return self.betas[0]
 
-    @property
+    @functools.cached_property
     def resolved_max_update(self) -> float:
         """Bound on an element of the normalised update with the variant's default filled in."""
         if self.max_update is not None:
@@ -280,14 +281,14 @@ class LoRAPreConfig(AdamConfig):
         if self.gammas is not None:
             pair("gammas", self.gammas, low=0.0, high=1.0, low_open=True)
 
-    @property
+    @functools.cached_property
     def resolved_rank_v(self) -> int:
         """Rank of the second moment's factors with the variant's default filled in."""
         if self.rank_v is not None:
             return self.rank_v
         return self.rank if self.variant == "paper" else max(1, self.rank // 8)
 
-    @property
+    @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """Rank of the factors by moment."""
         return {"m": self.rank, "v": self.resolved_rank_v}
@@ -297,7 +298,7 @@ class LoRAPreConfig(AdamConfig):
         """Row energies, in ``stable``."""
         return ("rms_row",) if self.variant == "stable" else ()
 
-    @property
+    @functools.cached_property
     def resolved_gammas(self) -> tuple[float, float]:
         """Refresh rates with the coupling of the paper filled in: ``1 - sqrt(beta1)``, ``1 - beta2 ** (1/4)``."""
         if self.gammas is not None:
@@ -328,7 +329,7 @@ class LoRAPreAdafactorConfig(AdamConfig):
         """Means of ``g^2`` over rows and columns."""
         return ("rms_row", "rms_col")
 
-    @property
+    @functools.cached_property
     def resolved_gammas(self) -> tuple[float, float]:
         """Refresh rate with the coupling of the paper filled in, and 0.0: the second moment has no factors."""
         return self.gamma if self.gamma is not None else 1.0 - math.sqrt(self.betas[0]), 0.0
@@ -360,17 +361,12 @@ class MomentumConfig(LowRankConfig):
         number("adamw_eps", self.adamw_eps, low=0.0)
         number("adamw_weight_decay", self.adamw_weight_decay, low=0.0)
 
-    def adamw(self, base_lr: float) -> LoRAPreConfig:
-        """Settings of AdamW for all other parameters, where an ``lr`` of ``base_lr`` means all of ``adamw_lr``."""
-        lr = self.adamw_lr * (self.lr / base_lr if base_lr else float(self.lr > 0))
-        return LoRAPreConfig(lr, self.adamw_weight_decay, betas=self.adamw_betas, eps=self.adamw_eps)
-
     @property
     def decay(self) -> float:
         """Of the factored momentum, per step."""
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def resolved_gamma(self) -> float:
         """Refresh rate with the coupling of the paper filled in: the product of two factors decays by ``decay``."""
         return self.gamma if self.gamma is not None else 1.0 - math.sqrt(self.decay)
@@ -421,7 +417,7 @@ class LoRAPreMuonConfig(MomentumConfig):
         """Of the heavy-ball momentum."""
         return self.momentum
 
-    @property
+    @functools.cached_property
     def resolved_nesterov(self) -> bool:
         """Whether the update looks ahead, with the variant's default filled in."""
         return self.variant == "stable" if self.nesterov is None else self.nesterov

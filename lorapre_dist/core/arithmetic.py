@@ -116,20 +116,20 @@ def _of_stack(one: Held, k: int, needs: Needs, limits: Limits, stable: bool, kin
 FACTOR_PASSES = 27
 
 
-def _cut(one: Held) -> list[Segment]:
+def _cut(one: Held) -> tuple[Segment, ...]:
     """The segments of this rank's piece in rows that are cut between ranks."""
     if one.peers is None:
-        return []
-    segments = one.interval.segments()
+        return ()
+    segments = one.interval.segments
     if one.peers.columns is not None:
         return segments
     q = one.interval.shape[1]
-    return [s for s in segments if s.col or s.col_stop < q]
+    return tuple(s for s in segments if s.col or s.col_stop < q)
 
 
 def _blocks(interval: RowInterval, limits: Limits, itemsize: int, k: int) -> Iterator[int]:
     """Rows of each block in which a piece is stepped."""
-    for segment in interval.segments():
+    for segment in interval.segments:
         most = max(1, limits.block // ((segment.col_stop - segment.col) * itemsize)) if k == 1 else segment.rows
         yield from range(0, segment.rows, -(-segment.rows // -(-segment.rows // most)))
 

@@ -36,7 +36,7 @@ def keep(kept: Factors, wide: Factors) -> None:
 def widen(item: Item) -> Item:
     """A stack in a step, with factors as they are reckoned with."""
     matrix = item.matrix
-    if all(quantized.form_of(f.B) == "fp32" for f in matrix.factors.values()):
+    if matrix.wide is None:
         return item
     return replace(item, matrix=replace(matrix, factors=factors(matrix), kept=matrix.factors))
 

@@ -59,18 +59,14 @@ class Moment:
     Z: Tensor = field(init=False)
     S: Tensor = field(init=False)
 
-    @property
-    def rank(self) -> int:
-        """Rank of the factors."""
-        return self.factors.A.shape[-2]
-
 
 @dataclass
 class Work:
     """One stack of matrices on its way through the phases of a step.
 
     Attributes:
-        moments: one, or two in the order m, v.
+        matrix: of the item.
+        moments: one, or two in the order ``m``, ``v``, as which they can be had, too.
         size: what is squared is scaled by it first.
         cut: line in ``edge`` of each row that is cut between ranks.
         edge: k x cut rows x sums that the optimizer needs (first), then each moment's ``Y``.
@@ -85,11 +81,12 @@ class Work:
     edge: Tensor
     column_sums: Tensor | None = None
     context: Any = None
+    matrix: Matrix = field(init=False)
+    m: Moment = field(init=False)
+    v: Moment = field(init=False)
 
-    @property
-    def matrix(self) -> Matrix:
-        """The matrices' state."""
-        return self.item.matrix
+    def __post_init__(self) -> None:
+        self.matrix, self.m, self.v = self.item.matrix, self.moments[0], self.moments[-1]
 
     def release(self) -> None:
         """Let go of what only the update of theta needs."""
@@ -101,16 +98,6 @@ class Work:
         """Let go of weights and gradients: others may free or change them."""
         theta, grad = self.item.theta, self.item.grad
         self.item.theta, self.item.grad = theta.new_empty(len(theta), 0), grad.new_empty(len(grad), 0)
-
-    @property
-    def m(self) -> Moment:
-        """The first moment."""
-        return self.moments[0]
-
-    @property
-    def v(self) -> Moment:
-        """The second moment."""
-        return self.moments[1]
 
 
 class _HasMatrix(Protocol):

@@ -116,7 +116,7 @@ class Matrix(Counted):
                 state |= {f"{moment}_B": factors.B, f"{moment}_A": factors.A}
         return state | self.vectors
 
-    @property
+    @functools.cached_property
     def low_rank(self) -> bool:
         """Whether there are factors of a rank beyond 0."""
         return any(self.ranks.values())
@@ -141,7 +141,7 @@ class Matrix(Counted):
         """Number of ranks that share the matrix."""
         return len(self.peers.ranges) if self.peers else 1
 
-    @property
+    @functools.cached_property
     def lends(self) -> bool:
         """Whether a step needs this rank's block of ``A`` alone, and gives no more of it."""
         return self.peers is None or self.peers.own_columns(self.interval.shape)
@@ -199,7 +199,7 @@ class Matrix(Counted):
     @functools.cached_property
     def starts_whole(self) -> bool:
         """Whether the first row that is touched is held whole."""
-        segments = self.interval.segments()
+        segments = self.interval.segments
         return bool(segments) and segments[0].col_stop - segments[0].col == self.interval.shape[1]
 
     @functools.cached_property

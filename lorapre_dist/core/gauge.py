@@ -68,7 +68,7 @@ def change(factors: Factors, replicas: list[int], lower: Tensor, inverse: Tensor
     r = lower.shape[-1]
     alike = [(row, B[:, row, None] @ lower) for row in replicas]
     found = workspace.take("gauged A", A.shape, A)
-    parts = stripes(r, ROWS) if A.shape[0] == 1 else [(0, r)]
+    parts = stripes(r, ROWS) if A.shape[0] == 1 else ((0, r),)
     for low, high in parts:
         mm(inverse[:, low:high, :high], A[:, :high], out=found[:, low:high])
     A.copy_(found)

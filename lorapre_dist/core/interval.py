@@ -24,7 +24,7 @@ class Segment:
     col_stop: int
     offset: int
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """Number of elements."""
         return self.rows * (self.col_stop - self.col)
@@ -64,22 +64,22 @@ class RowInterval:
             if not 0 <= first <= last <= q:
                 raise ValueError(f"{self.name}: columns [{first}, {last}) are outside a {p} x {q} matrix")
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """Number of elements held."""
         return numel_of(self.start, self.stop, self.shape[1], self.columns)
 
-    @property
+    @functools.cached_property
     def first_row(self) -> int:
         """The first row touched (0 if the interval is empty)."""
         return self.start // self.shape[1] if self.numel else 0
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """Number of rows touched, partly held rows included."""
         return -(-self.stop // self.shape[1]) - self.first_row if self.numel else 0
 
-    @property
+    @functools.cached_property
     def first_owned(self) -> int:
         """Index, among the touched rows, of the first row whose first element is held here.
 
@@ -96,15 +96,16 @@ class RowInterval:
         held = self.start <= at < self.stop and first <= col < last
         return numel_of(self.start, at, q, self.columns) if held else None
 
-    def segments(self) -> list[Segment]:
+    @functools.cached_property
+    def segments(self) -> tuple[Segment, ...]:
         """The interval as at most three rectangles: a part of a row, whole rows, a part of a row."""
         if not self.numel:
-            return []
+            return ()
         q, (first, last) = self.shape[1], self.columns or (0, self.shape[1])
         (row, low), (end, high) = divmod(self.start, q), divmod(self.stop - 1, q)
         low, high = max(low, first), min(high + 1, last)
         if row == end:
-            return [Segment(row, 1, low, high, 0)]
+            return (Segment(row, 1, low, high, 0),)
         found: list[Segment] = []
         whole, behind = row + (low > first), end + (high == last)
         for begin, rows, *columns in (
@@ -115,7 +116,7 @@ class RowInterval:
             if rows:
                 offset = found[-1].offset + found[-1].numel if found else 0
                 found.append(Segment(begin, rows, columns[0], columns[1], offset))
-        return found
+        return tuple(found)
 
 
 @functools.lru_cache(maxsize=256)  # a plan asks again and again, of thousands of ranks

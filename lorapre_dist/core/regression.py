@@ -51,7 +51,7 @@ class Block:
 def blocks(work: Work, workspace: Workspace, cut_only: bool = False) -> Iterator[Block]:
     """The pieces in blocks sized to the cache; with ``cut_only`` those of rows that are cut between ranks."""
     interval, k = work.matrix.interval, work.item.theta.shape[0]
-    for segment in interval.segments():
+    for segment in interval.segments:
         line = work.cut.get(segment.row)
         if line is None and cut_only:
             continue
@@ -110,7 +110,7 @@ def regress(g: Tensor, moment: Moment, block: Block, label: str, workspace: Work
     """``Y = g A^+``: k x n x r. It is ``g A^T`` where A has orthonormal rows, else ``g A^T (A A^T + d)^-1``."""
     if block.lines is not None:
         return moment.Y[:, block.lines]
-    shape = (*g.shape[:2], moment.rank)
+    shape = (*g.shape[:2], moment.A.shape[-2])
     Y = workspace.take(label, shape, moment.A)
     if moment.inverse is None:
         return mm(g, moment.A[..., block.held].mT, out=Y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 #: Elements of a matrix's gradient that are looked at to tell its size.
@@ -45,17 +46,20 @@ class Sizes:
         return self.fewest or (8 if kind == "cpu" else 2)
 
 
+@functools.cache
 def is_striped(n: int, kind: str) -> bool:
     """Whether a symmetric n x n product is taken in stripes, on this kind of device."""
     return n >= ROWS * (2 if kind == "cpu" else STRIPES)
 
 
-def stripes(n: int, rows: int = 1) -> list[tuple[int, int]]:
+@functools.cache
+def stripes(n: int, rows: int = 1) -> tuple[tuple[int, int], ...]:
     """Rows of each stripe of an n x n matrix, at least ``rows`` in all but the last."""
     size = max(rows, -(-n // STRIPES))
-    return [(low, min(n, low + size)) for low in range(0, n, size)]
+    return tuple((low, min(n, low + size)) for low in range(0, n, size))
 
 
+@functools.cache
 def packed_numel(n: int) -> int:
     """Elements of :func:`packed` for an n x n matrix."""
     return sum((high - low) * (n - low) for low, high in stripes(n))

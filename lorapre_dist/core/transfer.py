@@ -52,7 +52,7 @@ class Transfer:
         self.segments = []
         for k, (start, stop) in enumerate(peers.ranges):
             columns = None if peers.columns is None else peers.columns[k]
-            self.segments.append(RowInterval("", shape, start, stop, columns).segments())
+            self.segments.append(RowInterval("", shape, start, stop, columns).segments)
 
     @property
     def mine(self) -> Rectangle:
@@ -80,5 +80,5 @@ class Transfer:
         return [part.of(block, self.mine.row, self.mine.col) for _, part in self.arriving(k)]
 
 
-def _common(segments: list[Segment], target: Rectangle) -> list[tuple[Segment, Rectangle]]:
+def _common(segments: tuple[Segment, ...], target: Rectangle) -> list[tuple[Segment, Rectangle]]:
     return [(segment, part) for segment in segments if (part := target.common(segment)) is not None]

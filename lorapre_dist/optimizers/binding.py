@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -37,6 +39,17 @@ class Bound:
     other: bool = False
 
 
+@functools.cache
+def _options(config_class: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(config_class))
+
+
+@functools.lru_cache(maxsize=256)
+def _validated(config_class: Any, values: tuple[tuple[str, Any], ...], _: tuple[type, ...]) -> Any:
+    """Settings, checked once for values of these types: a step asks for them again and again."""
+    return config_class(**dict(values))
+
+
 class BoundOptimizer(Overlapping, StatefulOptimizer):
     """An optimizer that finds out where its parameters lie, on first use, unless an engine tells it."""
 
@@ -45,8 +58,9 @@ class BoundOptimizer(Overlapping, StatefulOptimizer):
     _other_layers: dict[str, str]
 
     @classmethod
-    def _options(cls) -> set[str]:
-        return {f.name for f in fields(cls.config_class)}
+    def _options(cls) -> tuple[str, ...]:
+        kind: Any = cls.config_class
+        return _options(kind)
 
     @classmethod
     def group_config(cls, group: dict[str, Any]) -> Any:
@@ -54,12 +68,18 @@ class BoundOptimizer(Overlapping, StatefulOptimizer):
 
         An ``lr`` that is a 0-d tensor on an accelerator stays one, unchecked: the host would have to wait for it.
         """
-        given = {name: group[name] for name in cls._options()}
-        lr = given["lr"]
-        if not stays_on_device(lr):
-            return cls.config_class(**given | {"lr": number(lr)})
-        config = cls.config_class(**given | {"lr": cls.config_class.lr})
-        object.__setattr__(config, "lr", lr)
+        lr = group["lr"]
+        waits = stays_on_device(lr)
+        kind: Any = cls.config_class
+        numbers = {"lr": kind.lr if waits else number(lr)}
+        values = tuple((name, numbers.get(name, group[name])) for name in cls._options())
+        try:
+            config = _validated(kind, values, tuple(type(value) for _, value in values))
+        except TypeError:  # of what cannot be looked up, such as a list
+            config = kind(**dict(values))
+        if waits:
+            config = copy.copy(config)
+            object.__setattr__(config, "lr", lr)
         return config
 
     def bind(self, layout: Layout) -> None:

@@ -39,13 +39,10 @@ class MomentumOptimizer(LowRankOptimizer):
 
         An ``lr`` on a device is not looked at: it does not raise ``peak_lr``.
         """
-        if stays_on_device(config.lr):
-            lr = config.lr * (config.adamw_lr / (group["base_lr"] or group["peak_lr"]))
-            return adamw.Hyper(lr, config.adamw_betas, config.adamw_eps, config.adamw_weight_decay)
-        if not group["base_lr"]:
+        if not group["base_lr"] and not stays_on_device(config.lr):
             group["peak_lr"] = max(group["peak_lr"], config.lr)
-        other = config.adamw(group["base_lr"] or group["peak_lr"])
-        return adamw.Hyper(other.lr, other.betas, other.eps, other.weight_decay)
+        lr = config.adamw_lr * (config.lr / (group["base_lr"] or group["peak_lr"]))
+        return adamw.Hyper(lr, config.adamw_betas, config.adamw_eps, config.adamw_weight_decay)
 
 
 def regression(config: MomentumConfig, target: float) -> Regression:

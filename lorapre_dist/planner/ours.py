@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -205,11 +206,25 @@ def _held(ours: LowRankConfig, share: Share, index: int, groups: dict[Hashable, 
     return Held(outline, interval, peers, share.call)
 
 
-def released(request: Request, arrangement: Arrangement) -> tuple[int, int]:
-    """Where gradients are released: bytes of those that are stepped together, and of the workspace of it, at most.
+@dataclass(frozen=True)
+class Released:
+    """Where gradients are released, bytes on the rank that has most.
 
-    Of the batch that takes most; batches are formed as the backward pass goes, from the last parameter to the first.
-    Under FSDP2 all of a layer's are complete at once, and what is in no layer comes at the end.
+    Attributes:
+        together: of the gradients that are stepped together, and ``workspace`` of it: the batch that takes most.
+        waiting: of those that wait for a batch while FSDP2 reduces the last ones, which are in no layer; None where
+            each is complete by itself.
+    """
+
+    together: int = 0
+    workspace: int = 0
+    waiting: int | None = None
+
+
+def released(request: Request, arrangement: Arrangement) -> Released:
+    """Batches are formed as the backward pass goes, from the last parameter to the first.
+
+    Under FSDP2 all of a layer's gradients are complete at once, and what is in no layer comes at the end.
     """
     rank = 0 if arrangement.uniform else int(np.argmax(state_bytes(request, arrangement)))
     mine: dict[str, tuple[LowRankConfig, Held]] = {}
@@ -217,8 +232,8 @@ def released(request: Request, arrangement: Arrangement) -> tuple[int, int]:
         shares = [share for share in arrangement.shares if request.stepped_as(share) == settings]
         for one in held(request, arrangement, [rank], settings, shares)[rank]:
             mine.setdefault(one.interval.name, (settings, one))
-    worst = 0, 0
-    for batch in _batches(request):
+    worst, batches = (0, 0), list(_batches(request))
+    for batch in batches:
         of: dict[LowRankConfig, list[Held]] = defaultdict(list)
         for p in batch:
             for name in [p.name, *(f"{p.name}[{e}]" for e in range(p.shape[0] if len(p.shape) == 3 else 0))]:
@@ -226,9 +241,17 @@ def released(request: Request, arrangement: Arrangement) -> tuple[int, int]:
                     of[mine[name][0]].append(mine[name][1])
         workspace = max((workspace_bytes(some, rules.of(s), request.device) for s, some in of.items()), default=0)
         vectors = 6 * Sizes().block  # AdamW's parts
-        size = -(-request.stepped * sum(p.numel for p in batch) // (request.sharing if request.in_units else 1))
-        worst = max(worst, (size, max(workspace, vectors)), key=sum)
-    return worst
+        worst = max(worst, (_gradients(request, batch), max(workspace, vectors)), key=sum)
+    if not request.in_units:
+        return Released(*worst)
+    last = {p.name for p in request.wrapped().get("", ())}
+    beside = next((batch for batch in reversed(batches) if batch), [])
+    return Released(*worst, _gradients(request, [p for p in beside if p.name not in last]))
+
+
+def _gradients(request: Request, batch: list[Parameter]) -> int:
+    """Bytes of the reduced gradients of these parameters on a rank."""
+    return -(-request.stepped * sum(p.numel for p in batch) // (request.sharing if request.in_units else 1))
 
 
 def _batches(request: Request) -> Iterator[list[Parameter]]:

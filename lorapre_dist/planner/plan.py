@@ -17,7 +17,7 @@ from . import axes
 from .activations import instants
 from .arrange import arranged
 from .frame import frame, full, plain
-from .ours import costs, released
+from .ours import Released, costs, released
 from .request import Request
 from .rivals import RIVALS, Array, Optimizer
 
@@ -201,13 +201,16 @@ def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usag
         return {part: full(value, arrangement.size) for part, value in zip(PARTS, values, strict=True)}
 
     early = request.optimizer.release_gradients and entry.costs is costs
-    waiting, stepping = released(request, arrangement) if early else (0, 0)
+    ahead = released(request, arrangement) if early else Released()
+    stepping = np.maximum(stated.kept, ahead.workspace)
     moments: dict[str, list[Parts]] = {moment: [] for moment in MOMENTS}
     held = request if entry.whole else request.local
     for instant in instants(held):
         gradients, workspace = around.backward, stated.kept
-        if early and instant.graded:
-            gradients, workspace = waiting, np.maximum(stated.kept, stepping)
+        if early and instant.name == "end" and ahead.waiting is not None:
+            gradients = ahead.waiting
+        elif early and instant.graded:
+            gradients, workspace = ahead.together, stepping
         elif request.accumulation == 1:
             graded = max(0, instant.graded - around.late.get(instant.name, 0))
             gradients = gradients * graded // held.elements
@@ -215,7 +218,7 @@ def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usag
         activations = instant.bytes + request.width * instant.cast
         moments[instant.moment].append(parts(gradients, workspace, buffers, activations))
     if early:
-        moments["step"].append(parts(waiting, np.maximum(stated.kept, stepping), around.left))
+        moments["step"].append(parts(ahead.together, stepping, around.left))
     else:
         moments["step"].append(parts(around.gradients, stated.workspace, around.left))
         moments["step"].append(parts(around.norm, stated.kept, around.left))

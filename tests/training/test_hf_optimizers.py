@@ -33,10 +33,9 @@ def test_settings_come_from_the_training_arguments(name, model, arguments):
     assert type(optimizer) is OPTIMIZERS[name]
     matrices, norms = (optimizer.group_config(group) for group in optimizer.param_groups)
     assert (matrices.lr, matrices.rank, matrices.weight_decay, norms.weight_decay) == (0.02, 4, 0.3, 0.0)
-    own = name in ("LoRAPreMuon", "LoRAPreSGD", "LoRAPreLion")
-    adamw = matrices.adamw(0.02) if own else matrices
+    adamw, of_norms = (optimizer.vector_hyper(optimizer.group_config(group), group) for group in optimizer.param_groups)
     assert (adamw.betas, adamw.eps, adamw.weight_decay) == ((0.8, 0.95), 1e-7, 0.3)
-    assert (norms.adamw(0.02) if own else norms).weight_decay == 0.0
+    assert of_norms.weight_decay == 0.0
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == model.num_parameters()
 
 

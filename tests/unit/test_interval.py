@@ -53,7 +53,7 @@ def test_segments_tile_the_interval_in_order(interval):
     p, q = interval.shape
     index = np.arange(p * q).reshape(p, q)
     covered = []
-    for segment in interval.segments():
+    for segment in interval.segments:
         block = index[segment.row : segment.row + segment.rows, segment.col : segment.col_stop]
         assert segment.numel == block.size > 0
         # At ``offset`` in the interval the rectangle's elements follow each other, row by row.
@@ -64,7 +64,7 @@ def test_segments_tile_the_interval_in_order(interval):
 
 @given(intervals())
 def test_segments_are_at_most_three_and_whole_rows_or_part_of_one(interval):
-    segments = interval.segments()
+    segments = interval.segments
     q = interval.shape[1]
     assert len(segments) <= 3
     for segment in segments:
@@ -125,7 +125,7 @@ def test_only_the_outer_segments_lie_in_cut_rows(tiling):
     (p, q), ranges = tiling
     cut = cut_rows(ranges, q)
     for start, stop in ranges:
-        for segment in RowInterval("w", (p, q), start, stop).segments():
+        for segment in RowInterval("w", (p, q), start, stop).segments:
             partial = segment.col_stop - segment.col < q
             rows = range(segment.row, segment.row + segment.rows)
             assert [row in cut for row in rows] == [partial] * segment.rows
@@ -196,7 +196,7 @@ def test_parts_of_columns_hold_every_element_and_count_every_row_once(pieces):
     seen, owned = np.zeros((p, q), dtype=int), np.zeros(p, dtype=int)
     for piece in pieces:
         at = 0
-        for segment in piece.segments():
+        for segment in piece.segments:
             assert segment.offset == at and segment.numel > 0
             at += segment.numel
             for row, col in itertools.product(range(segment.row, segment.row + segment.rows), range(q)):

@@ -151,7 +151,7 @@ def test_a_transfer_moves_every_element_once_and_back(form, ranges, columns):
         peers = Peers(None, ranges, k, columns)
         held = matrix(shape, peers, start, stop, columns and columns[k])
         routes.append(Transfer(peers, shape, cuts.targets(form, peers, shape, owner=1)))
-        parts = [x[s.row : s.row + s.rows, s.col : s.col_stop].reshape(-1) for s in held.interval.segments()]
+        parts = [x[s.row : s.row + s.rows, s.col : s.col_stop].reshape(-1) for s in held.interval.segments]
         pieces.append(torch.cat(parts) if parts else x.new_empty(0))
     blocks = [torch.full(route.mine.shape, math.nan) for route in routes]
     for k in range(size):

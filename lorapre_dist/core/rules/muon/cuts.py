@@ -181,6 +181,6 @@ def moving(
     peers, found = Peers(None, ranges, 0, columns), []
     for k, target in enumerate(targets(form, peers, shape, owner)):
         piece = RowInterval("", shape, *ranges[k], None if columns is None else columns[k])
-        kept = sum(math.prod(part.shape) for s in piece.segments() if (part := target.common(s)) is not None)
+        kept = sum(math.prod(part.shape) for s in piece.segments if (part := target.common(s)) is not None)
         found.append((piece.numel - kept, math.prod(target.shape) - kept))
     return tuple(there for there, _ in found), tuple(back for _, back in found)
