@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
 
 from lorapre_dist.bench.__main__ import main
 from lorapre_dist.bench.training_memory import OPTIONS, Case, measured, planned
 from lorapre_dist.planner import MOMENTS
+
+RECORDED = Path(__file__).parents[2] / "docs" / "results" / "data" / "training_memory.csv"
 
 
 @pytest.mark.slow
@@ -44,3 +49,15 @@ def test_the_bench_prints_both_and_refuses_what_is_no_model(capsys, tmp_path, mo
     assert (tmp_path / "m.csv").read_text().startswith("model,rank,layout,")
     assert main(["memory", "--parts", "training", "--models", "llama-tiny"]) == 2
     assert "must be a preset and a rank" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_within_5_percent_of_the_plan():
+    """Of the recorded table, under every layout and option in it."""
+    with RECORDED.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["layout"] for row in rows} >= {"one device", "zero2", "zero3", "fsdp2"}
+    for row in rows:
+        layout, ranks = row["layout"].replace("one device", "ddp"), int(row["ranks"])
+        case = Case(row["model"], int(row["rank"]), layout, OPTIONS[row["options"]], device=row["device"])
+        said = max(max(planned(case, ranks, rank).values()) for rank in range(ranks)) / 2**20
+        assert float(row["measured"].removesuffix(" MiB")) == pytest.approx(said, rel=0.05), row
