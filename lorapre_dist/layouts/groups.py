@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..core import ending
 from ..core.comm import all_ranks
 from .base import Layout, Piece, Ranks
 
@@ -34,6 +35,7 @@ def connect(layout: Layout) -> None:
     wanted |= {unit.over for unit in layout.units}
     lacking = {ranks for ranks in wanted if isinstance(ranks, tuple)} - layout.known.keys()
     if dist.is_initialized():
+        ending.wait_at_exit()
         layout.known.setdefault(tuple(range(dist.get_world_size())), dist.group.WORLD)
         lacking -= layout.known.keys()
     if layout.is_joint or lacking:

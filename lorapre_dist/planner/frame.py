@@ -146,7 +146,8 @@ def _zero12(request: Request, arrangement: Arrangement) -> Frame:
 def _zero3(request: Request, arrangement: Arrangement) -> Frame:
     """Weights, masters and gradients of one partition; at the step, fp32 gradients of one sub-group at a time.
 
-    Weights gathered for computation are bounded by ``stage3_max_live_parameters``. They are counted as gathered forward
+    Weights gathered for computation are bounded by ``stage3_max_live_parameters``, and assumed to be used again within
+    ``stage3_max_reuse_distance``. They are counted as gathered forward
     and backward for each micro-batch; what DeepSpeed keeps in between (all of a model that fits in its prefetch bucket)
     goes once, and a tied parameter once more for each use.
     """
@@ -159,12 +160,18 @@ def _zero3(request: Request, arrangement: Arrangement) -> Frame:
         host, weights, backward, gradients = (2 * m + e) * part, e * part, 0 * part, 0 * part
     padded, passes = int(part[0]) * size, request.accumulation
     sent = _sharded(request, e * passes * padded, 2 * e * passes * padded)
-    # A parameter is put together from a buffer with the parts of all ranks, and its part cast for the norm.
-    largest = max(p.numel for p in request.parameters)
+    # A parameter is put together from a buffer with the parts of all ranks, and its part cast for the norm. From the
+    # forward to the backward pass weights stay gathered, and are let go of when their gradients are there.
+    largest, during = max(p.numel for p in request.parameters), dict[str, Any]()
     if size > 1:
-        gathered += largest + min(request.elements, zero.prefetch_bucket_size + largest)
+        ahead = largest + min(request.elements, zero.prefetch_bucket_size + largest)
+        layers = {name: sum(p.numel for p in some) for name, some in request.wrapped().items()}
+        last = layers.pop("", 0) + max(layers.values(), default=0)
+        during = dict.fromkeys(("bottom", "end"), e * (min(gathered, last) + ahead) + bucket)
+        gathered += ahead
     norm = 0 * part if request.offload else e * part + FP64 * -(-largest // size)
-    return Frame(weights, gradients, e * gathered + bucket, backward, bucket, norm, host=host, sent=sent)
+    buffers = e * gathered + bucket
+    return Frame(weights, gradients, buffers, backward, bucket, norm, during, host=host, sent=sent)
 
 
 def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:

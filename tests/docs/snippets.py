@@ -53,7 +53,7 @@ def run(page: Path, folder: Path, timeout: float) -> str:
     for snippet in snippets(page):
         if snippet.file is not None:
             (folder / snippet.file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / snippet.file).write_text(snippet.text + _end(snippet.text), encoding="utf-8")
+            (folder / snippet.file).write_text(snippet.text, encoding="utf-8")
         elif snippet.language == "python":
             python += "\n" * (snippet.line - python.count("\n")) + snippet.text  # tracebacks name the page's lines
         else:
@@ -62,11 +62,6 @@ def run(page: Path, folder: Path, timeout: float) -> str:
         (folder / f"{page.stem}_page.py").write_text(python, encoding="utf-8")
         said += _run(page, folder, [sys.executable, f"{page.stem}_page.py"], timeout)
     return said
-
-
-def _end(program: str) -> str:
-    """Ranks of gloo leave out the end of the interpreter, as ``training.run.program.script`` does and says why."""
-    return "\nimport os\n\nos._exit(0)\n" if "destroy_process_group()" in program else ""
 
 
 def _on_a_free_port(command: str) -> str:

@@ -1,6 +1,5 @@
 """Two ranks under FSDP2 with torch and this package alone: trained, saved and loaded. ``torchrun fsdp2.py FOLDER``."""
 
-import os
 import sys
 
 import torch
@@ -53,4 +52,3 @@ checkpoint.save(model, optimizer, sys.argv[1], "step20")
 checkpoint.load(model, optimizer, sys.argv[1], "step20")
 print(f"rank {dist.get_rank()}: {losses[0]:.2f} {losses[-1]:.2f} {len(optimizer.factors())} matrices", flush=True)
 dist.destroy_process_group()
-os._exit(0)  # see lorapre_dist.training.run.program.script
