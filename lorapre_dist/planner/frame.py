@@ -39,6 +39,7 @@ class Frame:
         norm: gradients as the step begins, where their norm is taken in fp64; 0: there is no such copy.
         during: buffers at some instants (:data:`lorapre_dist.planner.activations.INSTANTS`), where they are fewer.
         late: elements whose gradients are whole in the buffers at an instant, and reduced later.
+        flat: gradients are parts of one buffer, which is there all the time.
         host: in host memory under offload: master weights and gradients.
         sent: by purpose, in a step and a ring implementation.
     """
@@ -51,6 +52,7 @@ class Frame:
     norm: Any = 0
     during: dict[str, Any] = field(default_factory=dict)
     late: dict[str, int] = field(default_factory=dict)
+    flat: bool = False
     host: Any = 0
     sent: dict[str, int] = field(default_factory=dict)
 
@@ -60,7 +62,7 @@ class Frame:
 
     def repeated(self, times: int) -> Frame:
         """The same of so many ranks in the place of each."""
-        several = {name: value for name, value in vars(self).items() if name not in ("during", "late", "sent")}
+        several = {name: value for name, value in vars(self).items() if name not in ("during", "late", "flat", "sent")}
         found: dict[str, Any] = {
             name: np.repeat(value, times) if np.ndim(value) else value for name, value in several.items()
         }
@@ -160,18 +162,22 @@ def _zero3(request: Request, arrangement: Arrangement) -> Frame:
         host, weights, backward, gradients = (2 * m + e) * part, e * part, 0 * part, 0 * part
     padded, passes = int(part[0]) * size, request.accumulation
     sent = _sharded(request, e * passes * padded, 2 * e * passes * padded)
-    # A parameter is put together from a buffer with the parts of all ranks, and its part cast for the norm. From the
-    # forward to the backward pass weights stay gathered, and are let go of when their gradients are there.
+    # What is prefetched together is put together from a buffer with the parts of all ranks, and a gradient's part cast
+    # for the norm. From the forward to the backward pass weights stay gathered, and are let go of when their gradients
+    # are there, whole and once more to be reduced.
     largest, during = max(p.numel for p in request.parameters), dict[str, Any]()
+    norm = 0 * part if request.offload else e * part + FP64 * -(-largest // size)
     if size > 1:
-        ahead = largest + min(request.elements, zero.prefetch_bucket_size + largest)
+        ahead = max(largest, min(request.elements, zero.prefetch_bucket_size))
+        again = ahead if request.elements > zero.max_live_parameters else 0
         layers = {name: sum(p.numel for p in some) for name, some in request.wrapped().items()}
         last = layers.pop("", 0) + max(layers.values(), default=0)
-        during = dict.fromkeys(("bottom", "end"), e * (min(gathered, last) + ahead) + bucket)
+        numbers = {"loss": gathered + again, "top": gathered + again + 2 * largest}
+        numbers |= dict.fromkeys(("bottom", "end"), min(gathered, last) + again + 2 * largest)
+        during = {name: e * number + bucket for name, number in numbers.items()}
         gathered += ahead
-    norm = 0 * part if request.offload else e * part + FP64 * -(-largest // size)
     buffers = e * gathered + bucket
-    return Frame(weights, gradients, buffers, backward, bucket, norm, during, host=host, sent=sent)
+    return Frame(weights, gradients, buffers, backward, bucket, norm, during, flat=True, host=host, sent=sent)
 
 
 def _fsdp2(request: Request, arrangement: Arrangement) -> Frame:

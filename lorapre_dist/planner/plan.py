@@ -211,7 +211,7 @@ def _usage(request: Request, arrangement: Arrangement, entry: Optimizer) -> Usag
             gradients = ahead.waiting
         elif early and instant.graded:
             gradients, workspace = ahead.together, stepping
-        elif request.accumulation == 1:
+        elif request.accumulation == 1 and not around.flat:
             graded = max(0, instant.graded - around.late.get(instant.name, 0))
             gradients = gradients * graded // held.elements
         buffers = around.during.get(instant.name, around.buffers)
