@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from itertools import groupby, zip_longest
+from itertools import groupby
 from unittest import mock
 
 import pytest
@@ -22,8 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 #: The order in which directories are run: the longest files first, so that no worker waits for another's at the end.
 ORDER = ("launch", "deepspeed", "distributed", "planner", "training", "unit")
-#: Those whose tests wait, for programs that start or shall stop, more than they compute: beside others.
-WAITING = ("launch", "packaging", "docs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,20 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         found = fast([item for item in found if not item.get_closest_marker("slow")])
     kept = set(found)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = ordered(found)
-
-
-def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The tests file by file: in turn one that waits and one that computes, of each kind in the order of its folder."""
-
-    def place(item: pytest.Item) -> int:
-        return ORDER.index(item.path.parent.name) if item.path.parent.name in ORDER else 0
-
-    waiting, computing = list[list[pytest.Item]](), list[list[pytest.Item]]()
-    for path, file in groupby(sorted(items, key=place), key=lambda item: item.path):
-        (waiting if path.parent.name in WAITING else computing).append(list(file))
-    pairs = zip_longest(waiting, computing, fillvalue=list[pytest.Item]())
-    return [item for pair in pairs for file in pair for item in file]
+    items[:] = sorted(
+        found, key=lambda item: ORDER.index(item.path.parent.name) if item.path.parent.name in ORDER else 0
+    )
 
 
 def fast(items: list[pytest.Item]) -> list[pytest.Item]:
