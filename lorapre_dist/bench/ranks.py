@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,5 +29,3 @@ def _run(index: int, size: int, folder: str, work: Callable[..., Any], arguments
     (Path(folder) / str(index)).write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # see lorapre_dist.training.run.program.script

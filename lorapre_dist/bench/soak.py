@@ -36,10 +36,8 @@ import ctypes
 import gc
 import json
 import math
-import os
 import pickle
 import resource
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -324,8 +322,6 @@ def _rank(index: int, folder: str, kind: str, case: Case) -> None:
     (Path(folder) / str(index)).write_bytes(pickle.dumps(record))
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # see lorapre_dist.training.run.program.script
 
 
 # report ---------------------------------------------------------------------------------------------------------

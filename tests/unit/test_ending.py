@@ -44,6 +44,9 @@ def test_it_waits_no_longer_than_the_limit_and_hardly_where_all_sleep():
     stop.set()
     thread.join()
     assert 0.2 <= waited < 10.0
+    begun = time.monotonic()
+    ending.wait_for_threads(limit=60.0)
+    assert time.monotonic() - begun < 10.0
 
 
 def bound(rank, world_size):
