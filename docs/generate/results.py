@@ -103,6 +103,20 @@ def fits() -> str:
 FIELD = Protocol(Training(), steps=1000, screen_steps=300, seeds=(0, 1, 2))
 
 
+#: And those with a model of 60M parameters, on a GPU.
+FIELD_60M = replace(
+    FIELD,
+    training=Training("llama-60m", "packages", batch=32, seq_len=256, warmup=100, precision="bf16"),
+    screen_steps=200,
+    seeds=(0,),
+)
+
+
+def field_60m(table: Callable[[list[report.Row]], str]) -> str:
+    """A table of these runs."""
+    return table(report.rows(Store(DATA / "field_60m.jsonl"), FIELD_60M))
+
+
 def field_runs() -> Store:
     """The recorded runs of ``bench field``."""
     return Store(DATA / "field.jsonl")
@@ -154,6 +168,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "soak": lambda: pivot(read("soak"), ["gradients"], "optimizer", "error"),
     "field_compared": lambda: field(report.compared),
     "field_4000": lambda: report.compared(report.rows(field_runs(), replace(FIELD, steps=4000))),
+    "field_60m": lambda: field_60m(report.compared),
+    "field_60m_searched": lambda: field_60m(report.searched),
     "field_texts": lambda: plain("texts"),
     "field_costs": lambda: report.costs(field_runs(), FIELD.training),
     "field_searched": lambda: field(report.searched),

@@ -14,6 +14,7 @@ BENCHES = {
     "weights": "validation loss with bf16 weights kept in each way, against fp32 master weights",
     "gauges": "validation loss and condition of the factors under other gauges than the optimizer's",
     "step": "time of one optimizer step, against its bare GEMMs and a memory pass",
+    "gpu": "time of a step on a GPU: what the host takes to start it, and the GPU to do it",
     "scaling": "time of one rank's step as ranks are added, and whether they wait in a chain",
     "launches": "operations that a step starts on a device, and times the host waits for it",
     "experts": "time of a step on many small matrices, stacked and one by one",

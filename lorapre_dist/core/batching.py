@@ -228,7 +228,7 @@ def workspace_bytes(
     for wave in plan(outlines, limits):
         held = max(sum(each[k] + _copied(outlines[k], run) for run in bucket for k in run) for bucket in wave)
         runs = [[outlines[k] for k in run] for bucket in wave for run in bucket]
-        worst = max(worst, held + _buffers(runs, sizes.block, limits, kind == "cpu"))
+        worst = max(worst, held + _buffers(runs, sizes.part_on(kind), limits, kind == "cpu"))
     return worst
 
 

@@ -28,6 +28,7 @@ class Item:
         largest: a bound on the gradient's elements here (0-d; k).
         go: whether the step is taken.
         look: what all ranks know of it (:func:`look`; k lines); None: that is exchanged with ``A``.
+        size: what follows from that, where it is known ahead (:func:`size_own`).
     """
 
     matrix: Matrix
@@ -36,6 +37,7 @@ class Item:
     largest: Tensor
     go: Go
     look: Tensor | None = None
+    size: Size | None = None
 
 
 @dataclass
@@ -157,6 +159,23 @@ def look(seen: Sequence[Seen], comm: Comm) -> Callable[[], dict[int, Tensor]]:
     return finish
 
 
+def size_own(items: Sequence[Item]) -> None:
+    """The sizes of all matrices that this rank has to itself, in a few operations; of the same types each."""
+    alike: dict[Any, list[Item]] = {}
+    for item in items:
+        matrix = item.matrix
+        if matrix.peers is None and matrix.wide is None and item.size is None:
+            alike.setdefault((item.grad.device, item.grad.dtype, len(matrix.factors)), []).append(item)
+    for own in alike.values():
+        dtype, factors = own[0].matrix.dtype, [f.B for item in own for f in item.matrix.factors.values()]
+        samples = torch.stack([item.grad[item.matrix.sampled] for item in own]).to(dtype).abs_()
+        state = torch.stack(bounds(factors)).view(len(own), -1) if factors else samples[:, :0]
+        largest = torch.stack([item.largest for item in own]).to(dtype)[:, None]
+        lines = torch.cat([samples, state, largest], dim=1).split(1)
+        for item, size in zip(own, sizes(list(lines), own[0].go), strict=True):
+            item.size = size
+
+
 def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
     """``A`` of every moment, whole, and the matrices' sizes: one all-gather a group, of what is not known already.
 
@@ -165,7 +184,7 @@ def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
     Args:
         sums: numbers per cut row that the optimizer sums beside ``Y``.
     """
-    unknown = [item for item in items if item.look is None]
+    unknown = [item for item in items if item.look is None and item.size is None]
     looks = dict(zip(map(id, unknown), _looks(unknown), strict=True))
     rows, waits = _gather_rows(items, comm), []
     for group, shared in by_group(items):
@@ -188,9 +207,11 @@ def gather(items: list[Item], comm: Comm, sums: int) -> list[Work]:
                 looks[id(item)] = gathered[:, at : at + line.numel()].amax(0).view_as(line)
                 at += line.numel()
     rows()
-    known = [looks[id(item)] if item.look is None else item.look for item in items]
-    found = sizes(known, items[0].go) if items else []
-    return [_work(item, size, whole.get(id(item)), sums) for item, size in zip(items, found, strict=True)]
+    rest = [item for item in items if item.size is None]
+    lines = [looks[id(item)] if item.look is None else item.look for item in rest]
+    for item, size in zip(rest, sizes(lines, items[0].go) if rest else [], strict=True):
+        item.size = size
+    return [_work(item, whole.get(id(item)), sums) for item in items]
 
 
 def _gather_rows(items: list[Item], comm: Comm) -> Wait:
@@ -333,8 +354,9 @@ def _sampled(matrix: Matrix, grad: Tensor) -> Tensor:
     return grad[:, places].to(matrix.dtype).abs_().mul_(places >= 0)
 
 
-def _work(item: Item, size: Size, gathered: list[Tensor] | None, sums: int) -> Work:
-    matrix = item.matrix
+def _work(item: Item, gathered: list[Tensor] | None, sums: int) -> Work:
+    matrix, size = item.matrix, item.size
+    assert size is not None
     q = matrix.interval.shape[1]
     wholes = [f.A if f.ahead is None or f.ahead.A is None else f.ahead.A for f in matrix.factors.values()]
     wholes = [A[..., :q] for A in gathered or wholes]

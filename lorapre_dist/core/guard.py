@@ -12,6 +12,7 @@ second largest of ``SAMPLES`` elements, at places that depend on the matrix's sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class Go:
 
     value: Tensor
     sure: bool = False
-    _made: dict[tuple[float, float, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, factor: Any, dtype: torch.dtype) -> Any:
         """``factor`` (a number, or 0-d) if the step is taken, else 0: a number where the host knows it."""
@@ -48,6 +49,16 @@ class Go:
     def keep(self, factor: Any, dtype: torch.dtype) -> Any:
         """``factor`` (a number, or 0-d) if the step is taken, else 1: what state is decayed by."""
         return factor if self.sure else self._between(factor, 1.0, dtype)
+
+    def pair(self, first: Any, second: Any, like: Tensor) -> Tensor:
+        """Two numbers (or 0-d) beside each other where ``like`` is; made once in a step of the same two."""
+        key = first, second, like.dtype  # tensors by identity, which what is kept with them holds on to
+        if key not in self._made:
+            found = like.new_empty(2)
+            found[0].fill_(first)
+            found[1].fill_(second)
+            self._made[key] = found
+        return self._made[key]
 
     def _between(self, taken: Any, skipped: float, dtype: torch.dtype) -> Tensor:
         """One number or the other; made once in a step, for all matrices."""
@@ -118,6 +129,16 @@ class Size:
 
     inverse: Tensor | None
     largest: Tensor | None
+
+    @classmethod
+    def of_all(cls, some: Sequence[Size]) -> Size:
+        """Those of a stack, of the same step, from each matrix's."""
+
+        def together(each: Sequence[Tensor | None]) -> Tensor | None:
+            known = [x for x in each if x is not None]
+            return None if not known else known[0] if len(known) == 1 else torch.cat(known)
+
+        return cls(together([size.inverse for size in some]), together([size.largest for size in some]))
 
     def of(self, k: int) -> Size:
         """That of one matrix, as of a stack of one."""
@@ -198,6 +219,8 @@ class Skips:
             return self.seen
         if self.total.device.type != "cuda":
             self.seen = int(self.total), int(self.in_row)
+            return self.seen
+        if torch.cuda.is_current_stream_capturing():  # a CUDA graph: nobody can look while it is made, or replayed
             return self.seen
         if self._copy is not None and self._copy[1].query():
             self.seen = int(self._copy[0][0]), int(self._copy[0][1])

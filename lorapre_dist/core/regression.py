@@ -124,21 +124,26 @@ def refresh_rows(work: Work, k: int, block: Block, g: Tensor, Y: Tensor, how: Re
     Alternating refresh: A is regressed with the new B; the printed form uses the old one.
     """
     moment, gamma, go = work.moments[k], how.gammas[k], work.item.go
-    B, Z = moment.factors.B[:, block.rows], moment.Z[..., block.held]
-    so_far = 0 if block.at == 0 and work.matrix.starts_whole else 1
+    B = moment.factors.B[:, block.rows]
 
-    def add_to_Z() -> None:
+    def with_rows() -> None:
         scaled = B if work.size.inverse is None else work.size.scaled(B, workspace.take("scaled", B.shape, B))
-        addmm(Z, scaled.mT, g, beta=so_far)
+        add_to_Z(work, moment, block, scaled, g)
 
     if not how.stable:
-        add_to_Z()
+        with_rows()
     if how.target == 1:
         B.lerp_(Y, go.of(gamma, B.dtype))
     else:
         B.mul_(go.keep(1 - gamma, B.dtype)).add_(Y, alpha=gamma * how.target)
     if how.stable:
-        add_to_Z()
+        with_rows()
+
+
+def add_to_Z(work: Work, moment: Moment, block: Block, scaled: Tensor, g: Tensor) -> None:
+    """A block's part of ``Z = B^T g``, of its scaled rows."""
+    so_far = 0 if block.at == 0 and work.matrix.starts_whole else 1
+    addmm(moment.Z[..., block.held], scaled.mT, g, beta=so_far)
 
 
 def refresh_columns(works: list[Work], inverses: list[list[Tensor]], how: Regression) -> None:

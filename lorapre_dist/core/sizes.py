@@ -34,6 +34,10 @@ class Sizes:
         """Bytes of a block's temporary on this kind of device."""
         return self.block if kind == "cpu" else self.block * ACCELERATOR
 
+    def part_on(self, kind: str) -> int:
+        """Bytes of each temporary of AdamW's step, of which there are five."""
+        return self.block if kind == "cpu" else self.block_on(kind) // 4
+
     def bucket_on(self, kind: str) -> int:
         """Bytes in flight on this kind of device."""
         return self.bucket if kind == "cpu" else self.accelerator_bucket

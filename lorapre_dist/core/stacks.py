@@ -16,6 +16,7 @@ from torch import Tensor
 from . import rounding
 from .exchange import Item
 from .factors import Ahead, Factors
+from .guard import Size
 from .rounding import Rounding
 
 
@@ -44,7 +45,10 @@ def stacked(run: list[Item]) -> Item:
     )
     looks = [item.look for item in run if item.look is not None]
     look = torch.cat(looks) if len(looks) == len(run) else None
-    return Item(matrix, *elements(run), _joined([item.largest for item in run]), run[0].go, look)
+    sizes = [item.size for item in run if item.size is not None]
+    size = Size.of_all(sizes) if len(sizes) == len(run) else None
+    largest = run[0].largest[None] if size is not None else _joined([item.largest for item in run])
+    return Item(matrix, *elements(run), largest, run[0].go, look, size)
 
 
 def elements(run: list[Item]) -> tuple[Tensor, Tensor]:

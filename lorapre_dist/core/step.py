@@ -107,6 +107,7 @@ def step(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace, behind
     limits = Limits.of(workspace, items[0].theta.device.type, rule.per_element * outlines[0].itemsize)
     plan = batching.plan(outlines, limits, [stacks.kind(item) for item in items])
     waves = [[[[items[k] for k in run] for run in bucket] for bucket in wave] for wave in plan]
+    exchange.size_own(items)
     if behind is not None:
         _step_ahead(waves, rule, comm, workspace, behind)
         return
@@ -118,6 +119,8 @@ def step(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace, behind
             bucket = _prepare(runs, rule, comm, workspace)
             _update(bucket, rule, comm, workspace, f"Z {k}" if stays else "Z")
             _reduce(bucket.works, rule.regression, comm)
+            for work in bucket.works:
+                work.put_down()  # copies, of a stack; what follows is of factors alone
             works += bucket.works
         _refresh(works, rule.regression, comm, workspace)
 

@@ -276,7 +276,8 @@ class LowRankOptimizer(BoundOptimizer, Skipping):
                     kept = others.settings(name, shape, config, self._other_layers, **asdict(vectors))
                 (items if kept is None else other.setdefault(kept, [])).append(item)
             else:
-                adamw.step(state, piece.theta, piece.grad, vectors, self.workspace.block, taken)
+                part = self.workspace.part_on(piece.theta.device.type)
+                adamw.step(state, piece.theta, piece.grad, vectors, part, taken, config.kernels)
         behind = self._behind(config.overlap, len({item.theta.device for item in items}))
         step(items, self.rule(config), self.comm, self.workspace, behind)
         for kept in sorted(other, key=lambda kept: kept.rank):  # the same order on every rank
@@ -303,7 +304,7 @@ class LowRankOptimizer(BoundOptimizer, Skipping):
         # How many gradients are not finite, and for each tensor how many ranks have one: in one collective.
         said = torch.ones(1 + len(units), dtype=torch.float64, device=home)
         for k in (0, *(k for k, unit in enumerate(units, 1) if unit.tensor.grad is None)):
-            said[k] = 0.0
+            said[k].zero_()  # a number that is assigned comes from the host, which waits for that on a GPU
         for device in devices:
             largest = torch.stack([piece.largest for piece in pieces if piece.theta.device == device])
             said[0] += (~largest.isfinite()).sum().to(home)

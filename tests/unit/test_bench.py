@@ -6,6 +6,7 @@ import importlib
 import json
 
 import pytest
+import torch
 
 from lorapre_dist.bench import training
 from lorapre_dist.bench.__main__ import BENCHES, main
@@ -96,3 +97,18 @@ def test_runs_of_bench_weights_are_made_once(tmp_path, monkeypatch, capsys):
     assert "factors in 8 bits" in capsys.readouterr().out
     assert main([*sizes, "--lr", "0.5", "--rows", "fp32"]) == 2
     assert "holds runs with other settings" in capsys.readouterr().err
+
+
+def test_a_gpu_bench_says_that_there_is_none(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["gpu"]) == 2
+    assert capsys.readouterr().err == "error: bench gpu: PyTorch finds no GPU here; bench step measures on a CPU\n"
+    assert main(["gpu", "--model", "llama-2m"]) == 2
+    assert "must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_bench_measures(capsys):
+    main(["gpu", "--model", "llama-tiny", "--ranks", "8", "--repeats", "2"])
+    text = capsys.readouterr().out
+    assert text.count("kernels 'auto'") == 1 and text.count("as a CUDA graph") == 2

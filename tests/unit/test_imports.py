@@ -128,7 +128,8 @@ def test_there_is_no_cycle():
 @pytest.mark.parametrize("name", [n for n in MODULES if part(n) == "core"])
 def test_core_knows_tensors_and_groups_only(name):
     assert {part(target) for target in ours(name)} <= {"core"}
-    others = {"triton"} if name == "lorapre_dist.core.kernels.tile" else set()  # which is imported where it is there
+    of_triton = {f"lorapre_dist.core.kernels.{name}" for name in ("tile", "rows", "vector")}
+    others = {"triton"} if name in of_triton else set()  # which is imported where it is there
     found = {target.split(".")[0] for target, _ in imports(name)}
     assert found - {"lorapre_dist", "torch"} - others <= sys.stdlib_module_names
 

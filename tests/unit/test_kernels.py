@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
 from lorapre_dist import LoRAPre, LoRAPreAdafactor
 from lorapre_dist.config import ConfigError
-from lorapre_dist.core import kernels
-from lorapre_dist.core.guard import Size
+from lorapre_dist.core import kernels, regression, stacks
+from lorapre_dist.core.exchange import Item, Moment, Work
+from lorapre_dist.core.factors import allocate
+from lorapre_dist.core.guard import Go, Size, taken_for_granted
+from lorapre_dist.core.interval import RowInterval
+from lorapre_dist.core.rounding import Rounding
+from lorapre_dist.core.rules import adamw
 from lorapre_dist.core.workspace import Workspace
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -57,7 +64,7 @@ def update_of(shape, second=0.001, bound=3.0, size=True, dtype=torch.float32, sc
         size=limits,
         second=second,
         bound=bound,
-        **{"decay": 0.9, "rate": 0.01} | settings,
+        **{"decay": 0.9, "rate": 0.01, "go": taken_for_granted(torch.device("cpu"))} | settings,
     )
 
 
@@ -87,6 +94,103 @@ def triton_equals_eager():
             equals_eager("triton", update_of(shape, **case))
     for kind in (LoRAPre, LoRAPreAdafactor):
         steps_equal(kind, "triton")
+        steps_equal(kind, "triton", device_decides=True)
+
+
+def work_of(cut, taken, dtype=torch.float32):
+    """A matrix on its way through a step, with what comes of it; the first of its rows is ``cut`` between ranks."""
+    (p, q), r, s = (150, 20), 5, 3
+    interval = RowInterval("layers.0.q_proj.weight", (p, q), 7 if cut else 0, p * q)
+    ranks, none = {"m": r, "v": s}, torch.device("cpu")
+    settings = {"optimizer": "LoRAPre", "variant": "stable", "init_std": 0.02, "seed": 0}
+    matrix = allocate(interval, None, ranks=ranks, vectors=("rms_row",), device=none, dtype=torch.float32, **settings)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*sizes):
+        return torch.randn(sizes, generator=generator)
+
+    go = Go(torch.tensor(float(taken), dtype=torch.float64))
+    numel = interval.numel
+    gradient = drawn(1, numel) * 1e-7
+    gradient[0, 30], gradient[0, 60] = math.nan, 1e20
+    size = Size(torch.full((1, 1, 1), 2.0**23), torch.full((1, 1, 1), 1e-5 if taken else 0.0))
+    plain = drawn(1, numel).to(dtype)
+    item = Item(matrix, plain, gradient.to(dtype), torch.tensor([1.0]), go)
+    item = stacks.stacked([dataclasses.replace(item, theta=plain[0], grad=gradient[0].to(dtype))])
+    matrix = item.matrix
+    for factors, width in zip(matrix.factors.values(), (r, s), strict=True):
+        factors.A.copy_(torch.linalg.qr(drawn(q, width)).Q.mT)
+        factors.B.copy_(drawn(1, len(factors.B[0]), width).abs() * 1e-7)
+    matrix.vectors["rms_row"].copy_(drawn(1, len(matrix.vectors["rms_row"][0])).abs() * 1e-7)
+    matrix.taken.fill_(4.0)
+    edge = drawn(1, 1, 2 + r + s).abs() * taken
+    edge[..., 2:] *= 1e-7
+    edges = edge[..., 2 : 2 + r], edge[..., 2 + r :]
+    moments = [Moment(f, f.A, Y) for f, Y in zip(matrix.factors.values(), edges, strict=True)]
+    return Work(item, moments, size, {0: 0} if cut else {}, edge)
+
+
+def stepped_by(form, cut, taken, dtype):
+    """What a step of that matrix leaves, by name."""
+    config = LoRAPre.config_class(rank=5, rank_v=3, lr=0.01, weight_decay=0.1, max_update=2.0, kernels=form)
+    rule, work, workspace = LoRAPre.rule(config), work_of(cut, taken, dtype), Workspace(block=4000)
+    regression.make_room([work], workspace, None)
+    work.item.matrix.taken.add_(work.item.go.value)
+    rule.begin(work, workspace)
+    with mock.patch.object(kernels, "chosen", lambda option, like: option):
+        for block in regression.blocks(work, workspace):
+            rule.update_block(work, block, workspace)
+    state = {**work.matrix.vectors, "theta": work.item.theta}
+    return state | {
+        f"{k} {of}": getattr(x, of) for k, m in enumerate(work.moments) for x, of in ((m.factors, "B"), (m, "Z"))
+    }
+
+
+def kernels_step_rows_as_the_operations_do():
+    for cut, taken, dtype in itertools.product((False, True), (1, 0), (torch.float32, torch.bfloat16)):
+        before = work_of(cut, taken, dtype)
+        found, expected = (stepped_by(form, cut, taken, dtype) for form in ("triton", "eager"))
+        for name, one in expected.items():
+            limit = 1e-6 if one.dtype == torch.float32 else 2**-7
+            assert one.isfinite().all()
+            assert (found[name].double() - one.double()).norm() <= limit * one.double().norm(), name
+        assert torch.equal(found["theta"], before.item.theta) == (not taken)
+        assert torch.equal(found["0 B"], before.matrix.factors["m"].B) == (not taken)
+
+
+def a_kernel_steps_vectors_as_the_operations_do():
+    """Infinite and no numbers count for others; nothing changes without a step. Weights in bf16 are rounded, on a GPU
+    to the nearest; the interpreter cuts bits off."""
+    for taken, dtype, lr in itertools.product((1, 0), (torch.float32, torch.bfloat16), (0.01, torch.tensor(0.01))):
+        results = []
+        for form in ("eager", "triton"):
+            generator = torch.Generator().manual_seed(0)
+            theta, grad = (torch.randn(2500, generator=generator).to(dtype) for _ in range(2))
+            grad[5], grad[6], grad[7] = math.nan, math.inf, -1e30
+            vector = adamw.allocate(2500, theta.device, torch.float32, Rounding())
+            before = theta.clone()
+            hyper = adamw.Hyper(lr, (0.9, 0.999), 1e-8, 0.1)
+            with mock.patch.object(kernels, "chosen", lambda option, like: option):
+                for _ in range(3 if dtype == torch.float32 else 1):
+                    go = Go(torch.tensor(float(taken), dtype=torch.float64))
+                    adamw.step(vector, theta, grad, hyper, 4000, go, form)
+            assert torch.equal(theta, before) == (not taken)
+            results.append((theta, vector.exp_avg, vector.exp_avg_sq))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5 if found.dtype == torch.float32 else 2**-7, atol=1e-7)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_a_kernel_steps_vectors_as_the_operations_do():
+    interpreted("cases.a_kernel_steps_vectors_as_the_operations_do()", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@needs_triton
+def test_kernels_step_rows_as_the_operations_do():
+    """Of several blocks, whole rows and cut ones, with elements that count as 0; and a step that is not taken."""
+    interpreted("cases.kernels_step_rows_as_the_operations_do()", TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
@@ -114,7 +218,7 @@ def test_eager_is_the_formula():
     torch.testing.assert_close(applied("eager", update), expected, rtol=1e-12, atol=1e-12)
 
 
-def steps_equal(kind, form):
+def steps_equal(kind, form, device_decides=False):
     """Four steps of an optimizer with and without that form."""
     shape = (24, 40)
 
@@ -122,6 +226,7 @@ def steps_equal(kind, form):
         torch.manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(shape) * 0.1)
         optimizer = kind([("layers.0.q_proj.weight", weight)], lr=0.01, rank=4, weight_decay=0.1, kernels=kernels)
+        optimizer._decides_on_device = device_decides
         for _ in range(4):
             weight.grad = torch.randn(shape) * 1e-2
             optimizer.step()

@@ -195,3 +195,23 @@ def test_a_copy_before_the_first_step_and_a_resume_in_the_middle():
             o.step()
     want, got = values(model, optimizer), values(other, resumed)
     assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_copies_of_one_stack_are_there_at_a_time(name):
+    """A wave has many stacks, each a copy of its weights and gradients: what a step allocates is within its bound."""
+    generator = torch.Generator().manual_seed(0)
+    named = [(f"layers.{k}.q_proj", torch.nn.Parameter(torch.randn(64, 64, generator=generator))) for k in range(96)]
+    optimizer = OPTIMIZERS[name](named, rank=2)
+    optimizer.workspace = replace(optimizer.workspace, block=1 << 16, fewest=2, bucket=4 << 20)
+    for _ in range(2):  # the first one makes what stays
+        for _, parameter in named:
+            parameter.grad = torch.randn(64, 64, generator=generator)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            optimizer.step()
+    held = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak <= optimizer.memory_report().workspace_bytes < 96 * 64 * 64 * 4 * 2

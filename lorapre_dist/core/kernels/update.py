@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..guard import Size
+from ..guard import Go, Size
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Update:
         second: weight of ``g^2`` in the second moment; 0: there is no root to take, the product (of s = 1) is it.
         bound: of each element of the quotient; infinite: none.
         decay, rate: numbers, or 0-d tensors on the device.
+        go: of the step, which keeps both on the device.
     """
 
     theta: Tensor
@@ -39,11 +40,9 @@ class Update:
     bound: float
     decay: Any
     rate: Any
+    go: Go
 
 
 def numbers(update: Update) -> Tensor:
     """``decay`` and ``rate`` on the device: a change of the learning rate compiles nothing anew."""
-    found = update.A.new_empty(2)
-    found[0].fill_(update.decay)
-    found[1].fill_(update.rate)
-    return found
+    return update.go.pair(update.decay, update.rate, update.A)

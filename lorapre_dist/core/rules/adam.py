@@ -51,13 +51,17 @@ class Adam:
 
     def begin(self, work: Work, workspace: Workspace) -> None:
         """``1 - beta^t`` of both moments, and the Gram of vA where a row's sum of ``w`` is known of it."""
-        work.context = Context(*biases(work, self.betas))
+        work.context = Context(*([] if self._one_kernel_each(work) else biases(work, self.betas)))
         if "rms_row" in work.matrix.vectors and not (work.matrix.peers and work.matrix.lends):
             work.context.gram = gram(work.v.A, wide=True)
 
     def update_block(self, work: Work, block: Block, workspace: Workspace) -> None:
         """One block: the update of theta, then both moments' rows."""
-        _update_block(self, work, block, workspace)
+        (_update_in_kernels if self._one_kernel_each(work) else _update_block)(self, work, block, workspace)
+
+    def _one_kernel_each(self, work: Work) -> bool:
+        """Whether a block's rows are stepped in kernels, and theta too; ``paper`` does without the former."""
+        return "rms_row" in work.matrix.vectors and kernels.chosen(self.kernels, work.m.A) == "triton"
 
     def finish(self, works: list[Work], comm: Comm, workspace: Workspace) -> None:
         """Nothing is left to do."""
@@ -65,7 +69,7 @@ class Adam:
     def pace(self, go: Go, dtype: torch.dtype) -> dict[str, Any]:
         """What :class:`kernels.Update` needs of the settings in every block."""
         decay = go.keep(1 - self.lr * self.weight_decay, dtype) if self.weight_decay else 1
-        return {"bound": self.max_update, "decay": decay, "rate": self.lr * self.scale}
+        return {"bound": self.max_update, "decay": decay, "rate": self.lr * self.scale, "go": go}
 
 
 @dataclass
@@ -73,12 +77,12 @@ class Context:
     """What is kept from block to block.
 
     Attributes:
-        bias1, bias2: ``1 - beta^t`` of the moments: numbers, or of each matrix (k).
+        bias1, bias2: ``1 - beta^t`` of the moments: numbers, or of each matrix (k); None where kernels work them out.
         gram: ``vA vA^T`` (k x s x s), of whole rows.
     """
 
-    bias1: Any
-    bias2: Any
+    bias1: Any = None
+    bias2: Any = None
     gram: Tensor | None = None
 
 
@@ -121,6 +125,49 @@ def _update_block(rule: Adam, work: Work, block: Block, workspace: Workspace) ->
 
     regression.refresh_rows(work, 0, block, g, Y, rule.regression, workspace)
     regression.refresh_rows(work, 1, block, a, Yv, rule.regression, workspace)
+
+
+def _update_in_kernels(rule: Adam, work: Work, block: Block, workspace: Workspace) -> None:
+    """The same in four products and three kernels: what :func:`_update_block` says operation by operation."""
+    from ..kernels import rows
+
+    matrix, size, (m, v) = work.matrix, work.size, work.moments
+    A, vA = m.A[..., block.held], v.A[..., block.held]
+    g, a, norm = rows.read(block.grad, size, A, workspace)
+    stepped = rows.step(
+        rows.Rows(
+            m.factors.B[:, block.rows],
+            v.factors.B[:, block.rows],
+            Y=regression.regress(g, m, block, "Y", workspace),
+            Yv=regression.regress(a, v, block, "Yv", workspace),
+            rms=matrix.vectors["rms_row"][:, block.rows],
+            gram=work.context.gram,
+            norm=norm,
+            sums=None if block.lines is None else work.edge[:, block.lines],
+            taken=matrix.taken,
+            size=size,
+            go=work.item.go,
+            columns=matrix.interval.shape[1],
+        ),
+        rule.betas,
+        rule.regression.gammas,
+        rule.residual,
+        rule.eps,
+        workspace,
+    )
+    wide = matrix.rounding.wide(block.theta, block.at, matrix.dtype)
+    update = kernels.Update(
+        wide, block.grad, g, stepped.left, A, stepped.low, vA,
+        gain=stepped.gain,
+        floor=stepped.floor,
+        size=size,
+        second=1 - rule.betas[1],
+        **rule.pace(work.item.go, matrix.dtype),
+    )  # fmt: skip
+    kernels.apply(update, "triton", workspace)
+    matrix.rounding.put(wide, block.theta, block.at)
+    regression.add_to_Z(work, m, block, stepped.scaled, g)
+    regression.add_to_Z(work, v, block, stepped.scaled_v, a)
 
 
 def _calibrate(rule: Adam, work: Work, block: Block, g: Tensor, low: Tensor) -> Tensor:

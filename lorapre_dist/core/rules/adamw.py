@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import spec
+from .. import kernels, spec
 from ..guard import ADAMW_LARGEST, Counted, Go, broadcast
 from ..rounding import Rounding
 
@@ -118,19 +118,39 @@ def update(theta: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, at: Pace) -> None
     theta.mul_(at.decay).addcdiv_(exp_avg, denom, value=-1)
 
 
-def step(vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int, go: Go) -> None:
+def step(
+    vector: Vector, theta: Tensor, grad: Tensor, hyper: Hyper, block_bytes: int, go: Go, option: str = "eager"
+) -> None:
     """One AdamW step of one piece, in place (decoupled weight decay, eps outside the root, as in PyTorch).
 
-    It goes part by part, so that its temporaries are of ``block_bytes`` and not of the piece's size.
+    It goes part by part, so that its temporaries are of ``block_bytes`` and not of the piece's size; in one kernel
+    without any where the option ``kernels`` comes to that.
     """
     vector.taken.add_(go.value)
     dtype = vector.exp_avg.dtype
-    at_pace = pace(hyper, vector.taken, go, dtype)
-    size = max(1, block_bytes // vector.exp_avg.element_size())
+    in_kernel = kernels.chosen(option, vector.exp_avg) == "triton"
+    at_pace = None if in_kernel else pace(hyper, vector.taken, go, dtype)
+    to_nearest = in_kernel and type(vector.rounding) is Rounding  # which the kernel does itself
+    size = max(1, theta.numel() if to_nearest else block_bytes // vector.exp_avg.element_size())
     for at in range(0, theta.numel(), size):
         part = slice(at, at + size)
         weights, moments = theta[part], (vector.exp_avg[part], vector.exp_avg_sq[part])
-        average(grad[part].to(dtype), *moments, at_pace)
-        wide = vector.rounding.wide(weights, at, dtype)
-        update(wide, *moments, at_pace)
+        if at_pace is None:
+            wide = weights if to_nearest else vector.rounding.wide(weights, at, dtype)
+            _in_kernel(wide, grad[part], moments, vector.taken, hyper, go)
+        else:
+            average(grad[part].to(dtype), *moments, at_pace)
+            wide = vector.rounding.wide(weights, at, dtype)
+            update(wide, *moments, at_pace)
         vector.rounding.put(wide, weights, at)
+
+
+def _in_kernel(
+    theta: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], taken: Tensor, hyper: Hyper, go: Go
+) -> None:
+    """:func:`average` and :func:`update`."""
+    from ..kernels import vector
+
+    dtype = moments[0].dtype
+    numbers = go.pair(go.keep(1 - hyper.lr * hyper.weight_decay, dtype), go.of(hyper.lr, dtype), moments[0])
+    vector.step(theta, grad, moments, taken, go, numbers, hyper.betas, hyper.eps)
