@@ -78,7 +78,7 @@ class LowRankConfig:
             stated as ``overlap_bytes`` in ``memory_report()``.
         overlap_limit: refuse ``overlap`` where it would keep more bytes than this on a rank; default: no limit.
         kernels: form of the elementwise part of a step: ``"eager"``, ``"compile"`` (``torch.compile``: on a CPU it
-            takes a C++ compiler), ``"triton"`` (one kernel, on CUDA), or ``"auto"``: that where it can run, else eager.
+            takes a C++ compiler), ``"triton"`` (kernels, on CUDA), or ``"auto"``: that where it can run, else eager.
             Results differ by rounding; see :mod:`lorapre_dist.core.kernels`. Steps of Muon, Lion and SGD are eager.
 
     Raises:
