@@ -119,8 +119,9 @@ def step(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace, behind
             bucket = _prepare(runs, rule, comm, workspace)
             _update(bucket, rule, comm, workspace, f"Z {k}" if stays else "Z")
             _reduce(bucket.works, rule.regression, comm)
-            for work in bucket.works:
-                work.put_down()  # copies, of a stack; what follows is of factors alone
+            for run, work in zip(runs, bucket.works, strict=True):
+                if len(run) > 1:  # a copy, and what follows is of factors alone
+                    work.put_down()
             works += bucket.works
         _refresh(works, rule.regression, comm, workspace)
 

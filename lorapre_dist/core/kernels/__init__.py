@@ -8,8 +8,8 @@ Adafactor's.
 
     eager     every operation a pass over a block that fits a cache
     compile   ``torch.compile`` makes one pass of what follows the two products, which are written and read back
-    triton    one kernel: tiles of both products are formed and used on chip (``tile.py``); with it go a kernel for what is
-              done to a block's rows before (``rows.py``), and one for AdamW's other parameters (``vector.py``)
+    triton    one kernel: tiles of both products are formed and used on chip (``tile.py``); with it go kernels for what
+              is done to a block's rows before (``rows.py``), and one for AdamW's other parameters (``vector.py``)
 """
 
 from __future__ import annotations
