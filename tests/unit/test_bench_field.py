@@ -66,6 +66,10 @@ def test_every_contender_steps_the_matrices_alone_and_learns(name, toy):
     others = {id(p): group["lr"] for group in optimizer.adamw.param_groups for p in group["params"]}
     assert others == {id(p): BASE_LR for p in rest.values()}
     assert 0 < optimizer.state_bytes() <= optimizer.kept_bytes()
+    decays = [
+        group.get("weight_decay", 0.0) for part in (optimizer.matrices, optimizer.adamw) for group in part.param_groups
+    ]
+    assert not any(decays), "weight decay is 0 in every row"
 
 
 def test_bytes_of_state_are_those_of_the_moments(toy):

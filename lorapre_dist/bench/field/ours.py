@@ -46,10 +46,11 @@ def paper(share: int) -> Contender:
 
 
 def muon(share: int) -> Contender:
-    """LoRAPreMuon with its defaults."""
+    """LoRAPreMuon with its defaults, but for weight decay, which no row has."""
 
     def build(matrices: Matrices, lr: float, **options: Any) -> Optimizer:
-        return OPTIMIZERS["LoRAPreMuon"]([{"params": matrices.named}], lr=lr, rank=matrices.rank, **options)
+        given: dict[str, Any] = {"weight_decay": 0.0, "rank": matrices.rank} | options
+        return OPTIMIZERS["LoRAPreMuon"]([{"params": matrices.named}], lr=lr, **given)
 
     return Contender("LoRAPreMuon", build, MUON_LRS, share, origin="lorapre_dist")
 
