@@ -178,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "field_varied": lambda: report.varied(field_runs(), FIELD, "lorapre-8"),
     "field_exchanged": lambda: report.varied(field_runs(), FIELD, "lorapre-8", "lorapre-dense-8"),
     "field_varied_32": lambda: report.varied(field_runs(), FIELD, "lorapre-32"),
+    "field_varied_muon": lambda: report.varied(field_runs(), FIELD, "lorapre-muon-32"),
     "field_contenders": contenders,
     "tracking": lambda: plain("tracking"),
     "large_elements": lambda: plain("large_elements"),

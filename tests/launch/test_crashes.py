@@ -20,7 +20,7 @@ def test_kills_change_nothing(base_options, tmp_path, exhaustive):
 
     Fifty times with ``--exhaustive``, otherwise four times.
     """
-    kills, steps_of_run = (50, 160) if exhaustive else (4, 20)
+    kills, steps_of_run = (50, 160) if exhaustive else (4, 24)
     (tmp_path / "model.json").write_text(json.dumps(TINY_LLAMA))
     config = ds_json(tmp_path / "ds.json", params={"rank": 8})
     steps = ["--max_steps", str(steps_of_run), "--warmup_steps", "5", "--save_every", "2", "--keep_last", "3"]
