@@ -160,11 +160,14 @@ def look(seen: Sequence[Seen], comm: Comm) -> Callable[[], dict[int, Tensor]]:
 
 
 def size_own(items: Sequence[Item]) -> None:
-    """The sizes of all matrices that this rank has to itself, in a few operations; of the same types each."""
+    """The sizes of all matrices that this rank has to itself and that nobody has looked at, in a few operations.
+
+    On a GPU it is their number that counts: stack by stack they would be 20 for each.
+    """
     alike: dict[Any, list[Item]] = {}
     for item in items:
         matrix = item.matrix
-        if matrix.peers is None and matrix.wide is None and item.size is None:
+        if matrix.peers is None and matrix.wide is None and item.look is None:
             alike.setdefault((item.grad.device, item.grad.dtype, len(matrix.factors)), []).append(item)
     for own in alike.values():
         dtype, factors = own[0].matrix.dtype, [f.B for item in own for f in item.matrix.factors.values()]

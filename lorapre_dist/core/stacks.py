@@ -47,6 +47,7 @@ def stacked(run: list[Item]) -> Item:
     look = torch.cat(looks) if len(looks) == len(run) else None
     sizes = [item.size for item in run if item.size is not None]
     size = Size.of_all(sizes) if len(sizes) == len(run) else None
+    # What is said of the gradient is asked for where the size has still to be found.
     largest = run[0].largest[None] if size is not None else _joined([item.largest for item in run])
     return Item(matrix, *elements(run), largest, run[0].go, look, size)
 

@@ -51,15 +51,15 @@ class Adam:
 
     def begin(self, work: Work, workspace: Workspace) -> None:
         """``1 - beta^t`` of both moments, and the Gram of vA where a row's sum of ``w`` is known of it."""
-        work.context = Context(*([] if self._one_kernel_each(work) else biases(work, self.betas)))
+        work.context = Context(*([] if self._in_kernels(work) else biases(work, self.betas)))
         if "rms_row" in work.matrix.vectors and not (work.matrix.peers and work.matrix.lends):
             work.context.gram = gram(work.v.A, wide=True)
 
     def update_block(self, work: Work, block: Block, workspace: Workspace) -> None:
         """One block: the update of theta, then both moments' rows."""
-        (_update_in_kernels if self._one_kernel_each(work) else _update_block)(self, work, block, workspace)
+        (_update_in_kernels if self._in_kernels(work) else _update_block)(self, work, block, workspace)
 
-    def _one_kernel_each(self, work: Work) -> bool:
+    def _in_kernels(self, work: Work) -> bool:
         """Whether a block's rows are stepped in kernels, and theta too; ``paper`` does without the former."""
         return "rms_row" in work.matrix.vectors and kernels.chosen(self.kernels, work.m.A) == "triton"
 
