@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tests import forks
@@ -56,7 +58,7 @@ class Pool:
             try:
                 ok, value, groups = pipe.recv()
             except EOFError:
-                ok, value = False, "the process died"
+                ok, value = False, self.ended(rank)
             if ok:
                 results.append(value)
             else:
@@ -67,6 +69,12 @@ class Pool:
         if groups > MOST_GROUPS:
             self.kill()
         return results
+
+    def ended(self, rank: int) -> str:
+        """How a rank that is no longer there ended, and where its threads were if by a signal such as SIGSEGV."""
+        self.processes[rank].join(timeout=10)
+        code, said = self.processes[rank].exitcode, Path(self.folder, f"{rank}.fault").read_text()
+        return f"the process ended with {code} (negative: the signal)\n{said.partition('Extension modules')[0]}"
 
     def kill(self) -> None:
         """End the pool's processes."""
@@ -110,6 +118,8 @@ def _serve(rank: int, world_size: int, folder: str, port: int, pipe: Any) -> Non
     )
     import torch
 
+    said = open(os.path.join(folder, f"{rank}.fault"), "w")  # noqa: SIM115  # as long as the process
+    faulthandler.enable(said)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     with contextlib.suppress(EOFError, KeyboardInterrupt):

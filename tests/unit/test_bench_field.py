@@ -96,15 +96,17 @@ def test_schedules_reach_the_contender(toy):
     assert [group["lr"] for group in optimizer.matrices.param_groups] == [0.25]
 
 
-def test_options_of_ours_and_of_adamw_can_be_given(toy):
+def test_options_of_ours_and_of_torchs_can_be_given(toy):
     optimizer = Beside(copy.deepcopy(toy[0]), 0.5, contender("lorapre-8+residual=0.1+gammas=(0.1,0.2)"))
     assert optimizer.matrices.config.residual == 0.1 and optimizer.matrices.config.gammas == (0.1, 0.2)
     with pytest.raises(ConfigError, match="unknown contender 'lorapr-8': did you mean lorapre-8"):
         contender("lorapr-8")
     with pytest.raises(ConfigError, match="'residual' must be OPTION=VALUE"):
         contender("lorapre-8+residual")
-    with pytest.raises(ConfigError, match="to ours and to adamw alone, not to muon"):
-        contender("muon+eps=1")
+    with pytest.raises(ConfigError, match="to ours and adamw, muon, adafactor alone, not to galore-8"):
+        contender("galore-8+eps=1")
+    (group,) = Beside(copy.deepcopy(toy[0]), 0.5, contender("muon+momentum=0.8")).matrices.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.8, 0)
     (group,) = Beside(copy.deepcopy(toy[0]), 0.5, contender("adamw+betas=(0.5,0.9)")).matrices.param_groups
     assert (group["betas"], group["eps"]) == ((0.5, 0.9), EPS)
 

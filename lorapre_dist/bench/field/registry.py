@@ -34,7 +34,7 @@ STUDIED = {"lorapre-dense-8": ours.exchanged(8), "lorapre-dense-32": ours.exchan
 
 @functools.cache
 def contender(name: str) -> Contender:
-    """The contender of this name; ours and adamw may be followed by options: ``lorapre-8+residual=0.1+scale=1``.
+    """The contender of this name; ours and torch's may be followed by options: ``lorapre-8+residual=0.1+scale=1``.
 
     Raises:
         ConfigError: there is no such contender, or what follows is not ``OPTION=VALUE``.
@@ -57,7 +57,8 @@ def contender(name: str) -> Contender:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[key] = value
-    if known != "adamw" and not known.startswith("lorapre"):
-        raise ConfigError(f"contender {name!r}: options can be given to ours and to adamw alone, not to {known}")
+    if known not in packages.TORCH and not known.startswith("lorapre"):
+        tunable = ", ".join(packages.TORCH)
+        raise ConfigError(f"contender {name!r}: options can be given to ours and {tunable} alone, not to {known}")
     label = f"{chosen.label}, {', '.join(given)}"
     return dataclasses.replace(chosen, label=label, build=functools.partial(chosen.build, **options))
