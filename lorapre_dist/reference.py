@@ -63,7 +63,7 @@ def lorapre_muon_step(theta: Tensor, g: Tensor, state: dict[str, Tensor], config
 
     ``state`` has ``m_B``, ``m_A`` and ``step``.
     """
-    mu = config.momentum
+    mu = config.resolved_momentum
     g = cleaned(g)
     state["step"] += 1
     B, A = state["m_B"], state["m_A"]

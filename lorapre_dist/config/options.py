@@ -377,7 +377,9 @@ class LoRAPreMuonConfig(MomentumConfig):
     """Settings of :class:`lorapre_dist.LoRAPreMuon` (arXiv 2602.24283, Algorithm 2).
 
     Attributes:
-        weight_decay, momentum, ns_coefficients, eps, ns_steps: as in ``torch.optim.Muon``, with its defaults.
+        weight_decay, ns_coefficients, eps, ns_steps: as in ``torch.optim.Muon``, with its defaults.
+        momentum: as there; default 0.8, in ``paper`` 0.95 as there. What is outside the tracked subspace has none, and
+            the longer that inside, the less the one's steps are worth beside the other's.
         nesterov: default True as there, in ``paper`` False, as printed.
         adjust_lr_fn: scaling of a p x q matrix's update: ``"original"``, also None: ``max(1, p/q)^0.5``;
             ``"match_rms_adamw"``: ``0.2 max(p, q)^0.5``.
@@ -385,7 +387,7 @@ class LoRAPreMuonConfig(MomentumConfig):
     """
 
     weight_decay: float = 0.1
-    momentum: float = 0.95
+    momentum: float | None = None
     nesterov: bool | None = None
     ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
     eps: float = 1e-7
@@ -401,7 +403,8 @@ class LoRAPreMuonConfig(MomentumConfig):
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
+        if self.momentum is not None:
+            number("momentum", self.momentum, low=0.0, high=1.0, high_open=True)
         boolean("nesterov", self.nesterov, optional=True)
         several("ns_coefficients", self.ns_coefficients, 3)
         for coefficient in self.ns_coefficients:
@@ -415,7 +418,13 @@ class LoRAPreMuonConfig(MomentumConfig):
     @property
     def decay(self) -> float:
         """Of the heavy-ball momentum."""
-        return self.momentum
+        return self.resolved_momentum
+
+    @functools.cached_property
+    def resolved_momentum(self) -> float:
+        """The momentum, with the variant's default filled in."""
+        default = 0.8 if self.variant == "stable" else 0.95
+        return default if self.momentum is None else self.momentum
 
     @functools.cached_property
     def resolved_nesterov(self) -> bool:

@@ -37,7 +37,7 @@ class LoRAPreMuon(MomentumOptimizer):
         self,
         params: nn.Module | Iterable[Any],
         lr: float | Tensor = 0.001,
-        momentum: float = 0.95,
+        momentum: float | None = None,
         eps: float = 1e-07,
         weight_decay: float = 0.1,
         *,
@@ -89,7 +89,7 @@ class LoRAPreMuon(MomentumOptimizer):
     @staticmethod
     def rule(config: LoRAPreMuonConfig) -> Rule:
         """How a group's matrices are stepped, from its settings."""
-        mu = config.momentum
+        mu = config.resolved_momentum
         # u = (1 - mu) m, or with Nesterov (1 - mu) (mu m + g): torch.optim.Muon's scale, hence its eps as well.
         keep, fresh = (mu**2, 1 + mu) if config.resolved_nesterov else (mu, 1.0)
         return Momentum(

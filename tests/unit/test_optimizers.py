@@ -100,11 +100,15 @@ def test_bad_options_are_named(name, options, message):
     assert str(caught.value) == message
 
 
-def test_defaults_are_those_of_torch_muon():
+def test_defaults_are_those_of_torch_muon_but_for_a_shorter_momentum():
     theirs = torch.optim.Muon([torch.nn.Parameter(torch.zeros(2, 2))]).defaults
     config = OPTIMIZERS["LoRAPreMuon"].config_class()
+    assert (config.resolved_momentum, config.decay) == (0.8, 0.8)
     for name, value in theirs.items():
-        assert (config.resolved_nesterov if name == "nesterov" else getattr(config, name)) == value, name
+        if name != "momentum":
+            assert (config.resolved_nesterov if name == "nesterov" else getattr(config, name)) == value, name
+    paper = OPTIMIZERS["LoRAPreMuon"].config_class(variant="paper")
+    assert (paper.resolved_momentum, paper.resolved_nesterov) == (theirs["momentum"], False)
 
 
 def test_groups_have_their_own_settings_and_typos_in_them_are_named():
