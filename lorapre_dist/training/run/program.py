@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import faulthandler
 import json
 import os
 import socket
@@ -56,7 +57,11 @@ def run(
 
 
 def script(main: Callable[[], int]) -> NoReturn:
-    """Run ``main`` of a training program as all that this process is for, and end with its exit code."""
+    """Run ``main`` of a training program as all that this process is for, and end with its exit code.
+
+    A crash in native code, of which there is no traceback, says on stderr where each thread of Python was.
+    """
+    faulthandler.enable()
     interruption.outlive_the_terminal()
     code = main()
     sys.stdout.flush()
