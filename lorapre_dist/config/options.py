@@ -378,8 +378,8 @@ class LoRAPreMuonConfig(MomentumConfig):
 
     Attributes:
         weight_decay, ns_coefficients, eps, ns_steps: as in ``torch.optim.Muon``, with its defaults.
-        momentum: as there; default 0.8, in ``paper`` 0.95 as there. What is outside the tracked subspace has none, and
-            the longer that inside, the less the one's steps are worth beside the other's.
+        momentum: as there; default 0.8, in ``paper`` 0.95 as there. What lies outside the tracked subspace has none, so
+            that a long one inside makes its steps count for little.
         nesterov: default True as there, in ``paper`` False, as printed.
         adjust_lr_fn: scaling of a p x q matrix's update: ``"original"``, also None: ``max(1, p/q)^0.5``;
             ``"match_rms_adamw"``: ``0.2 max(p, q)^0.5``.
