@@ -73,8 +73,9 @@ class Pool:
     def ended(self, rank: int) -> str:
         """How a rank that is no longer there ended, and where its threads were if by a signal such as SIGSEGV."""
         self.processes[rank].join(timeout=10)
-        code, said = self.processes[rank].exitcode, Path(self.folder, f"{rank}.fault").read_text()
-        return f"the process ended with {code} (negative: the signal)\n{said.partition('Extension modules')[0]}"
+        fault = Path(self.folder, f"{rank}.fault")
+        said = fault.read_text().partition("Extension modules")[0] if fault.exists() else ""
+        return f"the process ended with {self.processes[rank].exitcode} (negative: the signal)\n{said}"
 
     def kill(self) -> None:
         """End the pool's processes."""

@@ -111,6 +111,19 @@ def test_defaults_are_those_of_torch_muon_but_for_a_shorter_momentum():
     assert (paper.resolved_momentum, paper.resolved_nesterov) == (theirs["momentum"], False)
 
 
+def test_a_state_from_before_keeps_its_momentum():
+    """Its factors are as large as that momentum makes them."""
+    before = Toy()
+    trained = build("LoRAPreMuon", before, momentum=0.95)
+    train(before, trained, range(3))
+    after = copy.deepcopy(before)
+    resumed = build("LoRAPreMuon", after)
+    resumed.load_state_dict(trained.state_dict())
+    for model, optimizer in ((before, trained), (after, resumed)):
+        train(model, optimizer, range(3, 6))
+    assert_same(after, before)
+
+
 def test_groups_have_their_own_settings_and_typos_in_them_are_named():
     named = dict(Toy().named_parameters())
     groups = [
