@@ -1,10 +1,11 @@
 """Print the table of distances (docs/results/accuracy.md) to the dense reference, measured on real gloo ranks.
 
-python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...] [--only_axes]
+python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...] [--only_axes | --many 64]
 
 For every ZeRO stage, precision and world size: the largest ``||theta - ref|| / ||ref||`` of any parameter after the
 steps, over gradient accumulation 1 and 4 with and without clipping; the layouts without DeepSpeed; the core alone, in
-fp64 and fp32, on matrices cut at arbitrary places; then the other axes under DeepSpeed.
+fp64 and fp32, on matrices cut at arbitrary places; then the other axes under DeepSpeed. ``--many`` measures on so many
+ranks instead, all in fp32; 64 take 5 GiB, and half an hour of two cores for 5 steps.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
     parser.add_argument("--only_axes", action="store_true", help="leave out what is data-parallel alone")
+    parser.add_argument("--many", type=int, metavar="RANKS", help="instead of all else, a table of so many ranks")
     args = parser.parse_args()
+    if args.many:
+        many(args.many, args.optimizers, args.steps)
+        close_pools()
+        return
     for optimizer in [] if args.only_axes else args.optimizers:
         print(f"\n{optimizer}\n", flush=True)
         deepspeed(optimizer, args.worlds, args.steps)
@@ -68,6 +74,23 @@ def native(optimizer: str, steps: int) -> None:
             arguments["block"] = None if optimizer == "LoRAPre" else 256
             cells[world - 1] = f"{max(r['error'] for r in run_ranks(world, native_case, **arguments)):.1e}"
         print(f"| {layout} | " + " | ".join(cells) + " |", flush=True)
+
+
+def many(ranks: int, optimizers: list[str], steps: int) -> None:
+    """ZeRO's stages, with clipping and a schedule, and PyTorch's layouts; in fp32."""
+    print(f"\n| {ranks} ranks, fp32 | {' | '.join(optimizers)} |\n|---|{'---|' * len(optimizers)}")
+    for layout in (0, 1, 2, 3, "fsdp2", "hsdp", "fsdp1", "ddp", "tp"):
+        cells = []
+        for optimizer in optimizers:
+            arguments = {"steps": steps, "optimizer": optimizer, "timeout": 3600}
+            if isinstance(layout, int):
+                zero = {"stage": layout, "precision": "fp32", "combos": [(1, 0.5)]}
+                results = [c for r in run_ranks(ranks, equality_case, **zero, **arguments) for c in r]
+            else:
+                plain = {"layout": layout, "dtype": torch.float32}
+                results = run_ranks(ranks, native_case, **plain, **arguments)
+            cells.append(f"{max(one['error'] for one in results):.1e}")
+        print(f"| {f'ZeRO-{layout}' if isinstance(layout, int) else layout} | {' | '.join(cells)} |", flush=True)
 
 
 def axes(optimizers: list[str], steps: int) -> None:

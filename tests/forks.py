@@ -58,7 +58,9 @@ def process(target: Callable[..., None], *arguments: Any, daemon: bool = False) 
 
 def _begin(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     import tests.warm  # noqa: F401  # says what is wrong with an import, over which the server passes in silence
+    from lorapre_dist.training.run.ranks import end_with_parent
 
+    end_with_parent()
     target(*arguments)
 
 

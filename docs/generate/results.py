@@ -103,6 +103,9 @@ def fits() -> str:
 FIELD = Protocol(Training(), steps=1000, screen_steps=300, seeds=(0, 1, 2))
 
 
+#: The texts on which runs were recorded, and what ``--dataset`` was.
+TEXTS = {"built-in": FIELD.training.dataset, "code": "code.jsonl", "prose": "prose.jsonl"}
+
 #: And those with a model of 60M parameters, on a GPU.
 FIELD_60M = replace(
     FIELD,
@@ -127,13 +130,32 @@ def field(table: Callable[[list[report.Row]], str]) -> str:
     return table(report.rows(field_runs(), FIELD))
 
 
+BESIDE = ["adamw", "lorapre-8", "lorapre-32"]
+
+
 def beside_adamw(steps: int) -> str:
     """The README's table: LoRAPre's validation loss and state beside AdamW's, of the recorded runs of so many steps."""
-    found = report.rows(field_runs(), replace(FIELD, steps=steps), ["adamw", "lorapre-8", "lorapre-32"])
     columns = ["optimizer of the matrices", "rank", "of AdamW's", "validation loss", "seeds", "minus AdamW"]
-    lines = [dict(zip(report.HEAD, report.cells(row, found[0]), strict=True)) for row in found if row.finals]
     head = ["state" if name == "of AdamW's" else name for name in columns]
-    return table(head, [[line[name] for name in columns] for line in lines])
+    return table(head, _beside(replace(FIELD, steps=steps), columns))
+
+
+def on_texts() -> str:
+    """The same on every text, for each number of steps that has been recorded there."""
+    columns = ["optimizer of the matrices", "rank", "lr", "validation loss", "seeds", "minus AdamW"]
+    lines = []
+    for steps in (1000, 4000):
+        for text, dataset in TEXTS.items():
+            protocol = replace(FIELD, training=replace(FIELD.training, dataset=dataset), steps=steps)
+            lines += [[f"{steps:,}", text, *line] for line in _beside(protocol, columns)]
+    return table(["steps", "text", *columns], lines)
+
+
+def _beside(protocol: Protocol, columns: list[str]) -> list[list[str]]:
+    """Columns of the table of long runs, of LoRAPre at both ranks and AdamW."""
+    found = report.rows(field_runs(), protocol, BESIDE)
+    lines = [dict(zip(report.HEAD, report.cells(row, found[0]), strict=True)) for row in found if row.finals]
+    return [[line[name] for name in columns] for line in lines]
 
 
 def contenders() -> str:
@@ -159,6 +181,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equality_core": lambda: equality(lambda layout: layout == "core alone", ["layout", "precision"]),
     "equality_others": equality_of_others,
     "equality_axes": lambda: plain("equality_axes"),
+    "many_ranks": lambda: plain("many_ranks"),
     "resume": lambda: pivot(read("resume"), ["layout"], "ranks", "error", "N = {}"),
     "quality_adamw": lambda: quality("AdamW"),
     "quality_muon": lambda: quality("Muon"),
@@ -170,7 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "field_4000": lambda: report.compared(report.rows(field_runs(), replace(FIELD, steps=4000))),
     "field_60m": lambda: field_60m(report.compared),
     "field_60m_searched": lambda: field_60m(report.searched),
-    "field_texts": lambda: plain("texts"),
+    "field_texts": on_texts,
     "field_costs": lambda: report.costs(field_runs(), FIELD.training),
     "field_searched": lambda: field(report.searched),
     "field_missing": lambda: field(lambda rows: report.lacking(rows, FIELD)),

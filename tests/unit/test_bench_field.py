@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -350,3 +352,31 @@ def test_bad_input_is_one_line(options, capsys):
     assert "did you mean field?" in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert main([]) == 2
+
+
+STAYS = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from lorapre_dist.bench.field import pool
+
+def stay():
+    print("begun", flush=True)
+    time.sleep(3600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    queue.put("cpu")
+    ProcessPoolExecutor(1, context, pool._begin, (queue, {}, 1)).submit(stay).result()
+"""
+
+
+@pytest.mark.slow
+def test_runs_end_with_a_command_that_was_killed(tmp_path):
+    """Without being told, a process of a pool would finish its run, and then wait for another one for ever."""
+    script = tmp_path / "command.py"
+    script.write_text(STAYS)
+    command = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert command.stdout.readline() == "begun\n"
+    command.kill()
+    assert command.communicate(timeout=60)[0] == ""

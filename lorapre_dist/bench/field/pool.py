@@ -10,6 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from lorapre_dist.training.run.ranks import end_with_parent
+
 from .setting import Setting
 from .store import Record
 
@@ -64,6 +66,7 @@ def _begin(queue: Any, place: dict[str, Any], threads: int) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
+    end_with_parent()
     torch.set_num_threads(threads)
     _own["place"] = place | {"device": queue.get()}
 
