@@ -45,8 +45,8 @@ def _options(config_class: Any) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _validated(config_class: Any, values: tuple[tuple[str, Any], ...], _: tuple[type, ...]) -> Any:
-    """Settings, checked once for values of these types: a step asks for them again and again."""
+def _validated(config_class: Any, values: tuple[tuple[str, Any], ...], _: str) -> Any:
+    """Settings, checked once for values so written (False is 0 to Python): a step asks for them again and again."""
     return config_class(**dict(values))
 
 
@@ -74,7 +74,7 @@ class BoundOptimizer(Overlapping, StatefulOptimizer):
         numbers = {"lr": kind.lr if waits else number(lr)}
         values = tuple((name, numbers.get(name, group[name])) for name in cls._options())
         try:
-            config = _validated(kind, values, tuple(type(value) for _, value in values))
+            config = _validated(kind, values, repr(values))
         except TypeError:  # of what cannot be looked up, such as a list
             config = kind(**dict(values))
         if waits:

@@ -57,7 +57,9 @@ def test_a_step_enters_three_rooms(name):
 def test_settings_that_change_are_validated():
     optimizer = stepped("LoRAPre")
     group = optimizer.param_groups[0]
-    for key, bad in (("lr", -1.0), ("scale", -1.0), ("rank", 4.0), ("betas", (0.9, 2))):
+    group["betas"] = (0, 0.99)
+    optimizer.step()  # after which (False, 0.99) is equal to what has been validated
+    for key, bad in (("lr", -1.0), ("scale", -1.0), ("rank", 4.0), ("betas", (0.9, 2)), ("betas", (False, 0.99))):
         good, group[key] = group[key], bad
         with pytest.raises(ConfigError, match=key):
             optimizer.step()
