@@ -29,7 +29,7 @@ from lorapre_dist.optimizers.awaiting import building_under_engine
 from .cases import build, ds_config
 
 #: Ranks that share the parameters under hybrid sharding, by the number of ranks.
-SHARD_SIZE = {1: 1, 2: 1, 3: 3, 4: 2}
+SHARD_SIZE = {1: 1, 2: 1, 3: 3, 4: 2, 16: 8, 64: 16}
 
 
 def counted_case(

@@ -1,4 +1,4 @@
-"""Geometry and plan of all five optimizers against real engines and meshes, on 1 to 4 ranks.
+"""Geometry and plan of all five optimizers against real engines and meshes, on 1 to 4 ranks, and on 16.
 
 What the layouts read of DeepSpeed's and PyTorch's objects is what the geometry says; state, bytes sent and flops are
 the plan's, to the byte, on every rank.
@@ -35,8 +35,11 @@ ZERO3 = {"sub_group_size": 20_000}
 NATIVE = ("fsdp1", "fsdp2", "hsdp", "tp", "ddp")
 CASES = [(layout, world) for layout in ("zero2", "zero3", *NATIVE) for world in (1, 2, 3, 4)]
 CASES += [("zero0", 2), ("zero1", 3)]
-# Of each layout one that cuts unevenly, and the most ranks.
+# Of each layout one that cuts unevenly, and the most ranks; with 16 some have nothing of a matrix.
 SOME = [(layout, world) for layout, world in CASES if world in (3, 4) or layout in ("zero0", "fsdp2")]
+MANY = [(layout, 16) for layout in ("zero1", "zero2", "zero3", "fsdp1", "fsdp2", "hsdp", "tp")]
+SOME += MANY
+CASES += MANY + [(layout, 64) for layout in ("zero2", "zero3", "fsdp2", "tp")]
 
 
 def request_of(kind: str, layout: str, world: int, model: str = "llama", **more: Any) -> Request:

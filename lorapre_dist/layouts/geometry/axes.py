@@ -37,6 +37,8 @@ class Split:
         if self.dim == 0:
             ahead = self.start * math.prod(self.shape[1:])
             return (start + ahead, stop + ahead), None
+        if self.start == self.stop:  # no columns of all rows, as a DTensor has them on ranks for which there are none
+            return (0, math.prod(self.shape)), (self.start, self.stop)
         return (self._place(start), self._place(stop)), (self.start, self.stop)
 
     def _place(self, at: int) -> int:
