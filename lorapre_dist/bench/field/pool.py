@@ -62,8 +62,9 @@ def work(
 
 
 def _begin(queue: Any, place: dict[str, Any], threads: int) -> None:
-    # Of the profiler that follows allocations: it says that it has begun and ended.
+    # Of the profiler that follows allocations: it says that it has begun and ended, and what was there before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     end_with_parent()
