@@ -135,7 +135,7 @@ def test_geometry_and_plan_are_what_is_read_and_counted(layout, world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout, world", some(MANY, SIXTEEN))
-def test_on_more_ranks_than_matrices_have_rows_or_columns(layout, world):
+def test_on_many_ranks(layout, world):
     check(layout, world)
 
 
