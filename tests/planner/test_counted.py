@@ -19,7 +19,7 @@ from lorapre_dist.planner.arrange import arranged
 from lorapre_dist.planner.models import parameters
 from lorapre_dist.planner.ours import held
 from tests.covering import some
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import close_pools, run_ranks
 
 from .cases import BUCKET, config_of
 from .counting import SHARD_SIZE, counted_case
@@ -133,7 +133,15 @@ def test_geometry_and_plan_are_what_is_read_and_counted(layout, world):
     check(layout, world)
 
 
+@pytest.fixture(scope="module")
+def many_ranks():
+    """They end with the last test of this file: 16 take more than a GiB."""
+    yield
+    close_pools()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("many_ranks")
 @pytest.mark.parametrize("layout, world", some(MANY, SIXTEEN))
 def test_on_many_ranks(layout, world):
     check(layout, world)
