@@ -14,8 +14,8 @@ from tests.distributed.harness import close_pools, run_ranks
 
 from .cases import equality_case
 from .checkpoint_cases import native_visit_case, visit_case, write_reference
-from .non_finite_cases import overlap_case
-from .test_non_finite import check, skip_case
+from .non_finite_cases import overlap_case, skip_case
+from .test_non_finite import check
 
 TIMEOUT = 400
 ZERO = [(1, "LoRAPre"), (1, "LoRAPreAdafactor"), (2, "LoRAPreMuon"), (2, "LoRAPreLion"), (3, "LoRAPreSGD")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from lorapre_dist.cli import main
 from lorapre_dist.config import CONFIGS, ConfigError, LoRAPreConfig
 from lorapre_dist.planner import LAYOUTS, PARTS, Parameter, Request, Zero, names, plan, smallest_world
+from lorapre_dist.planner.arrange import arranged
 from lorapre_dist.planner.command import size_of
 from lorapre_dist.planner.models import find, llama, load, parameters
 from lorapre_dist.planner.render import chart
@@ -69,6 +71,17 @@ def test_4096_ranks_and_70B_in_seconds(folder, layout):
 
 def test_llama_70b_is_there_to_plan_for():
     assert sum(p.numel for p in load("llama-70b")) == 68_976_648_192  # as Llama 2's
+
+
+@pytest.mark.parametrize(
+    "model, world, groups", [("llama-7b", 64, 63), ("llama-7b", 1024, 226), ("llama-70b", 1024, 421)]
+)
+def test_ranks_are_in_two_process_groups_at_most(model, world, groups):
+    """However many share a matrix: each group is made by all ranks in turn, and takes memory of its members."""
+    shares = arranged(Request("large", load(model), "zero2", world)).shares
+    made = {tuple(s.ranks) for s in shares if s.shared and len(s.shape) == 2}
+    assert len(made) == groups <= min(world, sum(len(s.shape) == 2 for s in shares))
+    assert max(Counter(rank for ranks in made for rank in ranks).values()) == 2
 
 
 @pytest.mark.parametrize("layout", ["zero1", "zero2", "zero3", "fsdp1", "fsdp2", "ddp"])
