@@ -84,11 +84,11 @@ class Delayed(Comm):
         """As it is, but later."""
         return self._later(super().reduce(parts, group, purpose, limit))
 
-    def all_to_all(
-        self, leaving: list[list[Tensor]], arriving: list[list[Tensor]], group: Any, purpose: str
-    ) -> Callable[[], None]:
+    def exchange(
+        self, sent: Tensor, received: Tensor, counts: list[list[int]], group: Any, purpose: str
+    ) -> Callable[[], Tensor]:
         """As it is, but later."""
-        return self._later(super().all_to_all(leaving, arriving, group, purpose))
+        return self._later(super().exchange(sent, received, counts, group, purpose))
 
 
 def print_delays(kind: str, delay: float, size: int = 2) -> None:

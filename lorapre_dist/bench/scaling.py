@@ -6,7 +6,9 @@
 lie in even row shards, as under FSDP2 and ZeRO-3. The arithmetic is real, collectives are copies in memory: of an
 all-gather this rank's own block for all others, of a reduce-scatter its own part. ``efficiency`` is the time of one
 process over N times that of the rank. Beside it the least that is left when all is dealt out evenly but what a rank
-must receive (``floor``): the time of one process over N, plus a copy of the ``r q`` numbers of every ``A``.
+must receive (``floor``): the time of one process over N, plus a copy of the ``r q`` numbers of every ``A``. With
+``--work matrices`` that is a copy of what it owns (weights, gradients and state) and of its parts of what comes back,
+and whole matrices are dealt out, of which there may be fewer than ranks.
 
 ``chain``: real gloo ranks of this machine with a flat buffer cut into equal parts, as under ZeRO-2: each shares one
 matrix with the rank before it and one with the next. Every row block sleeps, and every bucket holds one matrix. If
@@ -22,6 +24,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -29,9 +32,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorapre_dist.config import ConfigError
-from lorapre_dist.core import regression
+from lorapre_dist.config.options import WORKS
+from lorapre_dist.core import batching, owning, regression
 from lorapre_dist.core.comm import Comm
-from lorapre_dist.core.interval import Peers
+from lorapre_dist.core.interval import Peers, RowInterval
 from lorapre_dist.layouts import zero12
 from lorapre_dist.layouts.base import Layout, Piece, Unit
 from lorapre_dist.optimizers import OPTIMIZERS, LowRankOptimizer
@@ -54,6 +58,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--layers", type=int, help="of the model; default: all")
     parser.add_argument("--rank", type=int, default=128, help="of the factors")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="LoRAPre")
+    parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS), help="how ranks divide a step")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--index", type=int, default=0, help="the rank that is timed")
     parser.add_argument("--repeats", type=int, default=5)
@@ -81,23 +86,24 @@ def print_simulated(args: argparse.Namespace) -> None:
     shapes = shapes[: 7 * layers]
     print(f"{args.optimizer}, {args.model} ({layers} layers, {len(shapes)} matrices), rank {args.rank}: CPU time")
     print(f"of the step of rank {args.index} in row shards, collectives as copies, one thread, least of {args.repeats}")
-    print(f"  {'ranks':>6} {'ms':>10} {'speed-up':>9} {'efficiency':>11} {'floor':>7}")
-    copy = copying(args.optimizer, shapes, args.rank)
+    print(f"  {'work':<8} {'ranks':>6} {'ms':>10} {'speed-up':>9} {'efficiency':>11} {'floor':>7}")
     alone: float | None = None
-    for size in args.worlds:
-        seconds = simulated(args.optimizer, shapes, args.rank, size, min(args.index, size - 1), args.repeats)
+    for work, size in [(work, size) for work in args.work for size in args.worlds]:
+        if size == 1 and alone is not None:  # whichever way
+            continue
+        at = min(args.index, size - 1)
+        seconds = simulated(args.optimizer, shapes, args.rank, size, at, args.repeats, work)
         alone = alone or seconds * size
-        least = alone / (alone + size * copy * (size > 1))
-        line = (
-            f"  {size:>6} {seconds * 1e3:>10.1f} {alone / seconds:>9.2f} {alone / seconds / size:>11.2f} {least:>7.2f}"
-        )
-        print(line, flush=True)
+        copies = copying(args.optimizer, shapes, args.rank, size, work) if size > 1 else 0.0
+        least = 1 / (size * (share(args.optimizer, shapes, args.rank, size, work) + copies / alone))
+        figures = f"{seconds * 1e3:>10.1f} {alone / seconds:>9.2f} {alone / seconds / size:>11.2f} {least:>7.2f}"
+        print(f"  {work if size > 1 else '':<8} {size:>6} {figures}", flush=True)
 
 
-def simulated(kind: str, shapes: Shapes, rank: int, size: int, index: int, repeats: int) -> float:
+def simulated(kind: str, shapes: Shapes, rank: int, size: int, index: int, repeats: int, work: str = "rows") -> float:
     """Least CPU seconds of ``repeats`` steps of rank ``index`` of ``size``."""
     with fake_world(size, index):
-        optimizer = row_shards(kind, shapes, rank, size, index)
+        optimizer = row_shards(kind, shapes, rank, size, index, work=work)
         start, times = [tensor.clone() for tensor in _state(optimizer)], []
         for repeat in range(repeats + 1):
             torch._foreach_copy_(_state(optimizer), start)  # what missing peers send is good for one step
@@ -147,6 +153,8 @@ def row_shards(
 class Copies(Comm):
     """Collectives of a rank whose peers do not exist: what they would send is taken to be what it sends."""
 
+    noise = torch.empty(0)
+
     def all_gather(self, local: Tensor, group: Any, purpose: str) -> Callable[[], Tensor]:
         """This rank's block, as often as there are ranks."""
         out = local.expand(dist.get_world_size(group), -1).contiguous()
@@ -168,14 +176,15 @@ class Copies(Comm):
         torch._foreach_mul_([tensor for _, tensor in parts], dist.get_world_size(group))
         return lambda: None
 
-    def all_to_all(
-        self, leaving: list[list[Tensor]], arriving: list[list[Tensor]], group: Any, purpose: str
-    ) -> Callable[[], None]:
-        """Small numbers; what leaves is packed."""
-        torch.cat([tensor.reshape(-1) for some in leaving for tensor in some] or [torch.empty(0)])
-        for tensor in (tensor for some in arriving for tensor in some):
-            tensor.fill_(1e-3)
-        return lambda: None
+    def exchange(
+        self, sent: Tensor, received: Tensor, counts: list[list[int]], group: Any, purpose: str
+    ) -> Callable[[], Tensor]:
+        """Small random numbers, what others have of this rank's matrices."""
+        if received.device.type != "cpu":  # where there are no numbers
+            return lambda: received
+        if len(self.noise) < len(received):
+            self.noise = torch.randn(len(received), dtype=received.dtype) * 1e-2
+        return lambda: self.noise[: len(received)].to(received.dtype)
 
     def broadcast(self, parts: list[tuple[int, Tensor]], group: Any, purpose: str, limit: int) -> Callable[[], None]:
         """Others' parts as they are."""
@@ -200,15 +209,32 @@ class fake_world:
             dist.destroy_process_group()
 
 
-def copying(kind: str, shapes: Shapes, rank: int) -> float:
-    """CPU seconds of copying every ``A`` once, which a rank must receive."""
+def share(kind: str, shapes: Shapes, rank: int, size: int, work: str) -> float:
+    """What part of the arithmetic the rank with most to do has."""
+    if work == "rows":
+        return 1 / size
+    ranks = tuple(OPTIMIZERS[kind].config_class(rank=rank).ranks.values())
+    each = [
+        owning.flops(batching.outline(RowInterval(name, shape, 0, prod(shape)), None, ranks, 0, 4, (0, 0, 0)))
+        for name, shape in shapes
+    ]
+    load = [0] * size
+    for flops, owner in zip(each, owning.owners(each, size), strict=True):
+        load[owner] += flops
+    return max(load) / sum(load)
+
+
+def copying(kind: str, shapes: Shapes, rank: int, size: int, work: str) -> float:
+    """CPU seconds of copying once what a rank must receive, on average."""
     ranks = OPTIMIZERS[kind].config_class(rank=rank).ranks.values()
-    blocks = [torch.randn(r, q) for _, (_, q) in shapes for r in ranks]
-    found = []
+    blocks = [r * q for _, (_, q) in shapes for r in ranks]
+    if work == "matrices":  # of each owned matrix weights, gradient and factors; of its part of all what comes back
+        blocks = [(3 * p * q + 2 * (p + q) * sum(ranks)) // size for _, (p, q) in shapes]
+    tensors, found = [torch.randn(n) for n in blocks], []
     for _ in range(5):
         begin = time.process_time()
-        for block in blocks:
-            block.clone()
+        for tensor in tensors:
+            tensor.clone()
         found.append(time.process_time() - begin)
     return min(found)
 

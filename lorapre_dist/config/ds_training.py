@@ -8,7 +8,8 @@ from typing import Any
 
 from lorapre_dist.config import CONFIGS, ConfigError, ds_json
 from lorapre_dist.config.ds_json import BATCH_SIZES, precision, zero_stage
-from lorapre_dist.config.options import RELEASE_UNDER_DEEPSPEED, SIXTEEN
+from lorapre_dist.config.instead import RELEASE_UNDER_DEEPSPEED
+from lorapre_dist.config.options import SIXTEEN
 
 #: What the backends without DeepSpeed read, or can do without telling.
 NATIVE = {*BATCH_SIZES, *ds_json.PRECISIONS, "gradient_clipping", "optimizer", "steps_per_print"}

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from .checks import ConfigError, boolean, check_expression, choice, integer, number, pair, several, shown
+from .instead import ELSEWHERE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,25 +23,9 @@ EMBEDDINGS = ("full", "low_rank")
 #: The values of ``weights`` that are for bf16 weights without an fp32 copy.
 SIXTEEN = ("stochastic", "kahan")
 WEIGHTS = (None, "master", *SIXTEEN)
+WORKS = ("rows", "matrices")
 KERNELS = ("auto", "eager", "compile", "triton")
 ADJUSTMENTS = ("original", "match_rms_adamw", None)
-#: Why gradients are not released there, and what is possible instead.
-RELEASE_UNDER_DEEPSPEED = (
-    "release_gradients=True: DeepSpeed's engine collects gradients in buffers of its own and steps when all are there; "
-    "leave it out: ZeRO-2 and 3 keep a part of them on each rank, stage 3 widens one sub_group_size of them at a time, "
-    "and offload_optimizer keeps them in host memory. Or train under FSDP2"
-)
-# Options of torch's and DeepSpeed's optimizers that mean nothing here.
-ELSEWHERE = {
-    **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), "there is one implementation; leave it out"),
-    **dict.fromkeys(("torch_adam", "adam_w_mode", "set_grad_none"), "it chooses among DeepSpeed's Adams; leave it out"),
-    "amsgrad": "the second moment is low-rank, without a maximum; leave it out",
-    "learning_rate": "it is called 'lr'",
-    "maximize": "negate the loss instead",
-    "bias_correction": "it is always on; leave it out",
-    "eps_inside_sqrt": "eps is added to the square root; leave it out",
-    "max_grad_norm": "use the DeepSpeed JSON's gradient_clipping",
-}
 
 
 @dataclass(frozen=True)
@@ -73,6 +58,9 @@ class LowRankConfig:
             that on average nothing is lost. ``"kahan"``: rounded to the nearest, with the 16 bits that a bf16 weight
             lacks of its fp32 value kept beside it, as state: the very steps of fp32 weights, at their memory.
             ``"master"``, also None: rounded to the nearest, which is for weights that are fp32, or have an fp32 copy.
+        work: how ranks that share matrices divide a step: ``"rows"``, of which each has some of every matrix, or
+            ``"matrices"``, which are brought together on one rank each and sent back: less to compute and to send
+            where a rank holds fewer rows of a matrix than its factors' rank; see :mod:`lorapre_dist.core.whole`.
         overlap: let what the weights do not wait for (sums, solves, the new factors) run behind the next forward and
             backward, see :mod:`lorapre_dist.core.step`; the result has the same bits. It takes memory between steps,
             stated as ``overlap_bytes`` in ``memory_report()``.
@@ -101,6 +89,7 @@ class LowRankConfig:
     release_gradients: bool = False
     clip_each: float | None = None
     weights: str | None = None
+    work: str = "rows"
     overlap: bool = False
     overlap_limit: int | None = None
     kernels: str = "auto"
@@ -130,6 +119,7 @@ class LowRankConfig:
                 )
         choice("weights", self.weights, WEIGHTS)
         choice("kernels", self.kernels, KERNELS)
+        choice("work", self.work, WORKS)
         targets = self.target_modules
         names = isinstance(targets, tuple) and targets and all(isinstance(t, str) and t for t in targets)
         if not (targets is None or isinstance(targets, str) or names):
@@ -151,6 +141,10 @@ class LowRankConfig:
         boolean("overlap", self.overlap)
         if self.overlap_limit is not None:
             integer("overlap_limit", self.overlap_limit, low=0)
+        if self.overlap and self.work == "matrices":
+            raise ConfigError(
+                "overlap=true with work='matrices': a matrix's owner has nothing to wait for; leave it out"
+            )
         if self.overlap and (self.release_gradients or self.state_dtype != "fp32"):
             other = "release_gradients=true" if self.release_gradients else f"state_dtype={self.state_dtype!r}"
             raise ConfigError(f"overlap=true with {other}: one is for time, the other for memory: leave one out")

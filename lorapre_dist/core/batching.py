@@ -56,7 +56,7 @@ class Outline:
     parts: int
     lends: bool
     largest: int
-    alike: Hashable
+    alike: tuple[Hashable, ...]
     turn: int
     before: tuple[int, int, int]
     widened: int = 0

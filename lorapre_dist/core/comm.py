@@ -133,7 +133,7 @@ class Comm:
             for work, sent, back, tensors, sends in waits:
                 work.wait()
                 if not sends:
-                    _unpack(back(sent), tensors)
+                    unpack(back(sent), tensors)
 
         return finish
 
@@ -144,22 +144,28 @@ class Comm:
 
         Rank k gets them as ``arriving`` of this rank there: as many elements, in the same order.
         """
-        group = self._own(group)
         flat = [t.reshape(-1) for some in leaving for t in some]
         like = next(t for some in (*leaving, *arriving) for t in some)
-        sent, back = _staged(torch.cat(flat) if flat else like.new_empty(0), group)
-        counts = [[sum(t.numel() for t in some) for some in side] for side in (arriving, leaving)]
-        out = sent.new_empty(sum(counts[0]))
+        sent = torch.cat(flat) if flat else like.new_empty(0)
+        counts = [[sum(t.numel() for t in some) for some in side] for side in (leaving, arriving)]
+        wait = self.exchange(sent, like.new_empty(sum(counts[1])), counts, group, purpose)
+        return lambda: unpack(wait(), [t for some in arriving for t in some])
+
+    def exchange(
+        self, sent: Tensor, received: Tensor, counts: list[list[int]], group: Any, purpose: str
+    ) -> Callable[[], Tensor]:
+        """Start sending ``sent`` (1-D), packed by rank; the returned function waits and gives what has come, as packed.
+
+        Args:
+            received: room for it.
+            counts: numbers for each rank, and from each rank.
+        """
+        group = self._own(group)
+        staged, back = _staged(sent, group)
+        out = received if staged is sent else staged.new_empty(received.shape)
         self._count(purpose, sent, 1.0)
-        work = dist.all_to_all_single(out, sent, counts[0], counts[1], group=group, async_op=True)
-
-        def finish() -> None:
-            work.wait()
-            targets = [t for some in arriving for t in some]
-            for target, received in zip(targets, back(out).split([t.numel() for t in targets]), strict=True):
-                target.copy_(received.view(target.shape))
-
-        return finish
+        work = dist.all_to_all_single(out, staged, counts[1], counts[0], group=group, async_op=True)
+        return lambda: (work.wait(), back(out))[1]
 
     def _own(self, group: Any) -> Any:
         return self.twins.get(id(group), group)
@@ -185,11 +191,14 @@ def _packed(parts: list[tuple[int, Tensor]], limit: int) -> Iterator[tuple[int, 
         yield owner, run
 
 
-def _unpack(line: Tensor, tensors: list[Tensor]) -> None:
-    """Fill tensors (1-D) from what lies behind each other in ``line``."""
+def unpack(line: Tensor, tensors: list[Tensor]) -> None:
+    """Fill tensors from what lies behind each other in ``line``."""
     if tensors:
         sizes = [t.numel() for t in tensors]
-        torch._foreach_copy_(tensors, list(line[: sum(sizes)].split(sizes)))
+        parts = line[: sum(sizes)].split(sizes)
+        torch._foreach_copy_(
+            tensors, [x if t.ndim == 1 else x.view(t.shape) for x, t in zip(parts, tensors, strict=True)]
+        )
 
 
 def _staged(tensor: Tensor, group: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -19,6 +19,7 @@ from .interval import Peers, Range, RowInterval, column_block
 from .rounding import Rounding
 from .sizes import SAMPLES
 from .spec import Axis
+from .transfer import Rectangle, Transfer
 
 #: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
 SQUARES = {"rms_row": "v_row", "rms_col": "v_col"}
@@ -146,6 +147,19 @@ class Matrix(Counted):
         """Whether a step needs this rank's block of ``A`` alone, and gives no more of it."""
         return self.peers is None or self.peers.own_columns(self.interval.shape)
 
+    def transfer(self, owner: int) -> Transfer:
+        """How the pieces that ranks hold become the whole matrix on the one at place ``owner``."""
+        if owner not in self._transfers:
+            assert self.peers is not None
+            (p, q), ranks = self.interval.shape, range(self.parts)
+            targets = [Rectangle(0, p if k == owner else 0, 0, q) for k in ranks]
+            self._transfers[owner] = Transfer(self.peers, (p, q), targets)
+        return self._transfers[owner]
+
+    @functools.cached_property
+    def _transfers(self) -> dict[int, Transfer]:
+        return {}
+
     @property
     def first_column(self) -> int:
         """The first column of the ``A`` that a step on this rank needs."""
@@ -258,7 +272,7 @@ def allocate(
     held = {moment: factors(moment, r) for moment, r in ranks.items()}
     statistics = {name: zeros(name) for name in vectors}
     taken = torch.zeros((), device=device, dtype=torch.float64)
-    sampled = _sampled(replace(interval, name=""), device)
+    sampled = sampled_places(replace(interval, name=""), device)
     made = Matrix(interval, peers, held, statistics, taken, optimizer, variant, before, sampled)
     made.rounding = rounding or made.rounding
     made.codes = {key: zeros(key) for key, one in specs.items() if one.axis is Axis.ELEMENTS}
@@ -270,7 +284,7 @@ def allocate(
 
 
 @functools.lru_cache(maxsize=4096)
-def _sampled(interval: RowInterval, device: torch.device) -> Tensor:
+def sampled_places(interval: RowInterval, device: torch.device) -> Tensor:
     """Places of an interval (without name), shared by all matrices that are cut alike."""
     places = [interval.place(*element) for element in sample(interval.shape)]
     held = [-1 if place is None else place for place in places]

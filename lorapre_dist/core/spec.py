@@ -5,6 +5,7 @@ One statement for what allocates, saves and reshards state, and for a plan, whic
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -66,6 +67,7 @@ class TensorSpec:
 StateSpec = Mapping[str, TensorSpec]
 
 
+@functools.cache
 def axis_of(key: str) -> Axis:
     """The axis of a tensor by its name: ``m_B``, ``v_A``, ``rms_row``, ``rms_col``; others lie with the elements."""
     ends = {"B": Axis.ROWS, "row": Axis.ROWS, "A": Axis.COLUMNS, "col": Axis.ALL_COLUMNS}

@@ -6,13 +6,14 @@ scattered over n ranks, twice that of a sum, all of what has one sender.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from . import batching
 from .batching import Limits, Outline, evenly_dealt, owned
-from .interval import Peers, RowInterval, row_teams
+from .interval import Peers, Range, RowInterval, column_block, numel_of, row_blocks, row_teams
 from .rules.muon import cuts
 from .rules.needs import Needs
 from .sizes import SAMPLES, packed_numel
@@ -22,17 +23,38 @@ FLAG = 8
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Bytes of a matrix that move to its owner and back where it is stepped whole.
+
+    Attributes:
+        there, back: of each element.
+        row, column: of the state that lies with each row, and with each column.
+        whole: of what every rank has of each column, which comes back alone.
+        types: of numbers there are so many, each of which is sent by itself.
+    """
+
+    there: int = 0
+    back: int = 0
+    row: int = 0
+    column: int = 0
+    whole: int = 0
+    types: int = 1
+
+
+@dataclass(frozen=True)
 class Held:
     """A low-rank matrix as a rank holds it, without its numbers.
 
     Attributes:
         call: of the optimizer, in which it is stepped.
+        moved: what moves of it where it is stepped whole.
     """
 
     outline: Outline
     interval: RowInterval
     peers: Peers | None
     call: int = 0
+    moved: Moved = Moved()
 
     @property
     def cut(self) -> int:
@@ -205,6 +227,40 @@ def _orthogonalise(shared: list[Held], iterations: tuple[int, ...], limits: Limi
     for _ in iterations:
         yield Collective("reduce Gram", peers, total, _negative(to_owner), calls=len(grams))
         yield Collective("broadcast polynomial", peers, 0, to_all, calls=len(grams))
+
+
+def moving(guests: Sequence[tuple[Held, int]]) -> Iterator[Collective]:
+    """What goes to the owners of some matrices, each given with its own, and comes back (``whole.py``)."""
+    owner = {id(m): owner for m, owner in guests}
+    for shared in by_group([[m] for m, _ in guests]):
+        peers = _first(shared)
+        there, returned = [0] * len(peers.ranges), [0] * len(peers.ranges)
+        for m in shared:
+            own, moved = owner[id(m)], m.moved
+            for k, (elements, rows, columns) in enumerate(_parts(m.outline.shape, *_lying(m))):
+                if k != own:
+                    state = rows * moved.row + columns * moved.column
+                    there[k] += elements * moved.there + state
+                    returned[own] += elements * moved.back + state + moved.whole * m.outline.shape[1]
+        for name, each in (("gather matrices", there), ("return matrices", returned)):
+            yield Collective(name, peers, 0, each=tuple(each), calls=shared[0].moved.types)
+
+
+def _lying(m: Held) -> tuple[tuple[Range, ...], tuple[Range, ...] | None]:
+    peers = _first([m])
+    return peers.ranges, peers.columns
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(
+    shape: tuple[int, int], ranges: tuple[Range, ...], columns: tuple[Range, ...] | None
+) -> tuple[tuple[int, int, int], ...]:
+    """Elements, rows and columns whose state lies there, of each rank."""
+    q, n = shape[1], len(ranges)
+    elements = [numel_of(*held, q, None if columns is None else columns[k]) for k, held in enumerate(ranges)]
+    rows = [high - low for low, high in row_blocks(ranges, columns, q)]
+    blocks = [column_block(q, n, k) for k in range(n)]
+    return tuple(zip(elements, rows, (high - low for low, high in blocks), strict=True))
 
 
 def agreeing(tensors: int, ranks: int) -> int:

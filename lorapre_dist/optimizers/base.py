@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, others, param_groups
 from ..config.checks import boolean, shown
-from ..config.options import RELEASE_UNDER_DEEPSPEED
-from ..core import batching, gauge, rounding
+from ..config.instead import RELEASE_UNDER_DEEPSPEED
+from ..core import batching, gauge, owning, rounding
 from ..core.background import Background
 from ..core.comm import Comm, all_ranks
 from ..core.exchange import Item
@@ -22,6 +22,7 @@ from ..core.factors import Matrix
 from ..core.guard import Go, Skips, bounds, taken_for_granted
 from ..core.rules import adamw
 from ..core.step import Rule, step
+from ..core.whole import by_matrices, element_bytes
 from ..core.workspace import Workspace
 from ..layouts import detect
 from ..layouts.base import Layout, Unit, local, local_gradient
@@ -278,8 +279,11 @@ class LowRankOptimizer(BoundOptimizer, Skipping):
             else:
                 part = self.workspace.part_on(piece.theta.device.type)
                 adamw.step(state, piece.theta, piece.grad, vectors, part, taken, config.kernels)
-        behind = self._behind(config.overlap, len({item.theta.device for item in items}))
-        step(items, self.rule(config), self.comm, self.workspace, behind)
+        if config.work == "matrices":
+            by_matrices(items, self.rule(config), self.comm, self.workspace)
+        else:
+            behind = self._behind(config.overlap, len({item.theta.device for item in items}))
+            step(items, self.rule(config), self.comm, self.workspace, behind)
         for kept in sorted(other, key=lambda kept: kept.rank):  # the same order on every rank
             step(other[kept], other_rule(kept), self.comm, self.workspace)
         for held, copied in {id(p.home[0]): p.home for p in pieces if p.home is not None}.values():
@@ -375,19 +379,33 @@ class LowRankOptimizer(BoundOptimizer, Skipping):
         """Bytes of optimizer state on this rank, what AdamW would hold on it, and the workspace of a step."""
         self._ensure_bound()
         assert self.layout is not None
-        matrices = [(b.state, b.other) for b in self.bound() if isinstance(b.state, Matrix)]
-        of = [[state for state, other in matrices if other == kind] for kind in (False, True)]
-        workspace, overlap = max(self.workspace_bytes(of[0]), LowRankOptimizer.workspace_bytes(self, of[1])), 0
+        workspace, overlap = self._workspace_bound(self.layout), 0
         if self._overlaps():  # one step's rest and another one's beginning at a time
             workspace, overlap = 2 * workspace, self.overlap_bytes()
         return MemoryReport.of([(b.piece, b.state) for b in self.bound()], self.layout, workspace, overlap)
 
-    def workspace_bytes(self, matrices: list[Matrix]) -> int:
+    def workspace_bytes(self, matrices: Sequence[owning.Lies]) -> int:
         """Bound on what a step on these matrices allocates for itself."""
-        if not matrices:
-            return 0
-        outlines, kind = [matrix.outline for matrix in matrices], matrices[0].taken.device.type
-        return batching.workspace_bytes(outlines, self.workspace, kind)
+        return batching.workspace_bytes([matrix.outline for matrix in matrices], self.workspace, self._device_kind())
+
+    def _workspace_bound(self, layout: Layout) -> int:
+        """Of the largest of what is stepped by rows, by matrices, and by other settings."""
+        by: dict[str, list[tuple[Matrix, int]]] = {"rows": [], "matrices": [], "other": []}
+        for unit in layout.units:
+            work, itemsize = self.param_groups[unit.group]["work"], local(unit.tensor).element_size()
+            for bound in self._held[id(unit.tensor)]:
+                if isinstance(bound.state, Matrix):
+                    by["other" if bound.other else work].append((bound.state, itemsize))
+        of = {name: [state for state, _ in some] for name, some in by.items()}
+        element = [element_bytes(*pair) for pair in by["matrices"]]
+        return max(
+            self.workspace_bytes(of["rows"]),
+            owning.workspace_bytes(of["matrices"], element, self.workspace, self._device_kind(), self.workspace_bytes),
+            LowRankOptimizer.workspace_bytes(self, of["other"]),
+        )
+
+    def _device_kind(self) -> str:
+        return next((b.state.taken.device.type for b in self.bound()), "cpu")
 
     def full_state_dict(self) -> dict[str, dict[str, Any]]:
         """The whole state in host memory of rank 0, ``{}`` on the others; a collective, streamed tensor by tensor.

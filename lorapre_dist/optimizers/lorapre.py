@@ -96,6 +96,7 @@ class LoRAPre(AdamOptimizer):
         release_gradients: bool = False,
         clip_each: float | None = None,
         weights: str | None = None,
+        work: str = "rows",
         overlap: bool = False,
         overlap_limit: int | None = None,
         kernels: str = "auto",

@@ -11,7 +11,7 @@ from typing_extensions import Never
 
 from ..config import LoRAPreMuonConfig
 from ..core import batching
-from ..core.factors import Matrix
+from ..core.owning import Lies
 from ..core.rules.momentum import Momentum
 from ..core.rules.muon import cuts
 from ..core.rules.muon.newton_schulz import NewtonSchulz
@@ -55,6 +55,7 @@ class LoRAPreMuon(MomentumOptimizer):
         release_gradients: bool = False,
         clip_each: float | None = None,
         weights: str | None = None,
+        work: str = "rows",
         overlap: bool = False,
         overlap_limit: int | None = None,
         kernels: str = "auto",
@@ -72,18 +73,18 @@ class LoRAPreMuon(MomentumOptimizer):
     ) -> None:
         super().__init__(params, **given(locals()))
 
-    def workspace_bytes(self, matrices: list[Matrix]) -> int:
+    def workspace_bytes(self, matrices: Sequence[Lies]) -> int:
         """Bound on what a step allocates for itself."""
         if not matrices:
             return 0
-        kind, segments = matrices[0].taken.device.type, _newton_schulz(self.config).segments()
-        limit = self.workspace.block_on(kind)
+        kind, segments = self._device_kind(), _newton_schulz(self.config).segments()
+        limit, itemsize = self.workspace.block_on(kind), matrices[0].outline.itemsize
         return batching.workspace_bytes(
             [matrix.outline for matrix in matrices],
             self.workspace,
             kind,
-            cuts.PER_ELEMENT * matrices[0].dtype.itemsize,
-            [cuts.transient_bytes(m.interval.shape, m.peers, m.dtype.itemsize, segments, limit) for m in matrices],
+            cuts.PER_ELEMENT * itemsize,
+            [cuts.transient_bytes(m.interval.shape, m.peers, itemsize, segments, limit) for m in matrices],
         )
 
     @staticmethod

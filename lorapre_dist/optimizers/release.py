@@ -25,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 
 from ..config import ConfigError
-from ..config.options import RELEASE_UNDER_DEEPSPEED
+from ..config.instead import RELEASE_UNDER_DEEPSPEED
 from ..layouts import detect
 from ..layouts.base import Layout, Unit
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_dist.config import CONFIGS, VARIANTS, ConfigError
-from lorapre_dist.config.options import EMBEDDINGS, OTHER_STATES, STATE_DTYPES, WEIGHTS
+from lorapre_dist.config.options import EMBEDDINGS, OTHER_STATES, STATE_DTYPES, WEIGHTS, WORKS
 from lorapre_dist.training.engines.presets import RECIPES, recipe
 
 from .fitting import mildest
@@ -27,7 +27,7 @@ SMALLEST_MEMORY = 2**20
 # Settings of optimizers that have options of their own here.
 SETTINGS = (
     *("rank", "rank_v", "variant", "target_modules"),
-    *("weights", "release_gradients", "state_dtype", "other_state", "embeddings"),
+    *("weights", "release_gradients", "state_dtype", "other_state", "embeddings", "work"),
 )
 RATES = {
     "flops": "flops of matrix products a second (300e12, 300T)",
@@ -68,6 +68,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--state_dtype", choices=STATE_DTYPES, help="form of the factors between steps (default: fp32)")
     add("--other_state", choices=OTHER_STATES, help="state of 2-D parameters that are no projections (default: adamw)")
     add("--embeddings", choices=EMBEDDINGS, help="low_rank: embedding and head, too (default: full)")
+    add("--work", choices=WORKS, help="how ranks that share matrices divide a step (default: rows)")
     add("--release_gradients", action="store_true", default=None, help="step in the backward pass (ddp, fsdp2, tp)")
     add("--micro_batch", type=int, help="sequences of a forward pass (default: the JSON's, or 1)")
     add("--seq_len", type=int, help="tokens of a sequence; without it activations are not planned for")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lorapre_dist.config import LowRankConfig
-from lorapre_dist.core import arithmetic, batching, forms, spec, traffic
+from lorapre_dist.core import arithmetic, batching, forms, owning, spec, traffic
 from lorapre_dist.core.arithmetic import Work
 from lorapre_dist.core.batching import Limits
 from lorapre_dist.core.interval import Peers, Range, RowInterval, column_block, row_blocks
@@ -20,7 +20,7 @@ from lorapre_dist.core.rules.muon import cuts as muon_cuts
 from lorapre_dist.core.rules.needs import Needs
 from lorapre_dist.core.sizes import Sizes
 from lorapre_dist.core.spec import Axis
-from lorapre_dist.core.traffic import Held
+from lorapre_dist.core.traffic import Collective, Held, Moved
 from lorapre_dist.layouts.geometry.shares import Arrangement, Share
 
 from .request import FP32, Parameter, Part, Request
@@ -36,7 +36,7 @@ def costs(request: Request, arrangement: Arrangement) -> Costs:
         if (settings := request.stepped_as(share)) is not None:
             kinds.setdefault(settings, []).append(share)
     vectors: Any = sum(over_ranks(arrangement, s, numel(s)) for s in arrangement.shares if not request.stepped_as(s))
-    ranks, sent = looked_at(arrangement, int(np.argmax(state))), _Sent(arrangement)
+    ranks, sent = looked_at(arrangement, int(np.argmax(state)), request.optimizer.work == "rows"), _Sent(arrangement)
     # In the order in which they are stepped: the projections, then what has other settings, by their rank.
     for settings in sorted(kinds, key=lambda one: (one != request.optimizer, one.rank)):
         _add(found, sent, request, arrangement, settings, held(request, arrangement, ranks, settings, kinds[settings]))
@@ -69,27 +69,49 @@ def _add(
     """Add what the matrices of some settings take; ``mine`` on each rank that is looked at."""
     needs, kind, stable = rules.of(settings), request.device, settings.variant == "stable"
     limits = Limits.of(needs.sizes, kind, needs.per_element * FP32)
-    ranks = list(mine)
+    ranks, whole = list(mine), settings.work == "matrices" and settings == request.optimizer
     for rank, after in zip(ranks, [*ranks[1:], arrangement.size], strict=True):
-        matrices, same = mine[rank], slice(None) if arrangement.uniform else slice(rank, after)
-        outlines = [m.outline for m in matrices]
+        matrices, same = mine[rank], slice(None) if arrangement.uniform and not whole else slice(rank, after)
+        moving, steps = divided(matrices, needs.sizes, kind) if whole else ([], [matrices])
+        outlines = [[m.outline for m in some] for some in steps]
+        kept = max(batching.kept_bytes(some, needs.sizes, kind, needs.per_element * FP32) for some in outlines)
         workspace = workspace_bytes(matrices, needs, kind)
-        kept = batching.kept_bytes(outlines, needs.sizes, kind, needs.per_element * FP32)
+        if whole:
+            of_step = functools.partial(workspace_bytes, needs=needs, kind=kind)
+            moved = matrices, [m.moved.there for m in matrices], needs.sizes, kind
+            workspace, kept = owning.workspace_bytes(*moved, of_step), kept + owning.buffer_bytes(*moved)
         if request.optimizer.overlap:  # as memory_report() states it
-            workspace = kept = 2 * workspace + sum(batching.overlap_bytes(one, not stable) for one in outlines)
+            more = sum(batching.overlap_bytes(one, not stable) for some in outlines for one in some)
+            workspace = kept = 2 * workspace + more
         found.workspace[same] = np.maximum(found.workspace[same], workspace)
         found.kept[same] = np.maximum(found.kept[same], kept)
-        for one in traffic.collectives(matrices, needs, limits, stable, kind):
+        for one in [*moving, *(c for some in steps for c in traffic.collectives(some, needs, limits, stable, kind))]:
             sent.calls[rank] += one.calls
             if not arrangement.uniform:
                 sent.bytes[one.purpose][same] += one.at(one.peers.index)
-                continue
-            sent.bytes[one.purpose] += one.bytes
-            for index, more in one.more.items():
-                sent.bytes[one.purpose][index] += more
-            if one.each:
-                sent.bytes[one.purpose] += np.asarray(one.each, np.int64)
-        sent.work[rank].add(arithmetic.of_step(matrices, needs, limits, stable, kind))
+            elif rank == ranks[0]:  # of all ranks
+                sent.bytes[one.purpose] += one.bytes
+                for index, more in one.more.items():
+                    sent.bytes[one.purpose][index] += more
+                if one.each:
+                    sent.bytes[one.purpose] += np.asarray(one.each, np.int64)
+        for some in steps:
+            sent.work[rank].add(arithmetic.of_step(some, needs, limits, stable, kind))
+        for one in moving:  # what leaves is packed, and as much unpacked
+            sent.work[rank].add(Work(moved=4.0 * one.at(one.peers.index), calls=4 * one.calls))
+
+
+def divided(matrices: list[Held], sizes: Sizes, kind: str) -> tuple[list[Collective], list[list[Held]]]:
+    """A rank's step by matrices: what moves, and what it steps one after the other."""
+    moving, steps = list[Collective](), [[m for m in matrices if not owning.goes(m)]]
+    for call in sorted({m.call for m in matrices}):
+        some = [m for m in matrices if m.call == call]
+        for of_round in owning.rounds(some, [m.moved.there for m in some], sizes, kind):
+            guests = [(some[k], owner) for k, owner in of_round]
+            moving += traffic.moving(guests)
+            own = [owning.whole(m) for m, owner in guests if m.peers is not None and m.peers.index == owner]
+            steps.append([Held(m.outline, m.interval, None, call) for m in own])
+    return moving, steps
 
 
 def _agreed(request: Request, arrangement: Arrangement) -> dict[str, Array]:
@@ -141,7 +163,7 @@ def _lengths(shape: tuple[int, int], ranges: tuple[Range, ...], columns: tuple[R
     }
 
 
-def workspace_bytes(matrices: list[Held], needs: Needs, kind: str) -> int:
+def workspace_bytes(matrices: Sequence[owning.Lies], needs: Needs, kind: str) -> int:
     """Bound on what a step on a rank's matrices allocates for itself."""
     more, limit = None, needs.sizes.block_on(kind)
     if needs.iterations:
@@ -154,12 +176,15 @@ def workspace_bytes(matrices: list[Held], needs: Needs, kind: str) -> int:
 MOST = 5_000
 
 
-def looked_at(arrangement: Arrangement, fullest: int) -> list[int]:
+def looked_at(arrangement: Arrangement, fullest: int, alike: bool = True) -> list[int]:
     """The ranks whose matrices are looked at, each of which stands for those up to the next one, too.
 
     All of them, as far as :data:`MOST` allows; the fullest one alone where all take part in everything.
+
+    Args:
+        alike: those that take part in everything do the same.
     """
-    if arrangement.uniform:
+    if arrangement.uniform and alike:
         return [fullest]
     every = -(-sum(len(share.ranks) for share in arrangement.shares if len(share.shape) == 2) // MOST)
     return sorted({*range(0, arrangement.size, max(1, every)), fullest})
@@ -182,11 +207,11 @@ def held(
         places = zip(ranks, ranks, strict=True) if whole else enumerate(share.ranks)
         for index, rank in places:
             if rank in found:
-                found[rank].append(_held(settings or request.optimizer, share, index, groups))
+                found[rank].append(_held(settings or request.optimizer, share, index, groups, request.stepped))
     return found
 
 
-def _held(ours: LowRankConfig, share: Share, index: int, groups: dict[Hashable, object]) -> Held:
+def _held(ours: LowRankConfig, share: Share, index: int, groups: dict[Hashable, object], stepped: int) -> Held:
     """A matrix on the rank at a place among those that share it."""
     shape, peers = (share.shape[0], share.shape[1]), None
     at = index if share.shared else 0
@@ -203,7 +228,18 @@ def _held(ours: LowRankConfig, share: Share, index: int, groups: dict[Hashable, 
     of_rows = sum(spec.axis_of(name) is Axis.ROWS for name in ours.vectors)
     of = interval, peers, ranks, statistics, FP32, share.before
     outline = batching.outline(*of, widened=widened, row_statistics=of_rows)
-    return Held(outline, interval, peers, share.call)
+    return Held(outline, interval, peers, share.call, _moved(ours, stepped))
+
+
+@functools.lru_cache(maxsize=64)
+def _moved(ours: LowRankConfig, stepped: int) -> Moved:
+    """What moves of a matrix of weights of so many bytes."""
+    state = spec.of_matrix(ours.ranks, ours.vectors, kept=ours.forms)
+    lost = sum(one.bytes(1) for one in spec.of_rounding(ours.weights).values())
+    by_axis = {axis: sum(one.bytes(1) for one in state.values() if one.axis is axis) for axis in Axis}
+    sent = {one.dtype for one in state.values()} | {{4: "float32", 2: "bfloat16"}[stepped]}
+    of_state = by_axis[Axis.ROWS], by_axis[Axis.COLUMNS]
+    return Moved(2 * stepped + lost, stepped + lost, *of_state, by_axis[Axis.ALL_COLUMNS], len(sent))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from lorapre_dist.config import ConfigError, LoRAPreConfig, LowRankConfig, others
-from lorapre_dist.config.options import RELEASE_UNDER_DEEPSPEED, SIXTEEN
+from lorapre_dist.config.instead import RELEASE_UNDER_DEEPSPEED
+from lorapre_dist.config.options import SIXTEEN
 from lorapre_dist.config.param_groups import explain_no_match, is_low_rank
 from lorapre_dist.layouts.geometry import axes, rows
 from lorapre_dist.layouts.geometry.shares import Share

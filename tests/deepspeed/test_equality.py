@@ -190,6 +190,15 @@ def test_options_reach_the_core(stage, variant, steps):
     )
 
 
+@pytest.mark.parametrize(
+    "stage, precision, optimizer",
+    [(1, "fp32", "LoRAPreMuon"), (2, "bf16", "LoRAPre"), (3, "fp32", "LoRAPreAdafactor"), (3, "bf16", "LoRAPre")],
+)
+def test_steps_by_matrices_match_reference(stage, precision, optimizer, steps):
+    arguments = {"stage": stage, "precision": precision, "optimizer": optimizer, "combos": [(1, 0.5)], "steps": steps}
+    check(run_ranks(3, equality_case, params={"work": "matrices"}, **arguments), steps)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_groups_keep_their_settings(stage, steps):
     """Per-group lr, weight decay, rank and ``rank: 0`` are honoured, also where one schedule drives all groups."""

@@ -17,7 +17,7 @@ from lorapre_dist.core.rules import needs as rules
 from lorapre_dist.planner import Request, Zero, plan
 from lorapre_dist.planner.arrange import arranged
 from lorapre_dist.planner.models import parameters
-from lorapre_dist.planner.ours import held
+from lorapre_dist.planner.ours import divided, held
 from tests.covering import some
 from tests.distributed.harness import close_pools, run_ranks
 
@@ -42,7 +42,9 @@ SIXTEEN = [(layout, 16) for layout in ("zero1", "zero2", "zero3", "fsdp1", "fsdp
 MANY = [*SIXTEEN, *((layout, 64) for layout in ("zero2", "zero3", "fsdp2", "tp"))]
 
 
-def request_of(kind: str, layout: str, world: int, model: str = "llama", **more: Any) -> Request:
+def request_of(
+    kind: str, layout: str, world: int, model: str = "llama", options: dict[str, Any] | None = None, **more: Any
+) -> Request:
     zero = Zero(reduce_bucket_size=BUCKET, **(ZERO3 if layout == "zero3" else {}))
     return Request(
         "small",
@@ -50,7 +52,7 @@ def request_of(kind: str, layout: str, world: int, model: str = "llama", **more:
         layout,
         world,
         "fp32",
-        optimizer=CONFIGS[kind](**OPTIONS[kind]),
+        optimizer=CONFIGS[kind](**OPTIONS[kind], **(options or {})),
         zero=zero,
         cpu=True,
         shard_size=SHARD_SIZE[world],
@@ -105,17 +107,19 @@ def check_flops(request: Request, rank: int, flops: int) -> None:
     arrangement, needs = arranged(request), rules.of(request.optimizer)
     at = rank % arrangement.size
     limits = Limits.of(needs.sizes, "cpu", needs.per_element * 4)
-    mine = held(request, arrangement, [at])[at]
+    steps = [held(request, arrangement, [at])[at]]
+    if request.optimizer.work == "matrices":
+        _, steps = divided(steps[0], needs.sizes, "cpu")
     stable = request.optimizer.variant == "stable"
-    assert arithmetic.of_step(mine, needs, limits, stable, "cpu").products == flops
+    assert sum(arithmetic.of_step(mine, needs, limits, stable, "cpu").products for mine in steps) == flops
 
 
-def check(layout: str, world: int, **arguments: Any) -> None:
-    """Every optimizer on every rank."""
-    zero = ZERO3 if layout == "zero3" else {}
-    ranks = run_ranks(world, counted_case, timeout=300, layout=layout, options=OPTIONS, zero=zero, **arguments)
+def check(layout: str, world: int, options: dict[str, Any] | None = None, **arguments: Any) -> None:
+    """Every optimizer on every rank; ``options`` are of all of them."""
+    zero, each = ZERO3 if layout == "zero3" else {}, {kind: own | (options or {}) for kind, own in OPTIONS.items()}
+    ranks = run_ranks(world, counted_case, timeout=300, layout=layout, options=each, zero=zero, **arguments)
     for kind in OPTIONS:
-        request = request_of(kind, layout, world, **arguments)
+        request = request_of(kind, layout, world, options=options, **arguments)
         usage = plan(request, (kind,))[kind]
         for rank, counted in enumerate(found[kind] for found in ranks):
             at, where = rank % len(usage.total), (kind, layout, world, rank)
@@ -145,6 +149,13 @@ def many_ranks():
 @pytest.mark.parametrize("layout, world", some(MANY, SIXTEEN))
 def test_on_many_ranks(layout, world):
     check(layout, world)
+
+
+@pytest.mark.parametrize(
+    "layout, world", [("zero2", 3), ("zero3", 4), ("fsdp1", 3), ("fsdp2", 4), ("hsdp", 4), ("tp", 3)]
+)
+def test_steps_by_matrices(layout, world):
+    check(layout, world, options={"work": "matrices"})
 
 
 @pytest.mark.parametrize("layout", ["zero2", "zero3", "fsdp2", "ddp"])

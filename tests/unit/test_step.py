@@ -30,6 +30,14 @@ def test_no_number_is_read_back_and_all_is_on_one_device(kind, size, dtype):
     assert found.waits == 0 and not found.mixed
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_nor_by_matrices(kind):
+    with scaling.fake_world(8, 3):
+        found = launches.count(lambda: launches.ours(kind, MODEL, 128, 8, torch.bfloat16, work="matrices"))
+    assert found.total > 100
+    assert found.waits == 0 and not found.mixed
+
+
 @pytest.mark.parametrize("variant", ["stable", "paper"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_nor_with_overlap(kind, variant):
@@ -223,8 +231,8 @@ def test_bench_scaling_and_launches_print_their_tables(capsys):
     few = ["--layers", "1", "--worlds", "1", "2", "--repeats", "1", "--rank", "8", "--parts", "simulate"]
     scaling.main(few)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[-2:]] == ["1", "2"]
-    assert 0 < float(lines[-1].split()[3]) < 1.2
+    assert [line.split()[:-4] for line in lines[-3:]] == [["1"], ["rows", "2"], ["matrices", "2"]]
+    assert 0 < float(lines[-1].split()[4]) < 1.2
     launches.main(["--rank", "8", "--operations"])
     out = capsys.readouterr().out
     assert all(kind in out for kind in OPTIMIZERS) and "row shards, 8 ranks" in out

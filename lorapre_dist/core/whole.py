@@ -1,0 +1,249 @@
+"""A step by whole matrices (``work="matrices"``): each one that ranks share is stepped by one of them, its owner.
+
+By rows every rank takes all of every ``A`` in and gives its part of every ``Z`` away: ``2 r q`` numbers a moment, of
+each matrix, however many ranks there are. Its rows are ``p q / N`` numbers. So where a rank holds fewer rows than the
+factors' ranks, it is less to bring a matrix together on one rank, let that step it as if it were its own, and send the
+weights and the state back to where they lie. Nothing but the step knows of it.
+
+What goes there and comes back is the same, but for the gradient, so each way is the other one's mirror image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import rounding, step
+from .comm import Comm, unpack
+from .exchange import Item, by_group
+from .factors import Factors, Matrix, sampled_places
+from .guard import bounds
+from .interval import Peers, Range, RowInterval, column_block
+from .owning import goes, rounds
+from .spec import Axis, axis_of
+from .step import Rule
+from .workspace import Workspace
+
+#: For each rank, tensors in an order that both sides know.
+Lists = list[list[Tensor]]
+
+
+def by_matrices(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace) -> None:
+    """One step of every matrix in ``items``, in place, as :func:`.step.step` takes it; collective over their peers."""
+    matrices = [item.matrix for item in items]
+    element = [element_bytes(item.matrix, item.theta.element_size()) for item in items]
+    for some in rounds(matrices, element, workspace, matrices[0].taken.device.type if items else "cpu"):
+        guests = [_Guest(items[k], owner) for k, owner in some]
+        own = _make_room([guest for guest in guests if guest.is_mine], workspace)
+        _move(guests, comm, workspace)
+        _look(own)
+        step.step(own, rule, comm, workspace)
+        _move(guests, comm, workspace, back=True)
+        for guest in guests:
+            guest.matrix.taken.add_(guest.item.go.value)
+    step.step([item for item in items if not goes(item.matrix)], rule, comm, workspace)
+
+
+def element_bytes(matrix: Matrix, itemsize: int) -> int:
+    """Bytes that an owner is sent of each element: weight and gradient, of so many each, and bits that it lacks."""
+    return 2 * itemsize + sum(x.element_size() for x in matrix.rounding.moving())
+
+
+def _look(items: Sequence[Item]) -> None:
+    """Say how large each whole gradient is at most; let ``A`` lie as in one process, for products of the same bits."""
+    for item, largest in zip(items, bounds([item.grad for item in items]) if items else (), strict=True):
+        item.largest = largest
+        for factors in item.matrix.factors.values():
+            factors.A = factors.A.contiguous()
+
+
+@dataclass
+class _Guest:
+    """A matrix on its way: ``item`` is what this rank holds of it, ``whole`` all of it, on its owner."""
+
+    item: Item
+    owner: int
+    whole: Item | None = None
+
+    @property
+    def matrix(self) -> Matrix:
+        """As this rank holds it."""
+        return self.item.matrix
+
+    @property
+    def peers(self) -> Peers:
+        """The ranks that share it."""
+        assert self.matrix.peers is not None
+        return self.matrix.peers
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this rank is its owner."""
+        return self.peers.index == self.owner
+
+    def here(self, back: bool) -> list[Tensor]:
+        """What of it lies on this rank, in parts."""
+        found = _elements(self.item, back)
+        if self.peers.columns is not None:
+            transfer = self.matrix.transfer(self.owner)
+            found = [part for x in found for part in transfer.in_piece(x, self.owner)]
+        return [*found, *(x for _, x in _state(self.matrix, back))]
+
+    def there(self, back: bool) -> Lists:
+        """The same of every rank, as parts of the whole."""
+        assert self.whole is not None
+        peers, shape = self.peers, self.matrix.interval.shape
+        ranks, found = range(self.matrix.parts), list[Sequence[Sequence[Tensor]]]()
+        for x in _elements(self.whole, back):
+            if peers.columns is None:
+                found.append(_cut(x, peers.ranges))
+            else:
+                transfer = self.matrix.transfer(self.owner)
+                found.append([transfer.in_target(x.view(shape), k) for k in ranks])
+        blocks = {Axis.ROWS: peers.row_blocks(shape), Axis.ALL_COLUMNS: [(0, shape[1]) for _ in ranks]}
+        blocks[Axis.COLUMNS] = [column_block(shape[1], len(ranks), k) for k in ranks]
+        found += [_cut(x, blocks[axis]) for axis, x in _state(self.whole.matrix, back)]
+        return [[part for some in of_rank for part in some] for of_rank in zip(*found, strict=True)]
+
+
+def _cut(x: Tensor, blocks: Sequence[Range]) -> list[list[Tensor]]:
+    """What each rank has of a tensor, whose first dimension lies on the ranks in ``blocks``."""
+    sizes = [high - low for low, high in blocks]
+    if sum(sizes) > len(x):  # some rows are on several ranks
+        return [[x[low:high]] for low, high in blocks]
+    if x.ndim == 1 or not x.is_contiguous():
+        return [[part] for part in x.split(sizes)]
+    return [[part] for part in x.view(-1).split([size * x.shape[1] for size in sizes])]
+
+
+def _elements(item: Item, back: bool) -> list[Tensor]:
+    """What there is for each element of a piece: weights, bits that they lack and, on the way there, gradients."""
+    return [item.theta, *item.matrix.rounding.moving(), *(() if back else (item.grad,))]
+
+
+def _state(matrix: Matrix, back: bool) -> list[tuple[Axis, Tensor]]:
+    """The low-rank state, with A's columns as rows; what every rank has whole comes back alone."""
+    found = []
+    for factors in matrix.factors.values():
+        found += [(Axis.ROWS, factors.B), (Axis.COLUMNS, factors.A.mT)]
+    found += [(axis_of(key), x) for key, x in matrix.vectors.items()]
+    return [(axis, x) for axis, x in found if back or axis is not Axis.ALL_COLUMNS]
+
+
+# room ---------------------------------------------------------------------------------------------------------------
+
+
+def _make_room(guests: Sequence[_Guest], workspace: Workspace) -> list[Item]:
+    """Let each guest have room for all of it, in buffers that the next round uses again."""
+    needed: dict[torch.dtype, int] = {}
+
+    def count(shape: Sequence[int], like: Tensor) -> Tensor:
+        needed[like.dtype] = needed.get(like.dtype, 0) + torch.Size(shape).numel()
+        return like
+
+    for guest in guests:
+        _whole(guest.item, count)
+    parts = {dtype: _Parts(workspace, "whole", size, guests[0].item.theta, dtype) for dtype, size in needed.items()}
+    for guest in guests:
+        guest.whole = _whole(guest.item, lambda shape, like: parts[like.dtype].take(shape))
+    return [guest.whole for guest in guests if guest.whole is not None]
+
+
+def _whole(item: Item, new: Callable[[Sequence[int], Tensor], Tensor]) -> Item:
+    """All of a matrix, in tensors that ``new`` makes of shapes; what every rank has of it is there."""
+    matrix, (p, q) = item.matrix, item.matrix.interval.shape
+    interval = RowInterval(matrix.interval.name, (p, q), 0, p * q)
+
+    def rows(x: Tensor) -> Tensor:
+        return new((p, *x.shape[1:]), x)
+
+    def columns(x: Tensor) -> Tensor:  # so that a rank's block lies in one run
+        return new((q, x.shape[0]), x).mT
+
+    made = replace(
+        matrix,
+        interval=interval,
+        peers=None,
+        factors={moment: Factors(rows(f.B), columns(f.A)) for moment, f in matrix.factors.items()},
+        vectors={k: x.clone() if axis_of(k) is Axis.ALL_COLUMNS else rows(x) for k, x in matrix.vectors.items()},
+        taken=matrix.taken.clone(),
+        sampled=sampled_places(interval, matrix.taken.device),
+        rounding=rounding.of_whole(matrix.rounding, p * q),
+    )
+    theta, grad = (new((p * q,), x) for x in (item.theta, item.grad))
+    return replace(item, matrix=made, theta=theta, grad=grad, look=None, size=None)
+
+
+class _Parts:
+    """A buffer of the workspace, part by part."""
+
+    def __init__(self, workspace: Workspace, label: str, size: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.buffer, self.at = workspace.take(label, (size,), like.new_empty(0, dtype=dtype)), 0
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        """The next part."""
+        begin = self.at
+        self.at += torch.Size(shape).numel()
+        return self.buffer[begin : self.at].view(*shape)
+
+
+# moving -------------------------------------------------------------------------------------------------------------
+
+
+def _move(guests: Sequence[_Guest], comm: Comm, workspace: Workspace, back: bool = False) -> None:
+    """Bring matrices together on their owners, or ``back``: an all-to-all for each group and type of numbers."""
+    purpose = "return matrices" if back else "gather matrices"
+    exchanges = [one for group, some in by_group(guests) for one in _exchanges(group, some, back)]
+    room = {}
+    for dtype in {one.dtype for one in exchanges}:
+        totals = [sum(sum(one.counts[side]) for one in exchanges if one.dtype == dtype) for side in (0, 1)]
+        labelled = zip(("leaving", "arriving"), totals, strict=True)
+        room[dtype] = [_Parts(workspace, *of, guests[0].item.theta, dtype) for of in labelled]
+    waits = []
+    for one in exchanges:
+        sent, received = (parts.take((sum(n),)) for parts, n in zip(room[one.dtype], one.counts, strict=True))
+        flat = [x if x.ndim == 1 else x.reshape(-1) for some in one.leaving for x in some]
+        if flat:
+            torch.cat(flat, out=sent)
+        waits.append((comm.exchange(sent, received, one.counts, one.group, purpose), one.arriving))
+    for wait, arriving in waits:
+        unpack(wait(), [x for some in arriving for x in some])
+
+
+@dataclass
+class _Exchange:
+    """What the ranks of a group send each other, of one type: by rank what leaves for it and what comes from it."""
+
+    group: Any
+    dtype: torch.dtype
+    leaving: Lists
+    arriving: Lists
+
+    def __post_init__(self) -> None:
+        self.counts = [[sum(x.numel() for x in some) for some in side] for side in (self.leaving, self.arriving)]
+
+
+def _exchanges(group: Any, guests: Sequence[_Guest], back: bool) -> Iterator[_Exchange]:
+    """Those of a group; what stays on this rank is copied."""
+    peers = guests[0].peers
+    here: Lists = [[] for _ in peers.ranges]
+    there: Lists = [[] for _ in peers.ranges]
+    types: dict[torch.dtype, None] = {}  # in an order that is the same on every rank
+    for guest in guests:
+        parts = guest.here(back)
+        here[guest.owner] += parts
+        types |= dict.fromkeys(x.dtype for x in parts)
+        if guest.is_mine:
+            there = [[*so_far, *some] for so_far, some in zip(there, guest.there(back), strict=True)]
+    own, mine = here[peers.index], there[peers.index]
+    if own:
+        mine = [x.view(to.shape) for x, to in zip(mine, own, strict=True)]
+        torch._foreach_copy_(*((own, mine) if back else (mine, own)))
+    here[peers.index], there[peers.index] = [], []
+    for dtype in types:
+        sides = [[[x for x in some if x.dtype == dtype] for some in side] for side in (here, there)]
+        yield _Exchange(group, dtype, *(reversed(sides) if back else sides))

@@ -1,0 +1,89 @@
+"""What runs on the ranks of the tests of steps by whole matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lorapre_dist.optimizers import OPTIMIZERS
+from lorapre_dist.optimizers.base import LowRankOptimizer
+
+from .native_cases import OPTIONS, Net, batch_of, dense_path, full_parameters, wrapped
+from .weights_cases import given_gradients, snapshot
+
+MATRICES = {"work": "matrices"}
+TYPES = {"stochastic": torch.bfloat16, "kahan": torch.bfloat16}
+
+
+def bits_case(
+    rank: int, world_size: int, *, layout: str, optimizer: str, options: dict[str, Any], bucket: int | None, steps: int
+) -> list[str]:
+    """Names of the weights and, on rank 0, of the state whose bits are not those of one process with these gradients.
+
+    Each matrix is stepped by itself: products of a stack have other bits, and another process has other stacks.
+    """
+    found = []
+    for where in ("one device", layout):
+        model: Any = Net().to(TYPES.get(options.get("weights", ""), torch.float32))
+        if where != "one device":
+            model = wrapped(where, model, world_size)
+        of = OPTIMIZERS[optimizer](model.named_parameters(), **{**OPTIONS[optimizer], **MATRICES, **options})
+        of.workspace = replace(of.workspace, fewest=10**9, **({"bucket": bucket} if bucket else {}))
+        for step in range(steps):
+            given_gradients(model, of, step)
+            of.step()
+        found.append(snapshot(where, model, of))
+        if where != "one device":
+            assert {"gather matrices", "return matrices"} <= set(of.comm.calls) <= {"finite", *_MOVES}
+    return [name for name in found[1] if found[0][name] != found[1][name]]
+
+
+_MOVES = ("gather matrices", "return matrices")
+
+
+def turns_case(rank: int, world_size: int, *, layout: str, optimizer: str, steps: int) -> float:
+    """By rows and by matrices in turns; the distance to the reference."""
+    model = wrapped(layout, Net(torch.float64), world_size)
+    of = OPTIMIZERS[optimizer](model.named_parameters(), **OPTIONS[optimizer])
+    for step in range(steps):
+        of.param_groups[0]["work"] = ("rows", "matrices")[step % 2]
+        of.zero_grad()
+        model(batch_of(step, torch.float64)).backward()
+        of.step()
+    got, want = full_parameters(layout, model), dense_path(steps, optimizer, OPTIONS[optimizer])
+    return max(float((got[n] - want[n]).norm() / want[n].norm()) for n in want)
+
+
+def skip_case(rank: int, world_size: int, *, layout: str, optimizer: str, on_device: bool) -> list[str]:
+    """What a step changes whose gradient is not finite on one rank; and whether the next one changes something."""
+    kind: type[LowRankOptimizer] = OPTIMIZERS[optimizer]
+    model = wrapped(layout, Net(), world_size)
+    of = kind(model.named_parameters(), **OPTIONS[optimizer], **MATRICES)
+    of._decides_on_device = on_device
+    taken = []
+    for step in range(3):
+        given_gradients(model, of, step)
+        before = snapshot(layout, model, of)
+        if step == 1 and rank == world_size - 1:
+            for p in model.parameters():
+                local = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+                if local is not None and local.numel():
+                    local.view(-1)[0] = torch.nan
+                    break
+        of.step()
+        taken.append([name for name, bits in snapshot(layout, model, of).items() if bits != before[name]])
+    assert of.skipped_steps == 1 and taken[0] and taken[2]
+    return taken[1]
+
+
+def memory_case(rank: int, world_size: int, *, optimizer: str, bucket: int) -> tuple[int, int]:
+    """Bytes of the buffers that steps leave in the workspace, and the bound on what they allocate."""
+    model = wrapped("fsdp2", Net(), world_size)
+    of = OPTIMIZERS[optimizer](model.named_parameters(), **OPTIONS[optimizer], **MATRICES)
+    of.workspace = replace(of.workspace, bucket=bucket)
+    for step in range(2):
+        given_gradients(model, of, step)
+        of.step()
+    return sum(x.nbytes for x in of.workspace.buffers.values()), of.memory_report().workspace_bytes
