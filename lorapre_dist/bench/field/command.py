@@ -30,7 +30,9 @@ def main(argv: list[str], purpose: str) -> None:
     args = _parse(argv, purpose)
     extras.need("train")
     seeds, lrs = tuple(args.seeds), tuple(args.lrs)
-    protocol = plan.Protocol(_training(args), args.steps, args.screen_steps, seeds, lrs, args.points)
+    protocol = plan.Protocol(
+        _training(args), args.steps, args.screen_steps, seeds, lrs, args.points, args.point_sequences
+    )
     store = Store(Path(args.out) / NAME)
     if args.report and not store.path.is_file():
         raise ConfigError(
@@ -116,6 +118,9 @@ def _parse(argv: list[str], purpose: str) -> argparse.Namespace:
     parser.add_argument("--screen_steps", type=int, default=300, help="of those that look for the lr (default: 300)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and data (default: 0 1 2)")
     parser.add_argument("--points", type=int, default=10, help="of the long runs' curves (default: 10)")
+    parser.add_argument(
+        "--point_sequences", type=int, default=64, help="held-out sequences that a point is of (default: 64; 0: all)"
+    )
     parser.add_argument("--lrs", type=float, nargs="+", default=[], help="to begin with in place of a row's own")
     parser.add_argument("--model", default=kept.model, help=f"a preset (default: {kept.model})")
     parser.add_argument("--dataset", default=kept.dataset, help="as in launch/pretrain.py (default: the built-in text)")
@@ -140,6 +145,8 @@ def _parse(argv: list[str], purpose: str) -> argparse.Namespace:
     for name in ("steps", "screen_steps", "points", "batch", "seq_len", "jobs", "threads"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.point_sequences < 0:
+        raise ConfigError(f"--point_sequences {args.point_sequences}: must be at least 0")
     if any(not 0 < lr < math.inf for lr in args.lrs):
         raise ConfigError(f"--lrs {' '.join(map(str, args.lrs))}: must be positive numbers")
     for name in ("rows", "seeds", "lrs"):

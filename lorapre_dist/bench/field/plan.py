@@ -31,6 +31,7 @@ class Protocol:
         screen_steps: of the runs that look for the lr, with the first seed.
         lrs: in place of each contender's own; one alone is used as it is.
         points: of the long runs' curves.
+        point_sequences: see :class:`.setting.Setting`.
     """
 
     training: Training
@@ -39,6 +40,7 @@ class Protocol:
     seeds: tuple[int, ...]
     lrs: tuple[float, ...] = ()
     points: int = 10
+    point_sequences: int = 64
 
     def screen(self, contender: str, lr: float) -> Setting:
         """The short run that tries a learning rate."""
@@ -46,7 +48,7 @@ class Protocol:
 
     def final(self, contender: str, lr: float, seed: int) -> Setting:
         """The long run of a seed."""
-        return self._run(contender, lr, seed, self.steps, self.points)
+        return replace(self._run(contender, lr, seed, self.steps, self.points), point_sequences=self.point_sequences)
 
     def _run(self, contender: str, lr: float, seed: int, steps: int, points: int) -> Setting:
         kept = replace(self.training, warmup=min(self.training.warmup, steps // SHARE_OF_WARMUP))

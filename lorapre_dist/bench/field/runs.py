@@ -21,8 +21,6 @@ from .registry import contender
 from .setting import Setting
 from .store import Record
 
-#: Held-out sequences on which a curve's points are evaluated; the loss at the end is that of all.
-ON_THE_WAY = 64
 #: The step whose allocations are followed: state has been made in the first.
 WATCHED = 2
 
@@ -87,7 +85,7 @@ def _measured(setting: Setting, chosen: Contender, place: Place) -> Record:
     curve = {}
     for number, _ in training.steps(task, model, optimizer, place.micro_batch, step):
         if number % every == 0:
-            curve[str(number)] = loss_on(task.held_out[:ON_THE_WAY])
+            curve[str(number)] = loss_on(task.held_out[: setting.point_sequences or None])
     # Neither the first step, which makes the state, nor the watched one says how long a step takes.
     seconds = optimizer.seconds[WATCHED:] or optimizer.seconds
     return {

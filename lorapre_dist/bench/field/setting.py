@@ -19,6 +19,7 @@ class Setting(Training):
         seed: of the first weights and the order of the data.
         steps: optimizer steps.
         points: at how many of them, evenly spread, the held-out loss is looked at; 0: at the end alone.
+        point_sequences: held-out sequences that such a loss is of; 0: all, as at the end.
     """
 
     contender: str = ""
@@ -26,6 +27,7 @@ class Setting(Training):
     seed: int = 0
     steps: int = 0
     points: int = 0
+    point_sequences: int = 64
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Setting:
