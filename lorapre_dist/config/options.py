@@ -142,9 +142,7 @@ class LowRankConfig:
         if self.overlap_limit is not None:
             integer("overlap_limit", self.overlap_limit, low=0)
         if self.overlap and self.work == "matrices":
-            raise ConfigError(
-                "overlap=true with work='matrices': a matrix's owner has nothing to wait for; leave it out"
-            )
+            raise ConfigError("overlap=true with work='matrices': overlap is for steps by rows; leave one of them out")
         if self.overlap and (self.release_gradients or self.state_dtype != "fp32"):
             other = "release_gradients=true" if self.release_gradients else f"state_dtype={self.state_dtype!r}"
             raise ConfigError(f"overlap=true with {other}: one is for time, the other for memory: leave one out")

@@ -51,6 +51,19 @@ def test_layouts_without_deepspeed_match_the_reference_in_fp64(world, layout, op
         assert result["error"] <= 1e-10, (result["name"], result["error"])
 
 
+@pytest.mark.parametrize("layout, optimizer", [("fsdp2", "LoRAPreMuon"), (3, "LoRAPre")])
+def test_steps_by_matrices_match_the_reference(world, layout, optimizer):
+    options = {"work": "matrices"}
+    if layout == "fsdp2":
+        arguments = {"layout": layout, "dtype": torch.float64, "steps": 3, "optimizer": optimizer, "options": options}
+        for result in run_ranks(world, native_cases.equality_case, TIMEOUT, **arguments):
+            assert result["error"] <= 1e-10, (result["name"], result["error"])
+    else:
+        arguments = {"stage": layout, "precision": "fp32", "steps": 3, "combos": [(1, 0.5)], "params": options}
+        for result in run_ranks(world, equality_case, TIMEOUT, optimizer=optimizer, **arguments):
+            assert max(combo["error"] for combo in result) <= 1e-5
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_overlap_gives_the_same_bits(world, stage):
     for result in run_ranks(world, overlap_case, TIMEOUT, stage=stage, optimizers=["LoRAPre"], folder=None):
