@@ -7,8 +7,8 @@ lie in even row shards, as under FSDP2 and ZeRO-3. The arithmetic is real, colle
 all-gather this rank's own block for all others, of a reduce-scatter its own part. ``efficiency`` is the time of one
 process over N times that of the rank. Beside it the least that is left when all is dealt out evenly but what a rank
 must receive (``floor``): the time of one process over N, plus a copy of the ``r q`` numbers of every ``A``. With
-``--work matrices`` that is a copy of what it owns (weights, gradients and state) and of its parts of what comes back,
-and whole matrices are dealt out, of which there may be fewer than ranks.
+``--work matrices`` that is a copy of what it owns (gradients and state) and of its parts of what comes back (changes
+and state), and whole matrices are dealt out, of which there may be fewer than ranks.
 
 ``chain``: real gloo ranks of this machine with a flat buffer cut into equal parts, as under ZeRO-2: each shares one
 matrix with the rank before it and one with the next. Every row block sleeps, and every bucket holds one matrix. If
@@ -228,8 +228,8 @@ def copying(kind: str, shapes: Shapes, rank: int, size: int, work: str) -> float
     """CPU seconds of copying once what a rank must receive, on average."""
     ranks = OPTIMIZERS[kind].config_class(rank=rank).ranks.values()
     blocks = [r * q for _, (_, q) in shapes for r in ranks]
-    if work == "matrices":  # of each owned matrix weights, gradient and factors; of its part of all what comes back
-        blocks = [(3 * p * q + 2 * (p + q) * sum(ranks)) // size for _, (p, q) in shapes]
+    if work == "matrices":  # of each owned matrix gradient and factors; of its part of all changes and factors
+        blocks = [(2 * p * q + 2 * (p + q) * sum(ranks)) // size for _, (p, q) in shapes]
     tensors, found = [torch.randn(n) for n in blocks], []
     for _ in range(5):
         begin = time.process_time()

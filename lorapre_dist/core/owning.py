@@ -56,7 +56,7 @@ def rounds(matrices: Sequence[Lies], element: Sequence[int], sizes: Sizes, kind:
     What others share goes in the same rounds, or ranks that wait for each other there would wait in a chain.
 
     Args:
-        element: bytes of weight and gradient for each element of a matrix.
+        element: bytes of gradient and change for each element of a matrix.
         kind: of device.
     """
     groups: dict[int, list[int]] = {}
@@ -154,14 +154,15 @@ def workspace_bytes(
 
 
 def buffer_bytes(matrices: Sequence[Lies], element: Sequence[int], sizes: Sizes, kind: str) -> int:
-    """Bytes of the buffers that are used again: of whole matrices, and of what leaves and arrives."""
-    most = (0, 0)
+    """Bytes of the buffers that are used again: of whole matrices, of what leaves and arrives, and of changes here."""
+    most = (0, 0, 0)
     for some in rounds(matrices, element, sizes, kind):
         size = {k: _bytes(matrices[k].outline, element[k]) for k, _ in some}
         own = sum(size[k] for k, owner in some if owner == _place(matrices[k]))
         parts = sum(-(-size[k] // matrices[k].outline.parts) for k, _ in some)
-        most = max(most[0], own), max(most[1], own, parts)
-    return most[0] + 2 * most[1]
+        here = sum(matrices[k].interval.numel * matrices[k].outline.itemsize for k, _ in some)
+        most = max(most[0], own), max(most[1], own, parts), max(most[2], here)
+    return most[0] + 2 * most[1] + most[2]
 
 
 def _place(one: Lies) -> int:

@@ -49,10 +49,6 @@ class Rounding:
         """State by name."""
         return {}
 
-    def moving(self) -> list[Tensor]:
-        """The same for each element of the piece (1-D), in a type that every backend sends."""
-        return []
-
 
 @dataclass
 class Stochastic(Rounding):
@@ -114,10 +110,6 @@ class Kahan(Rounding):
         """The difference by its name, as bytes (n x 2): no backend sends 16-bit integers."""
         return {COMPENSATION: self.low.view(torch.uint8).view(-1, 2)}
 
-    def moving(self) -> list[Tensor]:
-        """The difference; its bits are taken for a bf16 number's."""
-        return [self.low.view(torch.bfloat16)]
-
     def _part(self, theta: Tensor, at: int) -> Tensor:
         if theta.ndim == 1:
             return self.low[at : at + len(theta)]
@@ -167,10 +159,3 @@ def stacked(each: Sequence[Any]) -> Stochastic:
     keys = [one.keys for one in each]
     made: Stochastic = replace(each[0], keys=torch.stack(keys) if len(keys) > 1 else keys[0][None])
     return made
-
-
-def of_whole(piece: Rounding, numel: int) -> Rounding:
-    """That of all of a parameter (of ``numel`` elements), from that of a piece of it; without the piece's state."""
-    if isinstance(piece, Stochastic):
-        return replace(piece, start=0, width=1, stride=1, phase=0)
-    return Kahan(piece.low.new_empty(numel)) if isinstance(piece, Kahan) else piece

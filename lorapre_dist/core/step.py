@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -50,6 +50,10 @@ class Rule(Protocol):
     @property
     def regression(self) -> Regression:
         """How its factors follow the gradient."""
+
+    @property
+    def decay(self) -> Any:
+        """What weights lose in a step, beside the update: a number, or 0-d."""
 
     @property
     def boundary_sums(self) -> int:

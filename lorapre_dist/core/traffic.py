@@ -27,10 +27,10 @@ class Moved:
     """Bytes of a matrix that move to its owner and back where it is stepped whole.
 
     Attributes:
-        there, back: of each element.
+        there, back: of each element: of the gradient, and of the weight's change.
         row, column: of the state that lies with each row, and with each column.
         whole: of what every rank has of each column, which comes back alone.
-        types: of numbers there are so many, each of which is sent by itself.
+        types: of numbers that go there there are so many, each of which is sent by itself.
     """
 
     there: int = 0

@@ -2,28 +2,32 @@
 
 By rows every rank takes all of every ``A`` in and gives its part of every ``Z`` away: ``2 r q`` numbers a moment, of
 each matrix, however many ranks there are. Its rows are ``p q / N`` numbers. So where a rank holds fewer rows than the
-factors' ranks, it is less to bring a matrix together on one rank, let that step it as if it were its own, and send the
-weights and the state back to where they lie. Nothing but the step knows of it.
+factors' ranks, it is less to bring gradient and state together on one rank, let that step the matrix as if it were its
+own, and send back by what the weights change, and the state. Nothing but the step knows of it.
 
-What goes there and comes back is the same, but for the gradient, so each way is the other one's mirror image.
+The owner steps weights that are 0 and do not decay: what they are then is the change. What comes back lies as what has
+gone there, so each way is the other one's mirror image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import rounding, step
+from . import step
 from .comm import Comm, unpack
 from .exchange import Item, by_group
 from .factors import Factors, Matrix, sampled_places
 from .guard import bounds
 from .interval import Peers, Range, RowInterval, column_block
 from .owning import goes, rounds
+from .rounding import Rounding
 from .spec import Axis, axis_of
 from .step import Rule
 from .workspace import Workspace
@@ -35,39 +39,66 @@ Lists = list[list[Tensor]]
 def by_matrices(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace) -> None:
     """One step of every matrix in ``items``, in place, as :func:`.step.step` takes it; collective over their peers."""
     matrices = [item.matrix for item in items]
-    element = [element_bytes(item.matrix, item.theta.element_size()) for item in items]
+    element = [element_bytes(item.matrix, item.grad.element_size()) for item in items]
     for some in rounds(matrices, element, workspace, matrices[0].taken.device.type if items else "cpu"):
         guests = [_Guest(items[k], owner) for k, owner in some]
-        own = _make_room([guest for guest in guests if guest.is_mine], workspace)
+        own = _make_room(guests, workspace)
         _move(guests, comm, workspace)
         _look(own)
         step.step(own, rule, comm, workspace)
         _move(guests, comm, workspace, back=True)
-        for guest in guests:
-            guest.matrix.taken.add_(guest.item.go.value)
+        _change(guests, rule.decay, workspace)
     step.step([item for item in items if not goes(item.matrix)], rule, comm, workspace)
 
 
 def element_bytes(matrix: Matrix, itemsize: int) -> int:
-    """Bytes that an owner is sent of each element: weight and gradient, of so many each, and bits that it lacks."""
-    return 2 * itemsize + sum(x.element_size() for x in matrix.rounding.moving())
+    """Bytes of each element on its owner: of the gradient so many, and of the change."""
+    return itemsize + matrix.dtype.itemsize
 
 
 def _look(items: Sequence[Item]) -> None:
     """Say how large each whole gradient is at most; let ``A`` lie as in one process, for products of the same bits."""
     for item, largest in zip(items, bounds([item.grad for item in items]) if items else (), strict=True):
         item.largest = largest
+        item.theta.zero_()
         for factors in item.matrix.factors.values():
             factors.A = factors.A.contiguous()
 
 
+def _change(guests: Sequence[_Guest], decay: Any, workspace: Workspace) -> None:
+    """What has come back to the weights; in 16 bits they are widened part by part."""
+    go, dtype = guests[0].item.go, guests[0].change.dtype
+    kept = 1 if not isinstance(decay, Tensor) and not decay else go.keep(1 - decay, dtype)
+    plain = [guest for guest in guests if guest.item.theta.dtype == dtype and guest.item.theta.numel()]
+    if plain:
+        weights = [guest.item.theta for guest in plain]
+        if isinstance(kept, Tensor) or kept != 1:
+            torch._foreach_mul_(weights, kept)
+        torch._foreach_add_(weights, [guest.change for guest in plain])
+    size = workspace.block_on(guests[0].item.theta.device.type) // dtype.itemsize
+    for guest in guests:
+        theta, rounding = guest.item.theta, guest.matrix.rounding
+        for at in range(0, theta.numel() if theta.dtype != dtype else 0, size):
+            part = theta[at : at + size]
+            wide = rounding.wide(part, at, dtype)
+            rounding.put(wide.mul_(kept).add_(guest.change[at : at + size]), part, at)
+        guest.matrix.taken.add_(go.value)
+
+
 @dataclass
 class _Guest:
-    """A matrix on its way: ``item`` is what this rank holds of it, ``whole`` all of it, on its owner."""
+    """A matrix on its way.
+
+    Attributes:
+        item: what this rank holds of it.
+        whole: all of it, on its owner, with weights that are their change.
+        change: this rank's piece of that (1-D).
+    """
 
     item: Item
     owner: int
-    whole: Item | None = None
+    whole: Item | None = field(init=False, default=None)
+    change: Tensor = field(init=False)
 
     @property
     def matrix(self) -> Matrix:
@@ -87,23 +118,19 @@ class _Guest:
 
     def here(self, back: bool) -> list[Tensor]:
         """What of it lies on this rank, in parts."""
-        found = _elements(self.item, back)
-        if self.peers.columns is not None:
-            transfer = self.matrix.transfer(self.owner)
-            found = [part for x in found for part in transfer.in_piece(x, self.owner)]
+        x = self.change if back else self.item.grad
+        found = [x] if self.peers.columns is None else self.matrix.transfer(self.owner).in_piece(x, self.owner)
         return [*found, *(x for _, x in _state(self.matrix, back))]
 
     def there(self, back: bool) -> Lists:
         """The same of every rank, as parts of the whole."""
         assert self.whole is not None
         peers, shape = self.peers, self.matrix.interval.shape
-        ranks, found = range(self.matrix.parts), list[Sequence[Sequence[Tensor]]]()
-        for x in _elements(self.whole, back):
-            if peers.columns is None:
-                found.append(_cut(x, peers.ranges))
-            else:
-                transfer = self.matrix.transfer(self.owner)
-                found.append([transfer.in_target(x.view(shape), k) for k in ranks])
+        ranks, x = range(self.matrix.parts), self.whole.theta if back else self.whole.grad
+        if peers.columns is None:
+            found = [_cut(x, peers.ranges)]
+        else:
+            found = [[self.matrix.transfer(self.owner).in_target(x.view(shape), k) for k in ranks]]
         blocks = {Axis.ROWS: peers.row_blocks(shape), Axis.ALL_COLUMNS: [(0, shape[1]) for _ in ranks]}
         blocks[Axis.COLUMNS] = [column_block(shape[1], len(ranks), k) for k in ranks]
         found += [_cut(x, blocks[axis]) for axis, x in _state(self.whole.matrix, back)]
@@ -120,11 +147,6 @@ def _cut(x: Tensor, blocks: Sequence[Range]) -> list[list[Tensor]]:
     return [[part] for part in x.view(-1).split([size * x.shape[1] for size in sizes])]
 
 
-def _elements(item: Item, back: bool) -> list[Tensor]:
-    """What there is for each element of a piece: weights, bits that they lack and, on the way there, gradients."""
-    return [item.theta, *item.matrix.rounding.moving(), *(() if back else (item.grad,))]
-
-
 def _state(matrix: Matrix, back: bool) -> list[tuple[Axis, Tensor]]:
     """The low-rank state, with A's columns as rows; what every rank has whole comes back alone."""
     found = []
@@ -138,44 +160,53 @@ def _state(matrix: Matrix, back: bool) -> list[tuple[Axis, Tensor]]:
 
 
 def _make_room(guests: Sequence[_Guest], workspace: Workspace) -> list[Item]:
-    """Let each guest have room for all of it, in buffers that the next round uses again."""
-    needed: dict[torch.dtype, int] = {}
-
-    def count(shape: Sequence[int], like: Tensor) -> Tensor:
-        needed[like.dtype] = needed.get(like.dtype, 0) + torch.Size(shape).numel()
-        return like
-
-    for guest in guests:
-        _whole(guest.item, count)
-    parts = {dtype: _Parts(workspace, "whole", size, guests[0].item.theta, dtype) for dtype, size in needed.items()}
-    for guest in guests:
-        guest.whole = _whole(guest.item, lambda shape, like: parts[like.dtype].take(shape))
+    """Let each guest have room for all of it on its owner, and for its change, in buffers that are used again."""
+    of = {"whole": [guest for guest in guests if guest.is_mine], "change": guests}
+    needed: dict[tuple[str, torch.dtype], int] = defaultdict(int)
+    for label, some in of.items():
+        for guest in some:
+            for shape, dtype in _shapes(guest, label):
+                needed[label, dtype] += prod(shape)
+    like = guests[0].item.theta
+    parts = {(label, dtype): _Parts(workspace, label, n, like, dtype) for (label, dtype), n in needed.items()}
+    for label, some in of.items():
+        for guest in some:
+            room = iter([parts[label, dtype].take(shape) for shape, dtype in _shapes(guest, label)])
+            if label == "whole":
+                guest.whole = _whole(guest.item, room)
+            else:
+                guest.change = next(room)
     return [guest.whole for guest in guests if guest.whole is not None]
 
 
-def _whole(item: Item, new: Callable[[Sequence[int], Tensor], Tensor]) -> Item:
-    """All of a matrix, in tensors that ``new`` makes of shapes; what every rank has of it is there."""
+def _shapes(guest: _Guest, label: str) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+    """Of its change here, or of all that :func:`_whole` is made of."""
+    item, matrix, (p, q) = guest.item, guest.matrix, guest.matrix.interval.shape
+    if label == "change":
+        yield (item.theta.numel(),), matrix.dtype
+        return
+    yield (p * q,), matrix.dtype
+    yield (p * q,), item.grad.dtype
+    for axis, x in _state(matrix, back=False):
+        yield (p if axis is Axis.ROWS else q, *x.shape[1:]), x.dtype
+
+
+def _whole(item: Item, room: Iterator[Tensor]) -> Item:
+    """All of a matrix, uninitialised; what every rank has of it is there."""
     matrix, (p, q) = item.matrix, item.matrix.interval.shape
     interval = RowInterval(matrix.interval.name, (p, q), 0, p * q)
-
-    def rows(x: Tensor) -> Tensor:
-        return new((p, *x.shape[1:]), x)
-
-    def columns(x: Tensor) -> Tensor:  # so that a rank's block lies in one run
-        return new((q, x.shape[0]), x).mT
-
-    made = replace(
+    made = replace(item, theta=next(room), grad=next(room), look=None, size=None)
+    made.matrix = replace(
         matrix,
         interval=interval,
         peers=None,
-        factors={moment: Factors(rows(f.B), columns(f.A)) for moment, f in matrix.factors.items()},
-        vectors={k: x.clone() if axis_of(k) is Axis.ALL_COLUMNS else rows(x) for k, x in matrix.vectors.items()},
+        factors={moment: Factors(next(room), next(room).mT) for moment in matrix.factors},
+        vectors={k: x.clone() if axis_of(k) is Axis.ALL_COLUMNS else next(room) for k, x in matrix.vectors.items()},
         taken=matrix.taken.clone(),
         sampled=sampled_places(interval, matrix.taken.device),
-        rounding=rounding.of_whole(matrix.rounding, p * q),
+        rounding=Rounding(),
     )
-    theta, grad = (new((p * q,), x) for x in (item.theta, item.grad))
-    return replace(item, matrix=made, theta=theta, grad=grad, look=None, size=None)
+    return made
 
 
 class _Parts:

@@ -78,7 +78,7 @@ def _add(
         workspace = workspace_bytes(matrices, needs, kind)
         if whole:
             of_step = functools.partial(workspace_bytes, needs=needs, kind=kind)
-            moved = matrices, [m.moved.there for m in matrices], needs.sizes, kind
+            moved = matrices, [m.moved.there + m.moved.back for m in matrices], needs.sizes, kind
             workspace, kept = owning.workspace_bytes(*moved, of_step), kept + owning.buffer_bytes(*moved)
         if request.optimizer.overlap:  # as memory_report() states it
             more = sum(batching.overlap_bytes(one, not stable) for some in outlines for one in some)
@@ -106,7 +106,7 @@ def divided(matrices: list[Held], sizes: Sizes, kind: str) -> tuple[list[Collect
     moving, steps = list[Collective](), [[m for m in matrices if not owning.goes(m)]]
     for call in sorted({m.call for m in matrices}):
         some = [m for m in matrices if m.call == call]
-        for of_round in owning.rounds(some, [m.moved.there for m in some], sizes, kind):
+        for of_round in owning.rounds(some, [m.moved.there + m.moved.back for m in some], sizes, kind):
             guests = [(some[k], owner) for k, owner in of_round]
             moving += traffic.moving(guests)
             own = [owning.whole(m) for m, owner in guests if m.peers is not None and m.peers.index == owner]
@@ -235,11 +235,9 @@ def _held(ours: LowRankConfig, share: Share, index: int, groups: dict[Hashable, 
 def _moved(ours: LowRankConfig, stepped: int) -> Moved:
     """What moves of a matrix of weights of so many bytes."""
     state = spec.of_matrix(ours.ranks, ours.vectors, kept=ours.forms)
-    lost = sum(one.bytes(1) for one in spec.of_rounding(ours.weights).values())
-    by_axis = {axis: sum(one.bytes(1) for one in state.values() if one.axis is axis) for axis in Axis}
-    sent = {one.dtype for one in state.values()} | {{4: "float32", 2: "bfloat16"}[stepped]}
-    of_state = by_axis[Axis.ROWS], by_axis[Axis.COLUMNS]
-    return Moved(2 * stepped + lost, stepped + lost, *of_state, by_axis[Axis.ALL_COLUMNS], len(sent))
+    of = {axis: sum(one.bytes(1) for one in state.values() if one.axis is axis) for axis in Axis}
+    types = {one.dtype for one in state.values()} | {{4: "float32", 2: "bfloat16"}[stepped]}
+    return Moved(stepped, FP32, of[Axis.ROWS], of[Axis.COLUMNS], of[Axis.ALL_COLUMNS], len(types))
 
 
 @dataclass(frozen=True)

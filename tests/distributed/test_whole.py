@@ -45,19 +45,19 @@ KEPT = [
 
 
 @pytest.mark.parametrize("layout, options", covering(["fsdp2", "fsdp1", "tp"], KEPT, strength=1))
-@pytest.mark.parametrize("bucket", [None, 2000])
-def test_the_bits_are_those_of_one_process(layout, options, bucket):
-    """Of weights and state, given the same gradients; a bucket of 2,000 bytes makes many rounds."""
+@pytest.mark.parametrize("bucket", [None, 2000])  # bytes: of many rounds
+def test_the_state_has_the_bits_of_one_process(layout, options, bucket):
+    """Given the same gradients; the change is added to weights, so that they differ by a rounding in every step."""
     arguments = {"layout": layout, "optimizer": "LoRAPre", "options": options, "bucket": bucket, "steps": 4}
-    for differing in run_ranks(3, bits_case, **arguments):
-        assert differing == []
+    for differing, far in run_ranks(3, bits_case, **arguments):
+        assert differing == [] and far <= (2**-7 if "weights" in options else 1e-6), (differing, far)
 
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIONS if name != "LoRAPre"])
-def test_so_they_are_of_the_other_optimizers(optimizer):
+def test_so_it_has_of_the_other_optimizers(optimizer):
     arguments = {"layout": "fsdp2", "optimizer": optimizer, "options": {}, "bucket": None, "steps": 4}
-    for differing in run_ranks(3, bits_case, **arguments):
-        assert differing == []
+    for differing, far in run_ranks(3, bits_case, **arguments):
+        assert differing == [] and far <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lorapre_dist.core.rounding import COMPENSATION
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.optimizers.base import LowRankOptimizer
 
@@ -19,12 +20,12 @@ TYPES = {"stochastic": torch.bfloat16, "kahan": torch.bfloat16}
 
 def bits_case(
     rank: int, world_size: int, *, layout: str, optimizer: str, options: dict[str, Any], bucket: int | None, steps: int
-) -> list[str]:
-    """Names of the weights and, on rank 0, of the state whose bits are not those of one process with these gradients.
+) -> tuple[list[str], float]:
+    """On rank 0 names of the state whose bits are not those of one process with these gradients; how far weights are.
 
     Each matrix is stepped by itself: products of a stack have other bits, and another process has other stacks.
     """
-    found = []
+    states, weights = [], []
     for where in ("one device", layout):
         model: Any = Net().to(TYPES.get(options.get("weights", ""), torch.float32))
         if where != "one device":
@@ -34,10 +35,12 @@ def bits_case(
         for step in range(steps):
             given_gradients(model, of, step)
             of.step()
-        found.append(snapshot(where, model, of))
+        states.append({n: bits for n, bits in snapshot(where, model, of).items() if "/" in n and COMPENSATION not in n})
+        weights.append(full_parameters(where, model))
         if where != "one device":
             assert {"gather matrices", "return matrices"} <= set(of.comm.calls) <= {"finite", *_MOVES}
-    return [name for name in found[1] if found[0][name] != found[1][name]]
+    far = max(float((weights[1][n].double() - w.double()).abs().max() / w.abs().max()) for n, w in weights[0].items())
+    return [name for name in states[1] if states[0][name] != states[1][name]], far
 
 
 _MOVES = ("gather matrices", "return matrices")

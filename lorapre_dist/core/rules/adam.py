@@ -40,6 +40,11 @@ class Adam:
     boundary_largest = False
     per_element = 0
 
+    @property
+    def decay(self) -> Any:
+        """What weights lose in a step."""
+        return self.lr * self.weight_decay
+
     def sum_boundary(self, work: Work, workspace: Workspace) -> None:
         """``sum g^2`` and ``sum w`` of cut rows, of scaled numbers."""
         beta2 = self.betas[1]
@@ -68,7 +73,7 @@ class Adam:
 
     def pace(self, go: Go, dtype: torch.dtype) -> dict[str, Any]:
         """What :class:`kernels.Update` needs of the settings in every block."""
-        decay = go.keep(1 - self.lr * self.weight_decay, dtype) if self.weight_decay else 1
+        decay = go.keep(1 - self.decay, dtype) if self.weight_decay else 1
         return {"bound": self.max_update, "decay": decay, "rate": self.lr * self.scale, "go": go}
 
 

@@ -37,6 +37,11 @@ class AdamW8bit:
     boundary_largest = True
     per_element = 0
 
+    @property
+    def decay(self) -> Any:
+        """What weights lose in a step."""
+        return self.hyper.lr * self.hyper.weight_decay
+
     def sum_boundary(self, work: Work, workspace: Workspace) -> None:
         """The largest ``|exp_avg|`` and ``exp_avg_sq`` of this rank's part of each cut row."""
         pace = self._pace(work)
