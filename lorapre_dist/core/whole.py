@@ -44,7 +44,7 @@ def by_matrices(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace)
         guests = [_Guest(items[k], owner) for k, owner in some]
         own = _make_room(guests, workspace)
         _move(guests, comm, workspace)
-        _look(own)
+        _begin(own)
         step.step(own, rule, comm, workspace)
         _move(guests, comm, workspace, back=True)
         _change(guests, rule.decay, workspace)
@@ -56,7 +56,7 @@ def element_bytes(matrix: Matrix, itemsize: int) -> int:
     return itemsize + matrix.dtype.itemsize
 
 
-def _look(items: Sequence[Item]) -> None:
+def _begin(items: Sequence[Item]) -> None:
     """Say how large each whole gradient is at most; let ``A`` lie as in one process, for products of the same bits."""
     for item, largest in zip(items, bounds([item.grad for item in items]) if items else (), strict=True):
         item.largest = largest
@@ -66,23 +66,25 @@ def _look(items: Sequence[Item]) -> None:
 
 
 def _change(guests: Sequence[_Guest], decay: Any, workspace: Workspace) -> None:
-    """What has come back to the weights; in 16 bits they are widened part by part."""
-    go, dtype = guests[0].item.go, guests[0].change.dtype
-    kept = 1 if not isinstance(decay, Tensor) and not decay else go.keep(1 - decay, dtype)
-    plain = [guest for guest in guests if guest.item.theta.dtype == dtype and guest.item.theta.numel()]
-    if plain:
-        weights = [guest.item.theta for guest in plain]
-        if isinstance(kept, Tensor) or kept != 1:
-            torch._foreach_mul_(weights, kept)
-        torch._foreach_add_(weights, [guest.change for guest in plain])
-    size = workspace.block_on(guests[0].item.theta.device.type) // dtype.itemsize
+    """Weights by what has come back; those that are kept in fewer bits are widened part by part."""
+    decays, plain = isinstance(decay, Tensor) or decay != 0, defaultdict[torch.dtype, list[_Guest]](list)
     for guest in guests:
-        theta, rounding = guest.item.theta, guest.matrix.rounding
-        for at in range(0, theta.numel() if theta.dtype != dtype else 0, size):
-            part = theta[at : at + size]
-            wide = rounding.wide(part, at, dtype)
-            rounding.put(wide.mul_(kept).add_(guest.change[at : at + size]), part, at)
+        theta, change, go, rounding = guest.item.theta, guest.change, guest.item.go, guest.matrix.rounding
         guest.matrix.taken.add_(go.value)
+        if theta.dtype == change.dtype:
+            plain[theta.dtype].append(guest)
+            continue
+        size = workspace.block_on(theta.device.type) // change.element_size()
+        for at in range(0, len(theta), size):
+            part = theta[at : at + size]
+            wide = rounding.wide(part, at, change.dtype)
+            wide = wide.mul_(go.keep(1 - decay, change.dtype)) if decays else wide
+            rounding.put(wide.add_(change[at : at + size]), part, at)
+    for dtype, some in plain.items():
+        weights = [guest.item.theta for guest in some]
+        if decays:
+            torch._foreach_mul_(weights, some[0].item.go.keep(1 - decay, dtype))
+        torch._foreach_add_(weights, [guest.change for guest in some])
 
 
 @dataclass
