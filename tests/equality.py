@@ -1,11 +1,13 @@
 """Print the table of distances (docs/results/accuracy.md) to the dense reference, measured on real gloo ranks.
 
-python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...] [--only_axes | --many 64]
+python -m tests.equality [--worlds 1 2 3] [--steps 20] [--optimizers LoRAPre LoRAPreMuon ...]
+                         [--only_axes | --many 64 | --by_matrices]
 
 For every ZeRO stage, precision and world size: the largest ``||theta - ref|| / ||ref||`` of any parameter after the
 steps, over gradient accumulation 1 and 4 with and without clipping; the layouts without DeepSpeed; the core alone, in
 fp64 and fp32, on matrices cut at arbitrary places; then the other axes under DeepSpeed. ``--many`` measures on so many
 ranks instead, all in fp32; 64 take 12 GiB, and two cores are busy with 5 steps under ZeRO and FSDP2 for 20 minutes.
+``--by_matrices`` measures the layouts without DeepSpeed with ``work="matrices"``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,14 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
     parser.add_argument("--only_axes", action="store_true", help="leave out what is data-parallel alone")
     parser.add_argument("--many", type=int, metavar="RANKS", help="instead of all else, a table of so many ranks")
+    parser.add_argument("--by_matrices", action="store_true", help="instead of all else, steps by whole matrices")
     args = parser.parse_args()
+    if args.by_matrices:
+        for optimizer in args.optimizers:
+            print(f"\n{optimizer}", flush=True)
+            native(optimizer, args.steps, {"work": "matrices"})
+        close_pools()
+        return
     if args.many is not None:
         if args.many < 4 or args.many % 2:
             parser.error(f"--many {args.many}: HSDP's two dimensions take an even number of ranks, at least 4")
@@ -66,13 +75,14 @@ def deepspeed(optimizer: str, worlds: list[int], steps: int) -> None:
             print(f"| ZeRO-{stage} | {precision} | " + " | ".join(f"{x:.1e}" for x in cells) + " |", flush=True)
 
 
-def native(optimizer: str, steps: int) -> None:
+def native(optimizer: str, steps: int, options: dict[str, Any] | None = None) -> None:
     """Layouts without DeepSpeed; blocks of 256 bytes, so that no matrix is brought to one rank as a whole."""
     print("\n| without DeepSpeed, fp32 | " + " | ".join(f"N = {n}" for n in (1, 2, 3, 4)) + " |\n|---|---|---|---|---|")
     for layout, worlds in WORLDS.items():
         cells = ["-"] * 4
         for world in worlds:
             arguments = {"layout": layout, "dtype": torch.float32, "steps": steps, "optimizer": optimizer}
+            arguments["options"] = options
             arguments["block"] = None if optimizer == "LoRAPre" else 256
             cells[world - 1] = f"{max(r['error'] for r in run_ranks(world, native_case, **arguments)):.1e}"
         print(f"| {layout} | " + " | ".join(cells) + " |", flush=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lorapre_dist.config import ConfigError, LowRankConfig, extras
 from lorapre_dist.config.arguments import readable
+from lorapre_dist.config.options import WORKS
 
 from .arrange import arranged
 from .axes import axis_of
@@ -67,6 +68,7 @@ def notes(request: Request, rates: Rates | None = None) -> list[str]:
         *predicted,
         "memory: at the moment at which a rank holds most: in the forward pass, the backward pass or the step",
         *_of_axes(request),
+        *_of_work(request),
         *_of_activations(request),
         f"buffers: {BUFFERS[request.layout]}",
         "sent: by a rank in rings over n, (n-1)/n of what is gathered or reduce-scattered, twice that of an all-reduce",
@@ -95,6 +97,27 @@ def _of_axes(request: Request) -> list[str]:
     if found and request.seq_len is None:
         found.append("what is sent along these axes, activations, is planned for with --seq_len")
     return found
+
+
+def _of_work(request: Request) -> list[str]:
+    """What steps by matrices would send, where that is much less."""
+    ours = request.optimizer
+    if ours.work == "matrices" or ours.overlap or request.sharing == 1:
+        return []
+    kind = ours.optimizer
+    rows, matrices = (plan(replace(request, optimizer=replace(ours, work=work)), (kind,))[kind] for work in WORKS)
+    sent, less = (sum(float(np.max(values)) for values in usage.sent.values()) for usage in (rows, matrices))
+    if less > WORTH * sent:
+        return []
+    more = float(np.max(matrices.memory["workspace"])) - float(np.max(rows.memory["workspace"]))
+    return [
+        f"work: by matrices (--work matrices) the optimizer sends {less / 2**20:,.0f} MiB a step instead of "
+        f"{sent / 2**20:,.0f}, and takes {abs(more) / 2**20:,.0f} MiB {'more' if more > 0 else 'less'} of workspace"
+    ]
+
+
+#: Of what steps by rows send: so much, at most, is worth a word.
+WORTH = 0.5
 
 
 def _of_activations(request: Request) -> list[str]:
