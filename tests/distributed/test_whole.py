@@ -98,3 +98,12 @@ def test_on_one_device_it_is_as_it_was():
         optimizer.step()
         found.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp"])
+def test_gradients_that_are_released(layout):
+    """Each batch of them has owners of its own, who begin with another rank."""
+    options = {**MATRICES, "release_gradients": True}
+    arguments = {"layout": layout, "dtype": torch.float64, "steps": 6, "optimizer": "LoRAPre", "options": options}
+    for result in run_ranks(3, equality_case, **arguments):
+        assert result["error"] <= 1e-10, (result["name"], result["error"])
