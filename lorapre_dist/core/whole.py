@@ -34,6 +34,7 @@ from .workspace import Workspace
 
 #: For each rank, tensors in an order that both sides know.
 Lists = list[list[Tensor]]
+_Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 def by_matrices(items: list[Item], rule: Rule, comm: Comm, workspace: Workspace) -> None:
@@ -120,9 +121,17 @@ class _Guest:
 
     def here(self, back: bool) -> list[Tensor]:
         """What of it lies on this rank, in parts."""
-        x = self.change if back else self.item.grad
+        x, state = self._lying_here(back)
         found = [x] if self.peers.columns is None else self.matrix.transfer(self.owner).in_piece(x, self.owner)
-        return [*found, *(x for _, x in _state(self.matrix, back))]
+        return [*found, *state]
+
+    def types(self, back: bool) -> list[torch.dtype]:
+        """Of what moves; also where nothing of it lies here."""
+        x, state = self._lying_here(back)
+        return [x.dtype, *(one.dtype for one in state)]
+
+    def _lying_here(self, back: bool) -> tuple[Tensor, list[Tensor]]:
+        return self.change if back else self.item.grad, [x for _, x in _state(self.matrix, back)]
 
     def there(self, back: bool) -> Lists:
         """The same of every rank, as parts of the whole."""
@@ -162,31 +171,28 @@ def _state(matrix: Matrix, back: bool) -> list[tuple[Axis, Tensor]]:
 
 
 def _make_room(guests: Sequence[_Guest], workspace: Workspace) -> list[Item]:
-    """Let each guest have room for all of it on its owner, and for its change, in buffers that are used again."""
-    of = {"whole": [guest for guest in guests if guest.is_mine], "change": guests}
-    needed: dict[tuple[str, torch.dtype], int] = defaultdict(int)
-    for label, some in of.items():
-        for guest in some:
-            for shape, dtype in _shapes(guest, label):
-                needed[label, dtype] += prod(shape)
+    """Let each guest have room for its change, and on its owner for all of it, in buffers that are used again."""
+    wanted: list[tuple[_Guest, str, list[_Shape]]]
+    wanted = [(guest, "change", [((guest.item.theta.numel(),), guest.matrix.dtype)]) for guest in guests]
+    wanted += [(guest, "whole", list(_shapes(guest.item))) for guest in guests if guest.is_mine]
+    sizes: dict[tuple[str, torch.dtype], int] = defaultdict(int)
+    for _, label, tensors in wanted:
+        for shape, dtype in tensors:
+            sizes[label, dtype] += prod(shape)
     like = guests[0].item.theta
-    parts = {(label, dtype): _Parts(workspace, label, n, like, dtype) for (label, dtype), n in needed.items()}
-    for label, some in of.items():
-        for guest in some:
-            room = iter([parts[label, dtype].take(shape) for shape, dtype in _shapes(guest, label)])
-            if label == "whole":
-                guest.whole = _whole(guest.item, room)
-            else:
-                guest.change = next(room)
+    parts = {(label, dtype): _Parts(workspace, label, n, like, dtype) for (label, dtype), n in sizes.items()}
+    for guest, label, tensors in wanted:
+        room = iter([parts[label, dtype].take(shape) for shape, dtype in tensors])
+        if label == "change":
+            guest.change = next(room)
+        else:
+            guest.whole = _whole(guest.item, room)
     return [guest.whole for guest in guests if guest.whole is not None]
 
 
-def _shapes(guest: _Guest, label: str) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Of its change here, or of all that :func:`_whole` is made of."""
-    item, matrix, (p, q) = guest.item, guest.matrix, guest.matrix.interval.shape
-    if label == "change":
-        yield (item.theta.numel(),), matrix.dtype
-        return
+def _shapes(item: Item) -> Iterator[_Shape]:
+    """Of all that :func:`_whole` is made of."""
+    matrix, (p, q) = item.matrix, item.matrix.interval.shape
     yield (p * q,), matrix.dtype
     yield (p * q,), item.grad.dtype
     for axis, x in _state(matrix, back=False):
@@ -267,9 +273,8 @@ def _exchanges(group: Any, guests: Sequence[_Guest], back: bool) -> Iterator[_Ex
     there: Lists = [[] for _ in peers.ranges]
     types: dict[torch.dtype, None] = {}  # in an order that is the same on every rank
     for guest in guests:
-        parts = guest.here(back)
-        here[guest.owner] += parts
-        types |= dict.fromkeys(x.dtype for x in parts)
+        here[guest.owner] += guest.here(back)
+        types |= dict.fromkeys(guest.types(back))
         if guest.is_mine:
             there = [[*so_far, *some] for so_far, some in zip(there, guest.there(back), strict=True)]
     own, mine = here[peers.index], there[peers.index]

@@ -11,7 +11,7 @@ from tests.covering import covering
 
 from .harness import run_ranks
 from .native_cases import OPTIONS, Net, equality_case
-from .whole_cases import MATRICES, bits_case, memory_case, skip_case, turns_case
+from .whole_cases import MATRICES, bits_case, memory_case, nothing_case, skip_case, turns_case
 
 LAYOUTS = [
     ("fsdp2", 3),
@@ -79,6 +79,10 @@ def test_a_step_that_is_not_finite_changes_nothing(layout, optimizer, on_device)
 def test_the_workspace_is_bounded(optimizer, bucket):
     for held, bound in run_ranks(3, memory_case, optimizer=optimizer, bucket=bucket):
         assert 0 < held <= bound
+
+
+def test_a_rank_without_a_part_knows_what_the_others_send():
+    assert run_ranks(3, nothing_case) == [2] * 3
 
 
 def test_bad_options():

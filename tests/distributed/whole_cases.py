@@ -6,6 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from lorapre_dist.core.rounding import COMPENSATION
 from lorapre_dist.optimizers import OPTIMIZERS
@@ -90,3 +94,14 @@ def memory_case(rank: int, world_size: int, *, optimizer: str, bucket: int) -> t
         given_gradients(model, of, step)
         of.step()
     return sum(x.nbytes for x in of.workspace.buffers.values()), of.memory_report().workspace_bytes
+
+
+def nothing_case(rank: int, world_size: int) -> int:
+    """A rank that has no column of a matrix, whose bf16 gradient is of another type than its state; calls of a step."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    layer = nn.Linear(2, 40, bias=False, dtype=torch.bfloat16)
+    layer = parallelize_module(layer, mesh, RowwiseParallel(input_layouts=Replicate()))
+    of = OPTIMIZERS["LoRAPre"]({"layers.0.q_proj.weight": layer.weight}.items(), rank=1, **MATRICES)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    of.step()
+    return of.comm.calls["gather matrices"]
