@@ -211,7 +211,7 @@ def _whole(item: Item, room: Iterator[Tensor]) -> Item:
         factors={moment: Factors(next(room), next(room).mT) for moment in matrix.factors},
         vectors={k: x.clone() if axis_of(k) is Axis.ALL_COLUMNS else next(room) for k, x in matrix.vectors.items()},
         taken=matrix.taken.clone(),
-        sampled=sampled_places(interval, matrix.taken.device),
+        sampled=sampled_places(replace(interval, name=""), matrix.taken.device),
         rounding=Rounding(),
     )
     return made

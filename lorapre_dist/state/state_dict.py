@@ -38,10 +38,10 @@ _SHAPING = ("rank", "rank_v", "variant")
 _OURS = ("params", "param_names", "state", "optimizer", "frozen")
 # What was low-rank then has been compared, parameter by parameter; how it was selected is the present program's, and so
 # are when gradients are used, how weights are kept (whose type a checkpoint does not change), what changes memory and
-# time but no number, and the form in which state is kept: what was saved in another one is converted.
+# time but numbers by rounding alone, and the form in which state is kept: what was saved in another one is converted.
 _PRESENT = (
     *("target_modules", "weights", "state_dtype", "other_state"),
-    *("release_gradients", "clip_each", "overlap", "overlap_limit"),
+    *("release_gradients", "clip_each", "work", "overlap", "overlap_limit", "kernels"),
 )
 _FLATTENED = "FSDP1"
 

@@ -11,7 +11,7 @@ from tests.covering import covering
 
 from .harness import run_ranks
 from .native_cases import OPTIONS, Net, equality_case
-from .whole_cases import MATRICES, bits_case, memory_case, nothing_case, skip_case, turns_case
+from .whole_cases import MATRICES, bits_case, memory_case, nothing_case, resumed_case, skip_case, turns_case
 
 LAYOUTS = [
     ("fsdp2", 3),
@@ -66,6 +66,11 @@ def test_so_it_has_of_the_other_optimizers(optimizer):
 def test_rows_and_matrices_in_turns(layout, optimizer):
     """The state lies as it does: a run goes on either way."""
     assert max(run_ranks(3, turns_case, layout=layout, optimizer=optimizer, steps=6)) <= 1e-10
+
+
+def test_a_checkpoint_of_rows_goes_on_by_matrices(tmp_path):
+    for calls in run_ranks(3, resumed_case, folder=str(tmp_path)):
+        assert calls == {"finite", "gather matrices", "return matrices"}
 
 
 @pytest.mark.parametrize("on_device", [False, True])

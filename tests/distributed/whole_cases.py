@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
+from lorapre_dist import checkpoint
 from lorapre_dist.core.rounding import COMPENSATION
 from lorapre_dist.optimizers import OPTIMIZERS
 from lorapre_dist.optimizers.base import LowRankOptimizer
@@ -105,3 +106,17 @@ def nothing_case(rank: int, world_size: int) -> int:
     layer.weight.grad = torch.ones_like(layer.weight)
     of.step()
     return of.comm.calls["gather matrices"]
+
+
+def resumed_case(rank: int, world_size: int, *, folder: str) -> set[str]:
+    """What is sent by an optimizer of whole matrices that goes on from a checkpoint of rows."""
+    for options in ({}, MATRICES):
+        model = wrapped("fsdp2", Net(), world_size)
+        of = OPTIMIZERS["LoRAPre"](model.named_parameters(), **OPTIONS["LoRAPre"], **options)
+        if options:
+            checkpoint.load(model, of, folder)
+        given_gradients(model, of, 0)
+        of.step()
+        if not options:
+            checkpoint.save(model, of, folder, "step1")
+    return set(of.comm.calls)

@@ -103,6 +103,23 @@ def test_loading_takes_over_the_groups_settings():
     assert other.param_groups[0]["params"][0].shape == (11, 8)
 
 
+@pytest.mark.parametrize("saved, now", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    "option", [{"work": "matrices"}, {"kernels": "eager"}, {"overlap": True, "overlap_limit": 10**9}]
+)
+def test_how_a_step_is_done_is_said_by_the_program_that_loads(option, saved, now):
+    """Not by the one that saved, on another machine perhaps."""
+    models = Toy(), Toy()
+    there, here = (
+        LoRAPre(m.named_parameters(), **{**STABLE, **(option if which == 1 else {})})
+        for m, which in zip(models, (saved, now), strict=True)
+    )
+    wanted = {key: here.param_groups[0][key] for key in option}
+    here.load_state_dict(there.state_dict())
+    assert {key: here.param_groups[0][key] for key in option} == wanted
+    assert any(there.param_groups[0][key] != value for key, value in wanted.items())
+
+
 def test_a_tensor_lr_is_saved_and_loaded_as_a_copy(tmp_path):
     def made(lr):
         return LoRAPre(Toy().named_parameters(), **{**STABLE, "lr": torch.tensor(lr)})
