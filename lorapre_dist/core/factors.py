@@ -19,7 +19,7 @@ from .interval import Peers, Range, RowInterval, column_block
 from .rounding import Rounding
 from .sizes import SAMPLES
 from .spec import Axis
-from .transfer import Rectangle, Transfer
+from .transfer import Transfer, on_one
 
 #: The statistics are roots of mean squares; earlier versions saved the squares themselves, under these names.
 SQUARES = {"rms_row": "v_row", "rms_col": "v_col"}
@@ -151,9 +151,8 @@ class Matrix(Counted):
         """How the pieces that ranks hold become the whole matrix on the one at place ``owner``."""
         if owner not in self._transfers:
             assert self.peers is not None
-            (p, q), ranks = self.interval.shape, range(self.parts)
-            targets = [Rectangle(0, p if k == owner else 0, 0, q) for k in ranks]
-            self._transfers[owner] = Transfer(self.peers, (p, q), targets)
+            shape = self.interval.shape
+            self._transfers[owner] = Transfer(self.peers, shape, on_one(owner, self.parts, shape))
         return self._transfers[owner]
 
     @functools.cached_property

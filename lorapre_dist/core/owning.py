@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from .batching import Outline
 from .interval import Peers, RowInterval
 from .sizes import Sizes
+from .traffic import Held
 
 
 class Lies(Protocol):
@@ -29,15 +30,6 @@ class Lies(Protocol):
     @property
     def peers(self) -> Peers | None:
         """The ranks that share it."""
-
-
-@dataclass(frozen=True)
-class Whole:
-    """All of a matrix, on its owner; see :class:`Lies`."""
-
-    outline: Outline
-    interval: RowInterval
-    peers: None = None
 
 
 #: Places of matrices that go together, and the place of each one's owner among the ranks that share it.
@@ -114,8 +106,8 @@ def _bytes(one: Outline, element: int) -> int:
     return p * q * element + one.bytes(p + q, 0)
 
 
-def whole(one: Lies) -> Whole:
-    """A matrix as it lies on its owner."""
+def whole(one: Lies, call: int = 0) -> Held:
+    """A matrix as it lies on its owner; for ``call`` see :class:`.traffic.Held`."""
     (p, q), outline, peers = one.interval.shape, one.outline, one.peers
     assert peers is not None
     low, high = peers.row_blocks((p, q))[peers.index]
@@ -131,7 +123,7 @@ def whole(one: Lies) -> Whole:
         turn=0,
         gathered=0,
     )
-    return Whole(made, RowInterval(one.interval.name, (p, q), 0, p * q))
+    return Held(made, RowInterval(one.interval.name, (p, q), 0, p * q), None, call)
 
 
 def workspace_bytes(

@@ -44,6 +44,12 @@ def row_slice(rectangle: Rectangle, row: int) -> slice:
     return slice(rectangle.row - row, rectangle.row_stop - row)
 
 
+def on_one(owner: int, ranks: int, shape: tuple[int, int]) -> list[Rectangle]:
+    """Each rank's target where one of them gets all of a matrix."""
+    p, q = shape
+    return [Rectangle(0, p if k == owner else 0, 0, q) for k in range(ranks)]
+
+
 class Transfer:
     """How the pieces of a p x q matrix become ``targets[k]`` on rank k of those that share it, and come back."""
 

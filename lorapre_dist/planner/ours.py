@@ -109,8 +109,8 @@ def divided(matrices: list[Held], sizes: Sizes, kind: str) -> tuple[list[Collect
         for of_round in owning.rounds(some, [m.moved.there + m.moved.back for m in some], sizes, kind):
             guests = [(some[k], owner) for k, owner in of_round]
             moving += traffic.moving(guests)
-            own = [owning.whole(m) for m, owner in guests if m.peers is not None and m.peers.index == owner]
-            steps.append([Held(m.outline, m.interval, None, call) for m in own])
+            mine = [m for m, owner in guests if m.peers is not None and m.peers.index == owner]
+            steps.append([owning.whole(m, call) for m in mine])
     return moving, steps
 
 

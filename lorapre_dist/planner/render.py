@@ -61,7 +61,7 @@ def notes(request: Request, rates: Rates | None = None) -> list[str]:
             + ", ".join(f"{name} {value:.3g}" for name, value in vars(rates).items())
         ]
     arrangement = arranged(request.stages[0])
-    looked = len(looked_at(arrangement, 0))
+    looked = len(looked_at(arrangement, 0, request.optimizer.work == "rows"))
     if 1 < looked < arrangement.size:
         predicted.append(f"workspace and sent: of {looked:,} ranks, which stand for their neighbours, too")
     return [

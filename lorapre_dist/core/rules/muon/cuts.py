@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ...interval import Peers, Range, RowInterval, column_block
 from ...sizes import packed_numel
-from ...transfer import Rectangle
+from ...transfer import Rectangle, on_one
 
 #: Iterations of Newton-Schulz on one Gram.
 SEGMENT = 3
@@ -79,7 +79,7 @@ def targets(form: str, peers: Peers, shape: tuple[int, int], owner: int) -> list
     (p, q), size = shape, len(peers.ranges)
     split = split_of(peers, shape)
     if form == "whole":
-        return [Rectangle(0, p if k == owner else 0, 0, q) for k in range(size)]
+        return on_one(owner, size, shape)
     if form == "rows":
         # A row that is cut between ranks goes to where its first element lies.
         held = [(-(-start // q), -(-stop // q)) for start, stop in peers.ranges]
